@@ -1,0 +1,1 @@
+"""What an adapter is: format, checks, maths, store and catalog. Knows nothing of HTTP."""

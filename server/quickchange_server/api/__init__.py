@@ -1,0 +1,1 @@
+"""The HTTP edge: schemas, routes, streaming. Knows nothing of tensors."""

@@ -1,0 +1,1 @@
+"""The engine room: requests, scheduler, KV blocks, model runner, sampler."""

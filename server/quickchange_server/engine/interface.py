@@ -1,0 +1,108 @@
+"""The engine as the rest of the server sees it: one protocol, asyncio's side.
+
+The HTTP edge and the adapter service know only this; tests may drive them with a scripted engine.
+"""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from quickchange_adapters.base_spec import BaseSpec
+from quickchange_adapters.weights import AdapterWeights
+
+from quickchange_server.engine.request import GenerationRequest, TokenOutput
+
+
+@dataclass(frozen=True, slots=True)
+class ResidentAdapter:
+    """Where one adapter's bytes are in the engine."""
+
+    digest: str
+    host_bytes: int
+    device_bytes: int
+    merged_bytes: int
+    num_running: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSnapshot:
+    """The engine's state after its last step. Immutable; reading it never waits.
+
+    `memory_bytes` has parts: base, merged, adapter_pool_used, adapter_pool_total, adapter_host,
+    kv_used, kv_total.
+    """
+
+    num_running: int = 0
+    num_waiting: int = 0
+    kv_blocks_total: int = 0
+    kv_blocks_used: int = 0
+    kv_block_size: int = 0
+    num_steps: int = 0
+    last_step_monotonic_s: float = 0.0
+    is_alive: bool = False
+    memory_bytes: dict[str, int] = field(default_factory=dict)
+    adapters: dict[str, ResidentAdapter] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class MergeResult:
+    """What a merge made, or an unmerge gave back."""
+
+    digest: str
+    merged_bytes: int
+    seconds: float
+
+
+class GenerationEngine(Protocol):
+    """Generate tokens; hold, merge and drop adapters. All methods run on the event loop."""
+
+    base: BaseSpec
+    max_model_len: int
+    eos_token_ids: frozenset[int]
+
+    async def start(self) -> None:
+        """Start the engine thread; returns when the first step can run."""
+
+    async def stop(self) -> None:
+        """Abort what runs, join the thread and give memory back."""
+
+    def check_admission(self, num_requests: int = 1) -> None:
+        """Say now whether so many more requests may wait.
+
+        Raises: QueueFull, Unavailable.
+        """
+
+    def generate(self, request: GenerationRequest) -> AsyncIterator[TokenOutput]:
+        """Submit, and yield outputs until one has a finish_reason.
+
+        Closing the iterator early (or cancelling the task in it) aborts the request within one
+        step. Every adapter of the request must have been loaded with `load_adapter`.
+
+        Raises: QueueFull, Unavailable, at the first `__anext__`.
+        """
+
+    async def load_adapter(self, weights: AdapterWeights) -> None:
+        """Put a version into host memory; a repeat is a no-op."""
+
+    def is_loaded(self, digest: str) -> bool:
+        """Whether a request for this digest can be submitted now."""
+
+    async def unload_adapter(self, digest: str, timeout_s: float = 30.0) -> ResidentAdapter | None:
+        """Refuse new requests for it, wait for running ones, free slot, host and merged bytes.
+
+        Returns what was freed, or None when it was not loaded.
+        Raises: TimeoutError when requests still run after `timeout_s`; it then unloads when they
+        end.
+        """
+
+    async def merge(self, digest: str) -> MergeResult:
+        """Make a merged copy of a loaded adapter beside the untouched base; a repeat is a no-op.
+
+        Raises: MergeBudgetExceeded.
+        """
+
+    async def unmerge(self, digest: str) -> MergeResult:
+        """Drop the merged copy; zero bytes when there was none."""
+
+    def snapshot(self) -> EngineSnapshot:
+        """Return the state after the last step; never waits."""

@@ -1,0 +1,137 @@
+"""Everything a user, a file or the network can cause, as one tree.
+
+Each class carries the HTTP status and the `code` of the public contract; the message says what
+went wrong, which thing, and what to do.
+
+QuickchangeError                     500 internal_error
+├── InvalidRequest                   400 invalid_request (or a finer code)
+│   └── ContextLengthExceeded        400 context_length_exceeded
+├── InvalidApiKey                    401 invalid_api_key
+├── Forbidden                        403 forbidden
+├── NotFound                         404 not_found (or per thing: model_not_found, …)
+├── Conflict                         409 conflict (alias_in_use, merge_budget, …)
+├── TooLarge                         413 too_large
+├── UnsupportedMediaType             415 unsupported_media_type
+├── QueueFull                        429 queue_full
+├── Unavailable                      503 unavailable (draining, store_unavailable, …)
+└── GenerationFailed                 500 generation_failed
+"""
+
+
+class QuickchangeError(Exception):
+    """Root of the tree: an answer with a status, a code and a sentence.
+
+    Attributes:
+        status: HTTP status.
+        type: OpenAI's error type.
+        code: the machine-readable code of the contract.
+        param: the field of the request that caused it, if one did.
+        retry_after_s: sent as `Retry-After` when set.
+    """
+
+    status = 500
+    type = "server_error"
+    code = "internal_error"
+    retry_after_s: int | None = None
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        retry_after_s: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        if code is not None:
+            self.code = code
+        if retry_after_s is not None:
+            self.retry_after_s = retry_after_s
+
+
+class InvalidRequest(QuickchangeError):
+    """The content of a request cannot be served as it stands."""
+
+    status = 400
+    type = "invalid_request_error"
+    code = "invalid_request"
+
+
+class ContextLengthExceeded(InvalidRequest):
+    """Prompt (and what is to be generated) do not fit the context."""
+
+    code = "context_length_exceeded"
+
+
+class InvalidApiKey(QuickchangeError):
+    """No key, or none that we know."""
+
+    status = 401
+    type = "authentication_error"
+    code = "invalid_api_key"
+
+
+class Forbidden(QuickchangeError):
+    """The caller is known but may not do this."""
+
+    status = 403
+    type = "permission_error"
+    code = "forbidden"
+
+
+class NotFound(QuickchangeError):
+    """No such thing, or none that the caller may see."""
+
+    status = 404
+    type = "invalid_request_error"
+    code = "not_found"
+
+
+class Conflict(QuickchangeError):
+    """The state of the thing does not allow this now; repeating it will not help."""
+
+    status = 409
+    type = "conflict_error"
+    code = "conflict"
+
+
+class TooLarge(QuickchangeError):
+    """The body is larger than a stated limit."""
+
+    status = 413
+    type = "invalid_request_error"
+    code = "too_large"
+
+
+class UnsupportedMediaType(QuickchangeError):
+    """The content type is not one that this route reads."""
+
+    status = 415
+    type = "invalid_request_error"
+    code = "unsupported_media_type"
+
+
+class QueueFull(QuickchangeError):
+    """The waiting line is at its ceiling."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "queue_full"
+    retry_after_s = 1
+
+
+class Unavailable(QuickchangeError):
+    """Not now; later."""
+
+    status = 503
+    type = "server_error"
+    code = "unavailable"
+    retry_after_s = 5
+
+
+class GenerationFailed(QuickchangeError):
+    """The engine gave up on this request; its neighbours went on."""
+
+    code = "generation_failed"
