@@ -1,0 +1,41 @@
+"""What the engine tells whoever measures it. Called on the engine thread, once a step."""
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+StepKind = Literal["prefill", "decode", "mixed"]
+StepWeights = Literal["base", "unmerged", "merged"]
+
+
+@dataclass(frozen=True, slots=True)
+class StepStats:
+    """One step: how long, how much, and on which weights.
+
+    `num_rows` counts requests, `num_tokens` tokens through the model, `num_adapters` distinct
+    adapters (the base is none), `num_preempted` requests sent back for want of blocks;
+    `prefix_queries`/`prefix_hits` count prompt tokens looked up and found when rows were admitted.
+    """
+
+    kind: StepKind
+    weights: StepWeights
+    seconds: float
+    num_rows: int
+    num_tokens: int
+    num_adapters: int
+    num_preempted: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+
+
+class EngineObserver(Protocol):
+    """Sink of step statistics; must not block and must not raise."""
+
+    def on_step(self, stats: StepStats) -> None:
+        """Take note of one finished step."""
+
+
+class NoObserver:
+    """Observer that forgets."""
+
+    def on_step(self, stats: StepStats) -> None:
+        """Do nothing."""

@@ -1,0 +1,40 @@
+"""What the engine is told at start, as one frozen object. Byte values are resolved numbers."""
+
+from dataclasses import dataclass
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """Limits and places of one engine.
+
+    Attributes:
+        served_name: the base's name in `model`.
+        device: `cpu` or `cuda[:n]`.
+        dtype: `auto` (the checkpoint's), `float32`, `bfloat16` or `float16`.
+        kv_cache_bytes: ceiling of the KV blocks over all layers.
+        kv_block_size: tokens per block.
+        max_model_len: most tokens of prompt and answer together; None: the model's own limit.
+        max_batch_rows: most requests in one step.
+        max_step_tokens: most tokens in one step, so that long prompts are prefilled in chunks.
+        max_queue: most requests that wait; more are refused with 429.
+        adapter_device_bytes: ceiling of the device pool of adapters.
+        adapter_host_bytes: ceiling of the host copies of adapters.
+        merged_bytes: ceiling of all merged copies together; None: as large as the base.
+        max_lora_rank: largest rank that is served.
+    """
+
+    served_name: str = "base"
+    device: str = "cpu"
+    dtype: str = "auto"
+    kv_cache_bytes: int = GIB
+    kv_block_size: int = 16
+    max_model_len: int | None = None
+    max_batch_rows: int = 32
+    max_step_tokens: int = 256
+    max_queue: int = 256
+    adapter_device_bytes: int = GIB // 2
+    adapter_host_bytes: int = GIB
+    merged_bytes: int | None = None
+    max_lora_rank: int = 256
