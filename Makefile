@@ -1,0 +1,45 @@
+# Everything a person or a build runs. `make help` lists it.
+SHELL := bash
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-dev serve test check format bench clean
+
+PYTHON ?= python3
+TORCH ?= auto
+ARGS ?=
+BIN := .venv/bin
+SENTIMENT := adapters/examples/sentiment/adapter
+
+help: ## Show what make can do
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo
+	@echo '  TORCH=auto|cpu|cuda   which build of torch setup installs (default: auto)'
+	@echo '  PYTHON=python3.12     which Python makes .venv (default: python3, at least 3.11)'
+	@echo '  ARGS="--port 8001"    more options for serve, test and bench'
+
+setup: ## Make .venv and install the server and the client into it
+	@PYTHON='$(PYTHON)' TORCH='$(TORCH)' tools/setup.sh runtime
+
+setup-dev:
+	@PYTHON='$(PYTHON)' TORCH='$(TORCH)' tools/setup.sh dev
+
+serve: setup ## Serve the small built-in base and an example adapter on 127.0.0.1:8000
+	@$(BIN)/quickchange-server serve --adapter sentiment=$(SENTIMENT) $(ARGS)
+
+test: check ## Check format, lint and types, then run all tests
+	$(BIN)/python -m pytest -q $(ARGS)
+
+check: setup-dev ## Check format, lint and types only
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: setup-dev ## Put the code into the house's format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: setup ## Measure a running server's throughput and latency
+	$(BIN)/python benchmarks/throughput.py $(ARGS)
+
+clean: ## Remove .venv and everything that was built (not the downloaded base)
+	rm -rf .venv dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
