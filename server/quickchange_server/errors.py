@@ -14,7 +14,10 @@ QuickchangeError                     500 internal_error
 ├── UnsupportedMediaType             415 unsupported_media_type
 ├── QueueFull                        429 queue_full
 ├── Unavailable                      503 unavailable (draining, store_unavailable, …)
-└── GenerationFailed                 500 generation_failed
+├── GenerationFailed                 500 generation_failed
+└── CannotStart                      never an answer: the process ends with the sentence
+    ├── ConfigInvalid                a flag, variable or TOML key is wrong
+    └── BaseUnavailable              the base cannot be fetched, read or held
 """
 
 
@@ -135,3 +138,23 @@ class GenerationFailed(QuickchangeError):
     """The engine gave up on this request; its neighbours went on."""
 
     code = "generation_failed"
+
+
+class CannotStart(QuickchangeError):
+    """The server does not start; the command line prints the sentence and exits."""
+
+    code = "cannot_start"
+    exit_code = 1
+
+
+class ConfigInvalid(CannotStart):
+    """A setting is unknown, malformed, or contradicts another one."""
+
+    code = "config_invalid"
+    exit_code = 2
+
+
+class BaseUnavailable(CannotStart):
+    """The base model cannot be fetched, converted or read."""
+
+    code = "base_unavailable"

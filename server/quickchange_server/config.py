@@ -1,0 +1,313 @@
+"""The settings of one server: one frozen object, and the only reader of where they come from.
+
+Every setting has one name in three spellings with one meaning: the flag `--max-queue`, the
+variable `QUICKCHANGE_MAX_QUEUE`, and the key `max_queue` in the file given by `--config`. A flag
+wins over a variable, a variable over the file, the file over the default. Knows nothing of what
+the settings do.
+"""
+
+import difflib
+import ipaddress
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from quickchange_server import option as o
+from quickchange_server.errors import ConfigInvalid
+from quickchange_server.option import Option, StaticAdapter, option
+
+BASE, ADAPTERS, MEMORY, LIMITS, HTTP, VLLM = (
+    "Base",
+    "Adapters",
+    "Memory",
+    "Limits",
+    "HTTP",
+    "Names that vLLM's callers pass",
+)
+_AUTO_BYTES = o.read_auto_or(o.read_bytes)
+_BYTES_LOOK = {"metavar": "BYTES|auto"}
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """All settings. A byte value of None means `auto`: a share of what is free at start."""
+
+    model: str = option(
+        "builtin:smollm2-135m",
+        o.read_text,
+        "The base: a folder, a Hub id, or builtin:smollm2-135m.",
+        BASE,
+        metavar="FOLDER|ID",
+    )
+    served_model_name: str | None = option(
+        None,
+        o.read_text,
+        "What requests call the base. Default: the last path part of --model.",
+        BASE,
+        metavar="NAME",
+    )
+    revision: str | None = option(
+        None, o.read_text, "Branch, tag or commit of a Hub id.", BASE, metavar="REVISION"
+    )
+    device: str = option(
+        "auto",
+        o.read_pattern(r"auto|cpu|cuda(:\d{1,3})?", "auto, cpu, cuda or cuda:N"),
+        "Where the base lives; auto takes a GPU if torch can use one.",
+        BASE,
+        metavar="auto|cpu|cuda[:N]",
+    )
+    dtype: str = option(
+        "auto",
+        o.read_choice("auto", "float32", "bfloat16", "float16"),
+        "Number format of the weights; auto keeps the checkpoint's.",
+        BASE,
+        metavar="auto|float32|bfloat16|float16",
+    )
+    max_model_len: int | None = option(
+        None,
+        o.read_auto_or(o.read_count(1)),
+        "Most tokens of prompt and answer together; auto is the model's own limit.",
+        BASE,
+        metavar="TOKENS|auto",
+    )
+    cache: Path | None = option(
+        None,
+        lambda value: Path(o.read_text(value)).expanduser(),
+        "Folder for what can be fetched again. Default: ~/.cache/quickchange.",
+        BASE,
+        metavar="FOLDER",
+    )
+    adapter: tuple[StaticAdapter, ...] = option(
+        (),
+        o.read_adapters,
+        "Serve the adapter in FOLDER as NAME while this process runs; may be repeated.",
+        ADAPTERS,
+        metavar="NAME=FOLDER",
+        kind="list",
+    )
+    store: str | None = option(
+        None,
+        o.read_text,
+        "Where uploaded adapters are kept. Default: ~/.local/share/quickchange.",
+        ADAPTERS,
+        metavar="FOLDER|URL",
+    )
+    catalog: str | None = option(
+        None,
+        o.read_text,
+        "Database of names and versions. Default: a SQLite file inside a folder store.",
+        ADAPTERS,
+        metavar="URL",
+    )
+    max_lora_rank: int = option(
+        256, o.read_count(1, 4096), "Largest rank that is served.", ADAPTERS, metavar="RANK"
+    )
+    kv_cache_bytes: int | None = option(
+        None, _AUTO_BYTES, "Ceiling of the KV cache.", MEMORY, **_BYTES_LOOK
+    )
+    adapter_device_bytes: int | None = option(
+        None, _AUTO_BYTES, "Ceiling of adapters on the device.", MEMORY, **_BYTES_LOOK
+    )
+    adapter_host_bytes: int | None = option(
+        None, _AUTO_BYTES, "Ceiling of adapters in host memory.", MEMORY, **_BYTES_LOOK
+    )
+    merged_bytes: int | None = option(
+        None, _AUTO_BYTES, "Ceiling of merged copies of the base.", MEMORY, **_BYTES_LOOK
+    )
+    max_batch_rows: int = option(
+        32, o.read_count(1, 4096), "Most requests in one step.", LIMITS, metavar="N"
+    )
+    max_step_tokens: int = option(
+        256,
+        o.read_count(1),
+        "Most tokens in one step; longer prompts are prefilled in chunks.",
+        LIMITS,
+        metavar="TOKENS",
+    )
+    max_queue: int = option(
+        256,
+        o.read_count(0),
+        "Most requests that wait; more are refused with 429.",
+        LIMITS,
+        metavar="N",
+    )
+    host: str = option("127.0.0.1", o.read_text, "Address to listen on.", HTTP, metavar="ADDRESS")
+    port: int = option(8000, o.read_count(0, 65535), "Port to listen on.", HTTP, metavar="PORT")
+    drain_timeout: float = option(
+        30.0,
+        o.read_seconds,
+        "How long running requests may take to finish when the server is asked to stop.",
+        HTTP,
+        metavar="SECONDS",
+    )
+    strict_fields: bool = option(
+        False, o.read_switch, "Refuse unknown request fields with 400.", HTTP, kind="switch"
+    )
+    cors_origin: tuple[str, ...] = option(
+        (),
+        o.read_list,
+        "Origin whose pages may call this server; may be repeated.",
+        HTTP,
+        metavar="ORIGIN",
+        kind="list",
+    )
+    insecure: bool = option(
+        False,
+        o.read_switch,
+        "Listen on a public address although nothing asks callers for a key.",
+        HTTP,
+        kind="switch",
+    )
+    enable_lora: bool = option(
+        True, o.read_always_on, "Accepted; adapters are always served.", VLLM, kind="switch"
+    )
+    lora_modules: tuple[StaticAdapter, ...] = option(
+        (), o.read_adapters, "The same as --adapter.", VLLM, metavar="NAME=FOLDER", kind="list"
+    )
+    max_loras: int | None = option(
+        None,
+        o.read_count(1),
+        "Size --adapter-device-bytes for so many adapters of the largest rank.",
+        VLLM,
+        metavar="N",
+    )
+    max_cpu_loras: int | None = option(
+        None,
+        o.read_count(1),
+        "Size --adapter-host-bytes for so many adapters of the largest rank.",
+        VLLM,
+        metavar="N",
+    )
+
+    @property
+    def base_name(self) -> str:
+        """What requests call the base."""
+        return self.served_model_name or re.split(r"[/:]", self.model.rstrip("/"))[-1]
+
+    @property
+    def static_adapters(self) -> tuple[StaticAdapter, ...]:
+        """The adapters named at start, by either flag."""
+        return self.adapter + self.lora_modules
+
+    @property
+    def cache_folder(self) -> Path:
+        """Folder for what can be fetched or made again."""
+        return self.cache or Path("~/.cache/quickchange").expanduser()
+
+    @property
+    def is_public(self) -> bool:
+        """Whether others than this machine can reach `host`."""
+        try:
+            return not ipaddress.ip_address(self.host.strip("[]")).is_loopback
+        except ValueError:
+            return self.host != "localhost"
+
+
+OPTIONS: dict[str, Option] = o.options_of(ServerConfig)
+UNAVAILABLE = ("quantize", "auto_merge", "admin_port", "admin_key_file")
+"""Settings of the public contract that this version does not do, refused by name."""
+CLIENT_VARIABLES = ("QUICKCHANGE_URL", "QUICKCHANGE_API_KEY")
+CONFIG_VARIABLE = "QUICKCHANGE_CONFIG"
+
+
+def load_config(
+    flags: Mapping[str, object], environ: Mapping[str, str] = os.environ
+) -> ServerConfig:
+    """Read the settings. `flags` has option names and, as `config`, the file; None is not given.
+
+    Raises: ConfigInvalid.
+    """
+    given = {name: value for name, value in flags.items() if value is not None}
+    file = given.pop("config", None) or environ.get(CONFIG_VARIABLE)
+    values = _values_from_file(Path(str(file))) if file else {}
+    values |= _values_from_environ(environ)
+    values |= {name: _read(name, value, _flag(name)) for name, value in given.items()}
+    config = ServerConfig(**values)
+    _check(config)
+    return config
+
+
+def unknown_variables(environ: Mapping[str, str] = os.environ) -> list[str]:
+    """Return a sentence for each `QUICKCHANGE_*` variable that means nothing to this server."""
+    known = {each.variable for each in OPTIONS.values()} | {CONFIG_VARIABLE, *CLIENT_VARIABLES}
+    known |= {o.ENV_PREFIX + name.upper() for name in UNAVAILABLE}
+    return [
+        f"the variable {name} is not known{_nearest(name, known)}"
+        for name, value in environ.items()
+        if name.startswith(o.ENV_PREFIX) and name not in known and not _is_service_link(name, value)
+    ]
+
+
+def _values_from_file(file: Path) -> dict[str, Any]:
+    try:
+        table = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigInvalid(f"--config {file}: cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigInvalid(f"--config {file}: is not TOML: {error}") from error
+    unknown = [key for key in table if key not in OPTIONS and key not in UNAVAILABLE]
+    if unknown:
+        found = "; ".join(f"{key!r}{_nearest(key, OPTIONS)}" for key in unknown)
+        raise ConfigInvalid(f"--config {file}: unknown key {found}")
+    return {key: _read(key, value, f"{key} in {file}") for key, value in table.items()}
+
+
+def _values_from_environ(environ: Mapping[str, str]) -> dict[str, Any]:
+    """Read the variables; an empty one counts as not set."""
+    values = {}
+    for name in (*OPTIONS, *UNAVAILABLE):
+        variable = o.ENV_PREFIX + name.upper()
+        text = environ.get(variable, "").strip()
+        if text and not _is_service_link(variable, text):
+            values[name] = _read(name, text, variable)
+    return values
+
+
+def _read(name: str, value: object, spelling: str) -> Any:
+    if name in UNAVAILABLE:
+        raise ConfigInvalid(f"{spelling} is not available in this version; leave it out")
+    try:
+        return OPTIONS[name].read(value)
+    except ValueError as error:
+        raise ConfigInvalid(f"{spelling} {error}", param=name) from error
+
+
+def _check(config: ServerConfig) -> None:
+    """Refuse settings that contradict each other."""
+    names = [adapter.name for adapter in config.static_adapters]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        _refuse(f"--adapter names {twice[0]!r} twice; give each adapter its own name")
+    if config.base_name in names:
+        _refuse(f"--adapter {config.base_name!r} is the base's name; choose another")
+    if config.is_public and not config.insecure:
+        _refuse(
+            f"--host {config.host} can be reached from other machines and no key is configured; "
+            "use 127.0.0.1, or accept that anybody may use and change this server: --insecure"
+        )
+
+
+def _refuse(sentence: str) -> NoReturn:
+    raise ConfigInvalid(sentence)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _nearest(name: str, known: Mapping[str, object] | set[str]) -> str:
+    nearest = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
+    return f" (nearest: {nearest[0]})" if nearest else ""
+
+
+def _is_service_link(name: str, value: str) -> bool:
+    """Whether Kubernetes put the variable there for a Service whose name begins like ours."""
+    if re.search(r"_SERVICE_(HOST|PORT)(_[A-Z0-9_]+)?$", name):
+        return True
+    if re.search(r"_PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?$", name):
+        return True
+    return name.endswith("_PORT") and re.match(r"(tcp|udp|sctp)://", value) is not None

@@ -1,0 +1,170 @@
+"""Who may use how much memory: turns `auto` into bytes, and says so in a table.
+
+Shares of `auto`, of what the base and the explicit values leave under the limit (10 % of which,
+and on the host half a GiB for the process itself, stay free):
+
+| part                 | share | at most                                   |
+|----------------------|-------|-------------------------------------------|
+| merged copies        | 25 %  | the base's own size; none if that is more |
+| KV cache             | 50 %  | max_batch_rows requests of full length    |
+| adapters on device   | 10 %  | 2 GiB                                     |
+| adapters in host RAM | 10 %  | 4 GiB                                     |
+
+Knows nothing of how the parts are used.
+"""
+
+from dataclasses import dataclass
+
+from quickchange_server.base_footprint import BaseFootprint
+from quickchange_server.config import ServerConfig
+from quickchange_server.memory_limit import MemoryLimit
+
+MIB = 1 << 20
+GIB = 1 << 30
+USABLE_SHARE = 0.9
+PROCESS_BYTES = GIB // 2
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryBudget:
+    """The resolved ceilings, with what they were resolved from."""
+
+    base_bytes: int
+    kv_cache_bytes: int
+    adapter_device_bytes: int
+    adapter_host_bytes: int
+    merged_bytes: int
+    device: str
+    device_limit: MemoryLimit
+    host_limit: MemoryLimit
+    footprint: BaseFootprint
+
+    def render(self) -> str:
+        """Return the table that is printed at start."""
+        base = self.footprint
+        kv_note = f"{self.kv_cache_bytes // base.kv_bytes_per_token:,} tokens"
+        merged_note = f"{self.merged_bytes / base.weight_bytes:.1f} times the base"
+        lines = [
+            _line("base", self.base_bytes, self.device, "never changed"),
+            _line("KV cache", self.kv_cache_bytes, self.device, kv_note),
+            _line("adapters", self.adapter_device_bytes, self.device, self._adapters_note),
+            _line("adapters", self.adapter_host_bytes, "host", ""),
+            _line("merged copies", self.merged_bytes, self.device, merged_note),
+        ]
+        return "\n".join([f"Memory: {self._limits}", *lines])
+
+    @property
+    def _adapters_note(self) -> str:
+        per_adapter = 16 * self.footprint.adapter_bytes_per_rank
+        return f"{self.adapter_device_bytes // max(per_adapter, 1)} of rank 16 on every linear"
+
+    @property
+    def _limits(self) -> str:
+        limits = dict.fromkeys((self.device_limit, self.host_limit))
+        return ", ".join(f"{format_bytes(each.free_bytes)} ({each.source})" for each in limits)
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """One ceiling: the explicit value, or the share and the most that `auto` takes."""
+
+    name: str
+    explicit: int | None
+    share: float
+    most: int
+    is_whole: bool = False
+
+    def resolve(self, rest: int) -> int:
+        """Return the explicit value, or the share of `rest`."""
+        if self.explicit is not None:
+            return self.explicit
+        if self.is_whole:
+            return self.most if self.most <= self.share * rest else 0
+        return int(min(self.share * rest, self.most))
+
+
+def resolve_budget(
+    config: ServerConfig,
+    footprint: BaseFootprint,
+    device: str,
+    device_limit: MemoryLimit,
+    host_limit: MemoryLimit,
+) -> MemoryBudget:
+    """Turn the byte settings into numbers that fit under the limits together.
+
+    Raises: ConfigInvalid when the base or the explicit values do not fit.
+    """
+    device_parts = _device_parts(config, footprint)
+    host_parts = _host_parts(config, footprint)
+    if device == "cpu":
+        sizes = _resolve(device_parts + host_parts, host_limit, footprint.weight_bytes, "host")
+    else:
+        sizes = _resolve(device_parts, device_limit, footprint.weight_bytes, device)
+        sizes |= _resolve(host_parts, host_limit, 0, "host")
+    return MemoryBudget(
+        base_bytes=footprint.weight_bytes,
+        **sizes,
+        device=device,
+        device_limit=device_limit,
+        host_limit=host_limit,
+        footprint=footprint,
+    )
+
+
+def format_bytes(size: int) -> str:
+    """Return a size for people: `512.0 MiB`, `2.0 GiB`."""
+    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / MIB:.1f} MiB"
+
+
+def _device_parts(config: ServerConfig, base: BaseFootprint) -> list[_Part]:
+    max_tokens = min(config.max_model_len or base.max_model_len, base.max_model_len)
+    most_kv = config.max_batch_rows * max_tokens * base.kv_bytes_per_token
+    pool_bytes = _explicit(config.adapter_device_bytes, config.max_loras, config, base)
+    return [
+        _Part("merged_bytes", config.merged_bytes, 0.25, base.weight_bytes, is_whole=True),
+        _Part("kv_cache_bytes", config.kv_cache_bytes, 0.5, most_kv),
+        _Part("adapter_device_bytes", pool_bytes, 0.1, 2 * GIB),
+    ]
+
+
+def _host_parts(config: ServerConfig, base: BaseFootprint) -> list[_Part]:
+    host_bytes = _explicit(config.adapter_host_bytes, config.max_cpu_loras, config, base)
+    return [_Part("adapter_host_bytes", host_bytes, 0.1, 4 * GIB)]
+
+
+def _explicit(
+    size: int | None, num_adapters: int | None, config: ServerConfig, base: BaseFootprint
+) -> int | None:
+    """Return the bytes that were asked for, directly or as a number of the largest adapters."""
+    if size is None and num_adapters is not None:
+        return num_adapters * config.max_lora_rank * base.adapter_bytes_per_rank
+    return size
+
+
+def _resolve(parts: list[_Part], limit: MemoryLimit, base_bytes: int, place: str) -> dict[str, int]:
+    """Resolve the parts that live in one memory."""
+    fixed = sum(part.explicit or 0 for part in parts)
+    reserve = PROCESS_BYTES if place == "host" else 0
+    rest = int(USABLE_SHARE * limit.free_bytes) - reserve - base_bytes - fixed
+    if rest < 0:
+        raise ConfigInvalid(_does_not_fit(parts, limit, base_bytes, reserve))
+    return {part.name: part.resolve(rest) for part in parts}
+
+
+def _does_not_fit(parts: list[_Part], limit: MemoryLimit, base_bytes: int, reserve: int) -> str:
+    asked = [
+        f"--{part.name.replace('_', '-')} {format_bytes(part.explicit)}"
+        for part in parts
+        if part.explicit is not None
+    ]
+    base = [f"the base {format_bytes(base_bytes)}"] if base_bytes else []
+    process = [f"the process {format_bytes(reserve)}"] if reserve else []
+    return (
+        f"not enough memory: {' + '.join(base + process + asked)} is more than "
+        f"{USABLE_SHARE:.0%} of {format_bytes(limit.free_bytes)} ({limit.source}); "
+        "lower these values, use a smaller base, or raise the limit"
+    )
+
+
+def _line(name: str, size: int, place: str, note: str) -> str:
+    return f"  {name:<14}{format_bytes(size):>11}  {place:<7} {note}".rstrip()
