@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from quickchange_server.base_footprint import BaseFootprint
 from quickchange_server.config import ServerConfig
+from quickchange_server.errors import ConfigInvalid
 from quickchange_server.memory_limit import MemoryLimit
 
 MIB = 1 << 20
