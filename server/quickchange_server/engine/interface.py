@@ -28,6 +28,7 @@ class ResidentAdapter:
 class EngineSnapshot:
     """The engine's state after its last step. Immutable; reading it never waits.
 
+    The heartbeat is at most about a second old while the engine thread lives, idle or not.
     `memory_bytes` has parts: base, merged, adapter_pool_used, adapter_pool_total, adapter_host,
     kv_used, kv_total.
     """
@@ -39,6 +40,7 @@ class EngineSnapshot:
     kv_block_size: int = 0
     num_steps: int = 0
     last_step_monotonic_s: float = 0.0
+    heartbeat_monotonic_s: float = 0.0
     is_alive: bool = False
     memory_bytes: dict[str, int] = field(default_factory=dict)
     adapters: dict[str, ResidentAdapter] = field(default_factory=dict)

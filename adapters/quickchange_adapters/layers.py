@@ -1,0 +1,83 @@
+"""The multi-adapter linear: one fused projection of the frozen base plus the step's deltas.
+
+The seam is y = W·x + bias + Σ delta, where W is the base's matrix, or a merged copy's when every
+row of the step uses that copy. The plan of the step reaches the layers through a `PlanHolder`
+that they share, because a Hugging Face block passes nothing else to its linears.
+"""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from quickchange_adapters.layout import GroupShape
+from quickchange_adapters.ops.deltas import add_deltas
+from quickchange_adapters.ops.linear_weight import LinearWeight
+from quickchange_adapters.plan import StepPlan
+from quickchange_adapters.pool import Arena
+
+
+@dataclass(slots=True)
+class PlanHolder:
+    """The current step's plan and the pool's arenas, shared by all layers of a model."""
+
+    plan: StepPlan = field(default_factory=lambda: StepPlan(0))
+    arenas: dict[str, Arena] = field(default_factory=dict)
+
+
+class ProjectionGroup:
+    """One block's fused projection: computes all parts on the first call with an input."""
+
+    def __init__(
+        self,
+        shape: GroupShape,
+        layer: int,
+        weight: LinearWeight,
+        bias: Tensor | None,
+        holder: PlanHolder,
+    ) -> None:
+        self.shape = shape
+        self.layer = layer
+        self.weight = weight
+        self.bias = bias
+        self._holder = holder
+        self._columns = shape.part_slices
+        self._input: Tensor | None = None
+        self._output: Tensor | None = None
+
+    def compute(self, x: Tensor) -> Tensor:
+        """Return the fused output; x [..., in] -> [..., out]."""
+        plan = self._holder.plan
+        rows = x.reshape(-1, self.shape.in_features)
+        y = self._weight_of(plan).apply(rows, self.bias)
+        if plan.has_deltas:
+            add_deltas(y, rows, self._holder.arenas[self.shape.kind], self.layer, plan)
+        return y.view(*x.shape[:-1], self.shape.out_features)
+
+    def part(self, index: int, x: Tensor) -> Tensor:
+        """Return one part's columns; siblings that pass the same tensor share one product."""
+        if self.shape.num_parts == 1:
+            return self.compute(x)
+        if self._output is None or self._input is not x:
+            self._input, self._output = x, self.compute(x)
+        result = self._output[..., self._columns[index]]
+        if index == self.shape.num_parts - 1:
+            self._input = self._output = None
+        return result
+
+    def _weight_of(self, plan: StepPlan) -> LinearWeight:
+        if plan.merged is None:
+            return self.weight
+        return plan.merged.weights.get((self.shape.kind, self.layer), self.weight)
+
+
+class GroupPart(nn.Module):
+    """Stands where the base's q_proj (k_proj, …) stood."""
+
+    def __init__(self, group: ProjectionGroup, index: int) -> None:
+        super().__init__()
+        self._group = group
+        self._index = index
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return this part of the group's output; x [..., in] -> [..., out of the part]."""
+        return self._group.part(self._index, x)

@@ -1,0 +1,1 @@
+"""Matrix products of the multi-adapter linear: a plain reference, then paths per device."""

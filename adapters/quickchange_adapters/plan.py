@@ -1,0 +1,128 @@
+"""Which rows of a step use which adapters. Built once a step, read by every linear."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from quickchange_adapters.merge import MergedCopy
+from quickchange_adapters.pool import AdapterPool, Arena, Slot
+
+MAX_MIX = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One adapter of a row block and its weight in the mix."""
+
+    slot: Slot
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class RowBlock:
+    """Rows [start, end) of the packed step that share the same adapters and weights."""
+
+    start: int
+    end: int
+    terms: tuple[Term, ...]
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows."""
+        return self.end - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class DenseWindow:
+    """One group's active rows for the leading blocks of a step.
+
+    `is_foreign` [tokens, rows]: True where a rank row belongs to none of the token's adapters.
+    `weights` [tokens, rows] float32, or None when every weight is 1.
+    """
+
+    num_rows: int
+    is_foreign: Tensor
+    weights: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """Deltas of one step.
+
+    Attributes:
+        num_tokens: rows of the packed step.
+        windows: by group kind; computed for rows [0, num_dense_tokens) at once.
+        num_dense_tokens: rows covered by `windows`.
+        blocks: row blocks behind the dense rows, computed one after another.
+        is_exact: compute in tiles of fixed height, so that a row's bits depend on nothing else.
+        merged: all rows use this copy; there are no deltas then.
+    """
+
+    num_tokens: int
+    windows: dict[str, DenseWindow] = field(default_factory=dict)
+    num_dense_tokens: int = 0
+    blocks: tuple[RowBlock, ...] = ()
+    is_exact: bool = False
+    merged: MergedCopy | None = None
+
+    @property
+    def has_deltas(self) -> bool:
+        """Whether any row needs an adapter's delta."""
+        return bool(self.windows or self.blocks)
+
+
+def build_plan(
+    blocks: Sequence[RowBlock], num_tokens: int, pool: AdapterPool, *, is_exact: bool
+) -> StepPlan:
+    """Choose how to compute a step's deltas: short leading blocks together, long ones singly.
+
+    `blocks` are in row order and leave out rows of the base. Decode rows come first in a step, so
+    the leading run of short blocks is the decode part; there a product over the whole active
+    window costs less than a pair of small products per adapter and layer.
+    """
+    if is_exact:
+        return StepPlan(num_tokens, blocks=tuple(blocks), is_exact=True)
+    num_short = next((i for i, b in enumerate(blocks) if b.num_rows > 1), len(blocks))
+    short = blocks[:num_short] if _is_window_worthwhile(blocks[:num_short]) else ()
+    if not short:
+        return StepPlan(num_tokens, blocks=tuple(blocks))
+    num_dense = short[-1].end
+    windows = {
+        kind: window
+        for kind, arena in pool.arenas.items()
+        if (window := _build_window(short, num_dense, arena)) is not None
+    }
+    return StepPlan(num_tokens, windows, num_dense, tuple(blocks[len(short) :]))
+
+
+def _is_window_worthwhile(blocks: Sequence[RowBlock]) -> bool:
+    return len(blocks) > 1
+
+
+def _build_window(blocks: Sequence[RowBlock], num_tokens: int, arena: Arena) -> DenseWindow | None:
+    kind = arena.shape.kind
+    entries = [
+        (block, rows, term.weight)
+        for block in blocks
+        for term in block.terms
+        if (rows := term.slot.ranges.get(kind)) is not None
+    ]
+    if not entries:
+        return None
+    num_rows = max(rows.end for _, rows, _ in entries)
+    is_foreign = torch.ones(num_tokens, num_rows, dtype=torch.bool)
+    weights = None
+    if any(weight != 1.0 for _, _, weight in entries):
+        weights = torch.ones(num_tokens, num_rows)
+    for block, rows, weight in entries:
+        is_foreign[block.start : block.end, rows.start : rows.end] = False
+        if weights is not None:
+            weights[block.start : block.end, rows.start : rows.end] = weight
+    device = arena.lora_a.device
+    return DenseWindow(
+        num_rows,
+        is_foreign.to(device, non_blocking=True),
+        None if weights is None else weights.to(device, non_blocking=True),
+    )

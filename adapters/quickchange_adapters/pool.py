@@ -1,0 +1,253 @@
+"""The device pool: adapters at their real ranks, in two plain arenas per projection group.
+
+| invariant | meaning |
+|---|---|
+| ranges of live slots never overlap | nobody reads another adapter's rows |
+| every live row lies below `num_active_rows` | the active window is a view of the arenas |
+| a slot with references is never evicted | a running request keeps its weights |
+
+Slots may move (`compact`, `acquire`) between steps only; `generation` grows whenever row ranges
+change, so a plan made under an older generation is stale. Rows of dropped slots keep their old
+(finite) values: steps mask them out.
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from quickchange_adapters.host_adapter import HostAdapter
+from quickchange_adapters.layout import ROW_UNIT, AdapterLayout, GroupShape
+
+
+@dataclass(frozen=True, slots=True)
+class RowRange:
+    """Rows [start, end) of one group's arenas."""
+
+    start: int
+    end: int
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows."""
+        return self.end - self.start
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
+    """One version's place in the pool: a row range per group that it targets."""
+
+    digest: str
+    ranges: dict[str, RowRange]
+    num_bytes: int
+    num_references: int = 0
+
+
+@dataclass(slots=True)
+class Arena:
+    """One group's storage: lora_a [layers, rows, parts, in], lora_b [layers, rows, out]."""
+
+    shape: GroupShape
+    lora_a: Tensor
+    lora_b: Tensor
+    used: list[RowRange] = field(default_factory=list)
+
+    @property
+    def num_rows(self) -> int:
+        """Capacity in rank rows."""
+        return self.lora_a.shape[1]
+
+    @property
+    def num_active_rows(self) -> int:
+        """End of the last live range: the window that a dense step computes."""
+        return self.used[-1].end if self.used else 0
+
+    def find_free(self, num_rows: int) -> RowRange | None:
+        """Return the lowest hole of so many rows, or None."""
+        start = 0
+        for live in self.used:
+            if live.start - start >= num_rows:
+                break
+            start = live.end
+        if start + num_rows > self.num_rows:
+            return None
+        return RowRange(start, start + num_rows)
+
+    def take(self, rows: RowRange) -> None:
+        """Mark rows as live."""
+        self.used.append(rows)
+        self.used.sort(key=lambda live: live.start)
+
+
+class AdapterPool:
+    """Slots of versions on the device, under a byte ceiling, least recently used goes first."""
+
+    def __init__(
+        self,
+        layout: AdapterLayout,
+        ceiling_bytes: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.layout = layout
+        row_bytes = layout.row_elements * dtype.itemsize
+        rows = ceiling_bytes // max(row_bytes, 1) // ROW_UNIT * ROW_UNIT
+        self.num_rows = rows
+        self.total_bytes = rows * row_bytes
+        self.arenas = {
+            kind: Arena(
+                shape,
+                torch.zeros(
+                    shape.num_layers, rows, shape.num_parts, shape.in_features,
+                    dtype=dtype, device=device,
+                ),
+                torch.zeros(shape.num_layers, rows, shape.out_features, dtype=dtype, device=device),
+            )
+            for kind, shape in layout.groups.items()
+        }  # fmt: skip
+        self._slots: OrderedDict[str, Slot] = OrderedDict()
+        self.num_evictions = 0
+        self.generation = 0
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of live rows."""
+        return sum(slot.num_bytes for slot in self._slots.values())
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        """Live slots, least recently used first."""
+        return tuple(self._slots.values())
+
+    def get(self, digest: str) -> Slot | None:
+        """Return the slot of a version if it is resident."""
+        return self._slots.get(digest)
+
+    def can_ever_hold(self, adapter: HostAdapter) -> bool:
+        """Whether an empty pool would hold this adapter."""
+        return all(group.num_rows <= self.num_rows for group in adapter.groups.values())
+
+    def acquire(self, adapter: HostAdapter) -> Slot | None:
+        """Return the adapter's slot with one more reference, copying it in if need be.
+
+        Evicts unreferenced slots, least recently used first. None: it does not fit now, because
+        referenced slots hold the rows; nothing was changed for nothing.
+        """
+        slot = self._slots.get(adapter.digest) or self._load(adapter)
+        if slot is None:
+            return None
+        self._slots.move_to_end(adapter.digest)
+        slot.num_references += 1
+        return slot
+
+    def release(self, slot: Slot) -> None:
+        """Give one reference back; the slot stays resident until its rows are wanted."""
+        assert slot.num_references > 0, f"slot {slot.digest[:12]} released too often"
+        slot.num_references -= 1
+
+    def evict(self, digest: str) -> int:
+        """Drop an unreferenced slot; return its bytes (0 if it was not resident)."""
+        slot = self._slots.get(digest)
+        if slot is None:
+            return 0
+        assert slot.num_references == 0, f"slot {digest[:12]} is in use"
+        del self._slots[digest]
+        for kind, rows in slot.ranges.items():
+            self.arenas[kind].used.remove(rows)
+        return slot.num_bytes
+
+    def compact(self) -> None:
+        """Fill holes from the end, so that the active window stays small. Between steps only."""
+        for arena in self.arenas.values():
+            self._fill_holes(arena)
+
+    def check_integrity(self) -> None:
+        """Assert the invariants of the table above."""
+        for kind, arena in self.arenas.items():
+            live = sorted(
+                (slot.ranges[kind] for slot in self._slots.values() if kind in slot.ranges),
+                key=lambda rows: rows.start,
+            )
+            assert live == arena.used
+            assert all(a.end <= b.start for a, b in zip(live, live[1:], strict=False))
+            assert not live or live[-1].end <= arena.num_rows
+
+    def _load(self, adapter: HostAdapter) -> Slot | None:
+        if not self._make_room(adapter):
+            return None
+        ranges = {}
+        for kind, group in adapter.groups.items():
+            arena = self.arenas[kind]
+            rows = arena.find_free(group.num_rows)
+            assert rows is not None
+            arena.take(rows)
+            arena.lora_a[:, rows.start : rows.end].copy_(group.lora_a, non_blocking=True)
+            arena.lora_b[:, rows.start : rows.end].copy_(group.lora_b, non_blocking=True)
+            ranges[kind] = rows
+        slot = Slot(adapter.digest, ranges, adapter.num_bytes)
+        self._slots[adapter.digest] = slot
+        self.generation += 1
+        return slot
+
+    def _fits(self, adapter: HostAdapter) -> bool:
+        return all(
+            self.arenas[kind].find_free(group.num_rows) is not None
+            for kind, group in adapter.groups.items()
+        )
+
+    def _make_room(self, adapter: HostAdapter) -> bool:
+        if self._fits(adapter):
+            return True
+        idle = [slot for slot in self._slots.values() if slot.num_references == 0]
+        if not self._could_fit_without(adapter, idle):
+            return False
+        for slot in idle:
+            self.evict(slot.digest)
+            self.num_evictions += 1
+            if self._fits(adapter):
+                return True
+        for arena in self.arenas.values():
+            self._slide(arena)
+        return self._fits(adapter)
+
+    def _could_fit_without(self, adapter: HostAdapter, idle: list[Slot]) -> bool:
+        for kind, group in adapter.groups.items():
+            arena = self.arenas[kind]
+            held = sum(rows.num_rows for rows in arena.used) - sum(
+                slot.ranges[kind].num_rows for slot in idle if kind in slot.ranges
+            )
+            if arena.num_rows - held < group.num_rows:
+                return False
+        return True
+
+    def _owners(self, arena: Arena) -> dict[RowRange, Slot]:
+        kind = arena.shape.kind
+        return {slot.ranges[kind]: slot for slot in self._slots.values() if kind in slot.ranges}
+
+    def _fill_holes(self, arena: Arena) -> None:
+        owners = self._owners(arena)
+        for rows in reversed(list(arena.used)):
+            hole = arena.find_free(rows.num_rows)
+            if hole is not None and hole.start < rows.start:
+                self._move(arena, owners[rows], rows, hole)
+
+    def _slide(self, arena: Arena) -> None:
+        """Move every live range down to the end of the one before it: no hole is left."""
+        owners = self._owners(arena)
+        end = 0
+        for rows in list(arena.used):
+            if rows.start > end:
+                self._move(arena, owners[rows], rows, RowRange(end, end + rows.num_rows))
+            end += rows.num_rows
+
+    def _move(self, arena: Arena, slot: Slot, source: RowRange, target: RowRange) -> None:
+        for tensor in (arena.lora_a, arena.lora_b):
+            moved = tensor[:, source.start : source.end]
+            if target.end > source.start:
+                moved = moved.clone()
+            tensor[:, target.start : target.end].copy_(moved)
+        arena.used.remove(source)
+        arena.take(target)
+        slot.ranges[arena.shape.kind] = target
+        self.generation += 1

@@ -1,0 +1,279 @@
+"""The frozen base: a Hugging Face causal LM whose linears were replaced by projection groups.
+
+Knows the model's modules, shapes and bytes. Does not know requests, KV blocks or the pool's state.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from quickchange_adapters.base_spec import BaseSpec, ModuleSpec
+from quickchange_adapters.layers import GroupPart, PlanHolder, ProjectionGroup
+from quickchange_adapters.layout import AdapterLayout, GroupShape, Place
+from quickchange_adapters.ops.linear_weight import make_linear_weight
+from torch import Tensor, nn
+
+from quickchange_server.engine.attention import ATTENTION_NAME, register_attention
+from quickchange_server.engine.settings import EngineSettings
+from quickchange_server.errors import QuickchangeError
+
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+SERVED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+_BLOCK_PATH = re.compile(r"^(.*?\.(?:layers|h|blocks)\.(\d+))\.(.+)$")
+
+
+class UnsupportedBase(QuickchangeError):
+    """This checkpoint cannot be served; the message says why."""
+
+    code = "unsupported_base"
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """One linear of a block before the replacement: weight [out, in], bias [out] or None."""
+
+    path: str
+    module: nn.Module
+    is_conv1d: bool
+
+    @property
+    def weight(self) -> Tensor:
+        """W as [out, in]."""
+        weight: Tensor = self.module.weight.data  # type: ignore[union-attr, assignment]
+        return weight.t().contiguous() if self.is_conv1d else weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Bias [out], if any."""
+        bias = getattr(self.module, "bias", None)
+        return None if bias is None else bias.data
+
+    @property
+    def spec(self) -> ModuleSpec:
+        """The linear as adapters see it."""
+        out_features, in_features = self.weight.shape
+        kind = "conv1d" if self.is_conv1d else "linear"
+        return ModuleSpec(kind, in_features, out_features, self.bias is not None)  # type: ignore[arg-type]
+
+
+class BaseModel:
+    """The resident base, ready to compute packed rows.
+
+    | attribute | meaning |
+    |---|---|
+    | model | the Hugging Face module after surgery; parameters frozen |
+    | holder | the step's plan, read by every projection group |
+    | layout | groups and places of all linears an adapter may target |
+    | spec | names and shapes, for the checks |
+    """
+
+    def __init__(self, model: Any, settings: EngineSettings) -> None:
+        self.model = model
+        self.config = model.config.get_text_config()
+        self.dtype: torch.dtype = model.dtype
+        self.device = torch.device(settings.device)
+        self.holder = PlanHolder()
+        self.groups: dict[tuple[str, int], ProjectionGroup] = {}
+        specs: dict[str, ModuleSpec] = {}
+        self.layout = self._replace_linears(specs)
+        self._replace_head()
+        self.num_layers = int(self.config.num_hidden_layers)
+        self.digest = self.checksum()
+        self.spec = BaseSpec(
+            settings.served_name, self.digest, self.config.model_type, self.num_layers, specs
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        """Resident bytes of the base: groups, head, and what stayed in the module."""
+        rest = {t.data_ptr(): t.nbytes for _, t in self._plain_tensors()}
+        packed = sum(group.weight.num_bytes for group in self.groups.values())
+        head = self._head.weight.num_bytes if self._head is not None else 0
+        return sum(rest.values()) + packed + head
+
+    @property
+    def max_model_len(self) -> int:
+        """Most positions that the checkpoint was made for."""
+        return int(self.config.max_position_embeddings)
+
+    @property
+    def vocab_size(self) -> int:
+        """Width of the logits."""
+        return int(self.config.vocab_size)
+
+    def dense(self, kind: str, layer: int) -> Tensor:
+        """Return a group's exact fused matrix [out, in]."""
+        return self.groups[(kind, layer)].weight.dense()
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """Look up token ids [tokens] -> [tokens, width]."""
+        result: Tensor = self.model.get_input_embeddings()(token_ids)
+        return result
+
+    def checksum(self) -> str:
+        """Compute sha256 over every resident base weight, in a fixed order (hex)."""
+        digest = hashlib.sha256()
+        for name, tensor in self._all_weights():
+            digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    def _all_weights(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self._plain_tensors()
+        for (kind, layer), group in sorted(self.groups.items()):
+            yield f"{kind}.{layer}", group.weight.dense()
+            if group.bias is not None:
+                yield f"{kind}.{layer}.bias", group.bias
+        if self._head is not None:
+            yield "head", self._head.weight.dense()
+
+    def _plain_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        yield from sorted(self.model.named_parameters())
+        yield from sorted(self.model.named_buffers())
+
+    def _replace_linears(self, specs: dict[str, ModuleSpec]) -> AdapterLayout:
+        families: dict[str, list[list[Linear]]] = {}
+        for linears in _sibling_groups(_block_linears(self.model)):
+            families.setdefault(_kind_of(linears), []).append(linears)
+            specs.update({linear.path: linear.spec for linear in linears})
+        shapes, places = {}, {}
+        for kind, groups in families.items():
+            first = groups[0]
+            shapes[kind] = GroupShape(
+                kind,
+                first[0].spec.in_features,
+                tuple(linear.spec.out_features for linear in first),
+                len(groups),
+            )
+            for layer, linears in enumerate(groups):
+                self._install(shapes[kind], layer, linears)
+                for part, linear in enumerate(linears):
+                    places[linear.path] = Place(kind, layer, part)
+        return AdapterLayout(shapes, places)
+
+    def _install(self, shape: GroupShape, layer: int, linears: list[Linear]) -> None:
+        weight = make_linear_weight(torch.cat([linear.weight for linear in linears]))
+        bias = _fused_bias(linears)
+        group = ProjectionGroup(shape, layer, weight, bias, self.holder)
+        self.groups[(shape.kind, layer)] = group
+        for index, linear in enumerate(linears):
+            _set_module(self.model, linear.path, GroupPart(group, index))
+
+    def _replace_head(self) -> None:
+        self._head: ProjectionGroup | None = None
+        head = self.model.get_output_embeddings()
+        if not isinstance(head, nn.Linear):
+            return
+        shape = GroupShape("lm_head", head.in_features, (head.out_features,), 1)
+        bias = None if head.bias is None else head.bias.data
+        weight = make_linear_weight(head.weight.data)
+        self._head = ProjectionGroup(shape, 0, weight, bias, PlanHolder())
+        path = next(name for name, module in self.model.named_modules() if module is head)
+        _set_module(self.model, path, GroupPart(self._head, 0))
+
+
+def load_base(folder: Path, settings: EngineSettings) -> BaseModel:
+    """Load a Hugging Face folder and make it ready to serve.
+
+    Raises: UnsupportedBase if the folder is no causal LM that this engine can run.
+    """
+    from transformers import AutoModelForCausalLM
+
+    _check_config(folder)
+    register_attention()
+    dtype: Any = "auto" if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype=dtype, attn_implementation=ATTENTION_NAME, local_files_only=True
+        )
+    except (OSError, ValueError) as error:
+        raise UnsupportedBase(f"cannot load {str(folder)!r}: {error}") from error
+    model.eval().requires_grad_(False)
+    model.to(settings.device)
+    return BaseModel(model, settings)
+
+
+def end_token_ids(model: Any) -> frozenset[int]:
+    """Collect the ids that end a text, from the generation config and the model's config."""
+    ids: set[int] = set()
+    for config in (model.generation_config, model.config):
+        value = getattr(config, "eos_token_id", None)
+        ids.update(value if isinstance(value, list) else [] if value is None else [value])
+    return frozenset(ids)
+
+
+def _check_config(folder: Path) -> None:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UnsupportedBase(f"{str(folder)!r} holds no config.json: not a Hugging Face model")
+    config = json.loads(path.read_text())
+    config = config.get("text_config", config)
+    unknown = set(config.get("layer_types") or ()) - SERVED_LAYER_TYPES
+    if unknown:
+        raise UnsupportedBase(
+            f"{config.get('model_type')!r} has layers of type {', '.join(sorted(unknown))}; "
+            f"served are {', '.join(sorted(SERVED_LAYER_TYPES))}"
+        )
+    if config.get("quantization_config"):
+        raise UnsupportedBase(
+            "this checkpoint is quantised; serve the unquantised weights in bfloat16"
+        )
+
+
+def _block_linears(model: nn.Module) -> list[Linear]:
+    from transformers.pytorch_utils import Conv1D
+
+    found = []
+    for path, module in model.named_modules():
+        if _BLOCK_PATH.match(path) and isinstance(module, (nn.Linear, Conv1D)):
+            found.append(Linear(path, module, isinstance(module, Conv1D)))
+    if not found:
+        raise UnsupportedBase("no linears found in numbered blocks: this model cannot be served")
+    return found
+
+
+def _sibling_groups(linears: list[Linear]) -> Iterator[list[Linear]]:
+    by_path = {linear.path: linear for linear in linears}
+    done: set[str] = set()
+    for linear in linears:
+        if linear.path in done:
+            continue
+        group = [by_path[path] for path in _sibling_paths(linear.path, by_path)]
+        done.update(member.path for member in group)
+        yield group
+
+
+def _sibling_paths(path: str, by_path: dict[str, Linear]) -> list[str]:
+    parent, _, name = path.rpartition(".")
+    for names in SIBLINGS:
+        paths = [f"{parent}.{sibling}" for sibling in names]
+        if name in names and all(p in by_path for p in paths):
+            inputs = {by_path[p].spec.in_features for p in paths}
+            biases = {by_path[p].bias is None for p in paths}
+            if len(inputs) == 1 and len(biases) == 1:
+                return paths
+    return [path]
+
+
+def _kind_of(linears: list[Linear]) -> str:
+    match = _BLOCK_PATH.match(linears[0].path)
+    assert match is not None
+    tail = "+".join([match[3], *(linear.path.rpartition(".")[2] for linear in linears[1:])])
+    shapes = "x".join(str(linear.spec.out_features) for linear in linears)
+    return f"{tail}[{linears[0].spec.in_features}:{shapes}]"
+
+
+def _fused_bias(linears: list[Linear]) -> Tensor | None:
+    if linears[0].bias is None:
+        return None
+    return torch.cat([linear.bias for linear in linears if linear.bias is not None])
+
+
+def _set_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent) if parent else model, name, module)

@@ -1,0 +1,206 @@
+"""asyncio's side of the engine: submits, waits, cancels. Implements `GenerationEngine`.
+
+One `call_soon_threadsafe` a step brings the tokens of all requests over to the event loop.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from quickchange_adapters.host_adapter import HostAdapter, pack_adapter
+from quickchange_adapters.merge import MergedCopy, merge_adapter, merged_bytes_of
+from quickchange_adapters.pool import AdapterPool
+from quickchange_adapters.weights import AdapterWeights
+
+from quickchange_server.engine.base_model import end_token_ids, load_base
+from quickchange_server.engine.engine import Engine
+from quickchange_server.engine.interface import EngineSnapshot, MergeResult, ResidentAdapter
+from quickchange_server.engine.model_runner import ModelRunner
+from quickchange_server.engine.observer import EngineObserver, NoObserver
+from quickchange_server.engine.request import GenerationRequest, TokenOutput
+from quickchange_server.engine.settings import EngineSettings
+from quickchange_server.errors import InvalidRequest, NotFound, QueueFull, Unavailable
+
+T = TypeVar("T")
+
+
+class EngineClient:
+    """The engine behind its protocol. The constructor loads the base and blocks meanwhile."""
+
+    def __init__(
+        self,
+        model_folder: Path,
+        settings: EngineSettings,
+        observer: EngineObserver | None = None,
+    ) -> None:
+        base = load_base(model_folder, settings)
+        pool = AdapterPool(base.layout, settings.adapter_device_bytes, base.dtype, base.device)
+        runner = ModelRunner(base, pool, settings.kv_cache_bytes, settings.kv_block_size)
+        self.base = base.spec
+        self.dtype = base.dtype
+        self.eos_token_ids = end_token_ids(base.model)
+        self.max_model_len = _context_limit(runner, settings)
+        self._settings = settings
+        self._base_model = base
+        self._engine = Engine(
+            runner, settings, self.eos_token_ids, observer or NoObserver(), self._publish
+        )
+        self._loader = ThreadPoolExecutor(1, "quickchange-loader", _use_one_thread)
+        self._queues: dict[str, asyncio.Queue[TokenOutput]] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def start(self) -> None:
+        """Start the engine thread."""
+        self._loop = asyncio.get_running_loop()
+        self._engine.start()
+
+    async def stop(self) -> None:
+        """Abort what runs and join the threads."""
+        await asyncio.to_thread(self._engine.stop)
+        self._loader.shutdown(wait=False, cancel_futures=True)
+
+    def check_admission(self, num_requests: int = 1) -> None:
+        """Say now whether so many more requests may wait. Raises: QueueFull, Unavailable."""
+        if not self._engine.snapshot.is_alive:
+            raise Unavailable("the engine is not running")
+        limit = self._settings.max_queue + self._settings.max_batch_rows
+        if len(self._queues) + num_requests > limit:
+            raise QueueFull(
+                f"{len(self._queues)} requests are running or waiting; the limit is {limit} "
+                "(--max-queue and --max-batch-rows): try again soon"
+            )
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenOutput]:
+        """Submit, and yield outputs until one has a finish_reason; leaving early aborts."""
+        self.check_admission()
+        self._check_request(request)
+        outputs: asyncio.Queue[TokenOutput] = asyncio.Queue()
+        self._queues[request.request_id] = outputs
+        self._engine.submit(request)
+        is_done = False
+        try:
+            while not is_done:
+                output = await outputs.get()
+                is_done = output.finish_reason is not None
+                yield output
+        finally:
+            if not is_done:
+                self._engine.abort(request.request_id)
+            self._queues.pop(request.request_id, None)
+
+    def is_loaded(self, digest: str) -> bool:
+        """Whether a request for this digest can be submitted now."""
+        return self._engine.residency.host_copy(digest) is not None
+
+    async def load_adapter(self, weights: AdapterWeights) -> None:
+        """Pack a version on the loader thread and keep it in host memory."""
+        if self.is_loaded(weights.digest):
+            return
+        layout, dtype = self._base_model.layout, self.dtype
+        adapter = await self._in_loader(lambda: pack_adapter(weights, layout, dtype))
+        self._check_fits(adapter)
+        try:
+            await self._on_engine(lambda: self._engine.residency.add_host(adapter))
+        except MemoryError as error:
+            raise Unavailable(str(error), code="adapter_memory") from error
+
+    async def unload_adapter(self, digest: str, timeout_s: float = 30.0) -> ResidentAdapter | None:
+        """Drain and free a version. Raises: TimeoutError; it then goes when its requests end."""
+        done = asyncio.wrap_future(self._engine.unload(digest))
+        return await asyncio.wait_for(asyncio.shield(done), timeout_s)
+
+    async def merge(self, digest: str) -> MergeResult:
+        """Compute a merged copy on the loader thread. Raises: MergeBudgetExceeded."""
+        started = time.monotonic()
+        residency = self._engine.residency
+        copy = residency.merged.get(digest)
+        if copy is None:
+            adapter = self._loaded(digest)
+            needed = merged_bytes_of(adapter, self._base_model.layout, self.dtype.itemsize)
+            await self._on_engine(lambda: residency.check_merge_budget(digest, needed))
+            made = await self._in_loader(lambda: self._merge(adapter))
+            copy = await self._on_engine(lambda: self._add_merged(made))
+        return MergeResult(digest, copy.num_bytes, time.monotonic() - started)
+
+    async def unmerge(self, digest: str) -> MergeResult:
+        """Drop the merged copy."""
+        started = time.monotonic()
+        freed = await self._on_engine(lambda: self._engine.residency.drop_merged(digest))
+        return MergeResult(digest, freed, time.monotonic() - started)
+
+    async def base_checksum(self) -> str:
+        """Compute sha256 over the resident base weights, between two steps."""
+        return await self._on_engine(self._base_model.checksum)
+
+    def snapshot(self) -> EngineSnapshot:
+        """Return the state after the last step."""
+        return self._engine.snapshot
+
+    def _merge(self, adapter: HostAdapter) -> MergedCopy:
+        with torch.inference_mode():
+            return merge_adapter(adapter, self._base_model.layout, self._base_model.dense)
+
+    def _add_merged(self, copy: MergedCopy) -> MergedCopy:
+        self._loaded(copy.digest)
+        return self._engine.residency.add_merged(copy)
+
+    def _loaded(self, digest: str) -> HostAdapter:
+        adapter = self._engine.residency.host_copy(digest)
+        if adapter is None:
+            raise NotFound(f"adapter {digest[:12]} is not loaded", code="model_not_found")
+        return adapter
+
+    def _check_request(self, request: GenerationRequest) -> None:
+        total = len(request.prompt_ids) + request.max_tokens
+        if not request.prompt_ids or total > self.max_model_len:
+            raise InvalidRequest(
+                f"{len(request.prompt_ids)} prompt tokens and max_tokens {request.max_tokens} "
+                f"must be at least 1 and at most {self.max_model_len} together",
+                code="context_length_exceeded",
+            )
+
+    def _check_fits(self, adapter: HostAdapter) -> None:
+        pool = self._engine.runner.pool
+        if not pool.can_ever_hold(adapter):
+            rows = max(group.num_rows for group in adapter.groups.values())
+            raise InvalidRequest(
+                f"the adapter's rank needs {rows} rows of the device pool, which has "
+                f"{pool.num_rows}: raise --adapter-device-bytes",
+                code="rank_too_large",
+            )
+
+    async def _on_engine(self, function: Callable[[], T]) -> T:
+        return await asyncio.wrap_future(self._engine.call(function))
+
+    async def _in_loader(self, function: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._loader, function)
+
+    def _publish(self, outputs: list[TokenOutput]) -> None:
+        """Engine thread: hand a step's outputs to the event loop in one call."""
+        if outputs and self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._dispatch, outputs)
+
+    def _dispatch(self, outputs: list[TokenOutput]) -> None:
+        for output in outputs:
+            waiting = self._queues.get(output.request_id)
+            if waiting is not None:
+                waiting.put_nowait(output)
+
+
+def _context_limit(runner: ModelRunner, settings: EngineSettings) -> int:
+    """The model's limit, the operator's, or what the KV blocks hold: whichever is least."""
+    capacity = (runner.storage.num_blocks - 1) * runner.storage.block_size
+    limit = min(runner.base.max_model_len, settings.max_model_len or capacity, capacity)
+    if limit < 2:
+        raise InvalidRequest(
+            f"--kv-cache-bytes {settings.kv_cache_bytes} holds {capacity} tokens: raise it"
+        )
+    return limit
+
+
+def _use_one_thread() -> None:
+    torch.set_num_threads(1)

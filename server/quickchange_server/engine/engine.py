@@ -1,0 +1,330 @@
+"""The engine thread: the only one that touches the model, the pool and the KV blocks.
+
+`step` is the whole story: schedule, run, hand out tokens, publish. Other threads speak to it
+through an inbox of calls that run between steps.
+"""
+
+import logging
+import queue
+import random
+import threading
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
+from concurrent.futures import Future
+from typing import TypeVar
+
+import torch
+
+from quickchange_server.engine.interface import EngineSnapshot, ResidentAdapter
+from quickchange_server.engine.kv_cache import BlockManager
+from quickchange_server.engine.model_runner import ModelRunner
+from quickchange_server.engine.observer import EngineObserver, StepKind, StepStats, StepWeights
+from quickchange_server.engine.request import (
+    FinishReason,
+    GenerationRequest,
+    RequestFailure,
+    TokenOutput,
+)
+from quickchange_server.engine.residency import AdapterResidency
+from quickchange_server.engine.sampler import Sample
+from quickchange_server.engine.scheduler import ScheduledRow, ScheduledStep, Scheduler
+from quickchange_server.engine.sequence import Sequence
+from quickchange_server.engine.settings import EngineSettings
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+Publish = Callable[[list[TokenOutput]], None]
+IDLE_WAIT_S = 0.02
+
+
+class Engine:
+    """Continuous batching over one base and many adapters, on a thread of its own."""
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        settings: EngineSettings,
+        eos_token_ids: frozenset[int],
+        observer: EngineObserver,
+        publish: Publish,
+    ) -> None:
+        self.runner = runner
+        self.settings = settings
+        self.eos_token_ids = eos_token_ids
+        self.blocks = BlockManager(
+            runner.storage.num_blocks, runner.storage.block_size, runner.base.digest
+        )
+        merged_bytes = settings.merged_bytes
+        self.residency = AdapterResidency(
+            runner.pool,
+            settings.adapter_host_bytes,
+            runner.base.num_bytes if merged_bytes is None else merged_bytes,
+        )
+        self.scheduler = Scheduler(
+            self.blocks,
+            settings.max_batch_rows,
+            settings.max_step_tokens,
+            self.residency.take_slots,
+            self.residency.give_slots,
+        )
+        self.snapshot = EngineSnapshot()
+        self._base_bytes = runner.base.num_bytes
+        self._observer = observer
+        self._publish = publish
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._leaving: dict[str, list[Future[ResidentAdapter | None]]] = {}
+        self._num_steps = 0
+        self._last_step_s = time.monotonic()
+        self._is_stopping = False
+        self._can_admit = False
+        self._thread = threading.Thread(target=self._run, name="quickchange-engine", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._refresh_snapshot()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Abort what runs and join the thread."""
+        if self._thread.is_alive():
+            self.call(self._stop_here)
+            self._thread.join()
+
+    def call(self, function: Callable[[], T]) -> "Future[T]":
+        """Run a function on the engine thread between two steps."""
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(function())
+            except BaseException as error:
+                future.set_exception(error)
+
+        self._inbox.put(run)
+        return future
+
+    def submit(self, request: GenerationRequest) -> None:
+        """Queue a request from any thread; its outputs arrive through `publish`."""
+        self.call(lambda: self._add(request))
+
+    def abort(self, request_id: str) -> None:
+        """End a request from any thread, before the next step."""
+        self.call(lambda: self._abort(request_id))
+
+    def unload(self, digest: str) -> "Future[ResidentAdapter | None]":
+        """Refuse new requests for a version; resolves when its last request ended, with the bytes.
+
+        Runs from any thread.
+        """
+        done: Future[ResidentAdapter | None] = Future()
+
+        def start() -> None:
+            self.residency.start_leaving(digest)
+            self._leaving.setdefault(digest, []).append(done)
+            self._finish_leaving()
+
+        self.call(start)
+        return done
+
+    def step(self) -> None:
+        """Advance every request that can run by one step."""
+        started = time.monotonic()
+        step = self.scheduler.schedule()
+        self._can_admit = bool(step.rows)
+        if not step.rows:
+            return
+        step.rows.sort(key=lambda row: row.num_tokens > 1)
+        merged = self.residency.merged_for(row.sequence for row in step.rows)
+        try:
+            samples = self.runner.run(step.rows, merged)
+        except Exception as error:
+            log.exception("a step of %d rows failed", len(step.rows))
+            outputs = self._fail_rows(step.rows, error)
+        else:
+            advanced = [self._advance(*pair) for pair in zip(step.rows, samples, strict=True)]
+            outputs = [output for output in advanced if output is not None]
+        self._note_step(step, time.monotonic() - started, is_merged=merged is not None)
+        self._publish(outputs)
+
+    def _run(self) -> None:
+        torch.set_num_threads(torch.get_num_threads())
+        try:
+            while not self._is_stopping:
+                self._handle_inbox()
+                self.step()
+                self._finish_leaving()
+                self._refresh_snapshot()
+        except BaseException:
+            log.exception("the engine thread died")
+            raise
+        finally:
+            self._is_stopping = True
+            self._publish([self._end(s, "abort") for s in self._live_sequences()])
+            self._refresh_snapshot()
+
+    def _handle_inbox(self) -> None:
+        """Run all waiting calls; sleep here while there is nothing to compute."""
+        if not self.scheduler.running and not self._can_admit:
+            self._run_call(IDLE_WAIT_S if self.scheduler.waiting else 1.0)
+        while not self._inbox.empty():
+            self._run_call(None)
+
+    def _run_call(self, timeout: float | None) -> None:
+        try:
+            call = self._inbox.get(timeout=timeout) if timeout else self._inbox.get_nowait()
+        except queue.Empty:
+            return
+        call()
+
+    def _stop_here(self) -> None:
+        self._is_stopping = True
+
+    def _live_sequences(self) -> list[Sequence]:
+        return [*self.scheduler.running, *self.scheduler.waiting]
+
+    def _add(self, request: GenerationRequest) -> None:
+        missing = [a.digest for a in request.adapters if not self.residency.host_copy(a.digest)]
+        if missing or self._is_stopping:
+            code = "adapter_not_loaded" if missing else "draining"
+            message = f"adapter {missing[0][:12]} was unloaded" if missing else "shutting down"
+            failure = RequestFailure(code, message)
+            self._publish([TokenOutput(request.request_id, (), "error", failure=failure)])
+            return
+        seed = request.sampling.seed
+        end_ids = request.stop_token_ids
+        if not request.ignore_eos:
+            end_ids = end_ids | self.eos_token_ids
+        sequence = Sequence.from_request(
+            request, random.getrandbits(63) if seed is None else seed, end_ids
+        )
+        self.residency.enter(request)
+        self.scheduler.add(sequence)
+
+    def _abort(self, request_id: str) -> None:
+        sequence = self.scheduler.find(request_id)
+        if sequence is not None:
+            self._publish([self._end(sequence, "abort")])
+
+    def _advance(self, row: ScheduledRow, sample: Sample | None) -> TokenOutput | None:
+        """Take one row's result: its KV counts as computed, its token is appended."""
+        sequence = row.sequence
+        self.scheduler.note_computed(row)
+        if sample is None:
+            return None
+        if sample.token_id is None:
+            failure = RequestFailure("non_finite", "the model produced non-finite values")
+            return self._end(sequence, "error", failure=failure, is_damaged=True)
+        is_first = sequence.first_token_s is None
+        if is_first:
+            sequence.first_token_s = time.monotonic()
+        sequence.token_ids.append(sample.token_id)
+        output = self._token_output(sequence, sample, is_first=is_first)
+        if output.finish_reason is not None:
+            self._release(sequence)
+        return output
+
+    def _token_output(self, sequence: Sequence, sample: Sample, *, is_first: bool) -> TokenOutput:
+        token_id = sample.token_id
+        assert token_id is not None
+        reason: FinishReason | None = None
+        if token_id in sequence.end_ids:
+            reason = "stop"
+        elif sequence.num_generated >= sequence.request.max_tokens:
+            reason = "length"
+        first, arrival = sequence.first_token_s, sequence.arrival_s
+        assert first is not None
+        assert sequence.scheduled_s is not None
+        has_prompt_logprobs = is_first and sequence.request.prompt_logprobs is not None
+        return TokenOutput(
+            sequence.request_id,
+            (token_id,),
+            reason,
+            stop_token_id=token_id if reason == "stop" else None,
+            logprobs=None if sample.logprobs is None else (sample.logprobs,),
+            prompt_logprobs=tuple(sequence.prompt_logprobs) if has_prompt_logprobs else None,
+            num_cached_tokens=sequence.num_cached,
+            queue_s=sequence.scheduled_s - arrival if is_first else None,
+            ttft_s=first - arrival if is_first else None,
+        )
+
+    def _fail_rows(self, rows: SequenceOf[ScheduledRow], error: Exception) -> list[TokenOutput]:
+        failure = RequestFailure("step_failed", f"the step failed: {type(error).__name__}")
+        live = [row.sequence for row in rows if row.sequence in self.scheduler.running]
+        return [self._end(s, "error", failure=failure, is_damaged=True) for s in live]
+
+    def _end(
+        self,
+        sequence: Sequence,
+        reason: FinishReason,
+        *,
+        failure: RequestFailure | None = None,
+        is_damaged: bool = False,
+    ) -> TokenOutput:
+        self._release(sequence, is_damaged=is_damaged)
+        return TokenOutput(sequence.request_id, (), reason, failure=failure)
+
+    def _release(self, sequence: Sequence, *, is_damaged: bool = False) -> None:
+        """Give back all that a sequence holds; damaged KV is neither shared nor left behind."""
+        freed = self.scheduler.remove(sequence, forget=is_damaged)
+        self.residency.leave(sequence.request)
+        if is_damaged:
+            self.runner.clear_blocks(freed)
+
+    def _finish_leaving(self) -> None:
+        for digest in [d for d in self._leaving if not self.residency.num_users(d)]:
+            freed = self.residency.finish_leaving(digest)
+            self.runner.pool.compact()
+            for done in self._leaving.pop(digest):
+                done.set_result(freed)
+
+    def _note_step(self, step: ScheduledStep, seconds: float, *, is_merged: bool) -> None:
+        self._num_steps += 1
+        self._last_step_s = time.monotonic()
+        digests = {a.digest for row in step.rows for a in row.sequence.request.adapters}
+        weights: StepWeights = "merged" if is_merged else "unmerged" if digests else "base"
+        self._observer.on_step(
+            StepStats(
+                _kind_of(step),
+                weights,
+                seconds,
+                len(step.rows),
+                step.num_tokens,
+                len(digests),
+                step.num_preempted,
+                step.prefix_queries,
+                step.prefix_hits,
+            )
+        )
+
+    def _refresh_snapshot(self) -> None:
+        pool, storage = self.runner.pool, self.runner.storage
+        block_bytes = storage.num_bytes // max(storage.num_blocks, 1)
+        self.snapshot = EngineSnapshot(
+            num_running=len(self.scheduler.running),
+            num_waiting=len(self.scheduler.waiting),
+            kv_blocks_total=self.blocks.num_blocks,
+            kv_blocks_used=self.blocks.num_used,
+            kv_block_size=self.blocks.block_size,
+            num_steps=self._num_steps,
+            last_step_monotonic_s=self._last_step_s,
+            heartbeat_monotonic_s=time.monotonic(),
+            is_alive=not self._is_stopping,
+            memory_bytes={
+                "base": self._base_bytes,
+                "merged": self.residency.merged_bytes,
+                "adapter_pool_used": pool.used_bytes,
+                "adapter_pool_total": pool.total_bytes,
+                "adapter_host": self.residency.host_bytes,
+                "kv_used": self.blocks.num_used * block_bytes,
+                "kv_total": storage.num_bytes,
+            },
+            adapters=self.residency.describe_all(),
+        )
+
+
+def _kind_of(step: ScheduledStep) -> StepKind:
+    num_decode = sum(row.num_tokens == 1 for row in step.rows)
+    if num_decode == len(step.rows):
+        return "decode"
+    return "mixed" if num_decode else "prefill"

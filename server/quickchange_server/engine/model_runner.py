@@ -1,0 +1,252 @@
+"""Turn scheduled rows into tensors, run the model once, and sample. Owns all KV tensors.
+
+Knows the packed form of a step. Does not know queues, callers or adapters beyond their slots.
+"""
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+
+import torch
+from quickchange_adapters.merge import MergedCopy
+from quickchange_adapters.plan import RowBlock, StepPlan, Term, build_plan
+from quickchange_adapters.pool import AdapterPool
+from torch import Tensor
+
+from quickchange_server.engine.attention import (
+    AttentionStep,
+    DecodeBucket,
+    KvShape,
+    KvStorage,
+    PrefillChunk,
+    ShapeProbe,
+    block_bytes,
+)
+from quickchange_server.engine.base_model import BaseModel
+from quickchange_server.engine.request import TokenLogprobs
+from quickchange_server.engine.sampler import Sample, sample, token_logprobs
+from quickchange_server.engine.scheduler import ScheduledRow
+
+MAX_LENGTH_SPREAD = 2.0
+LOGPROB_CHUNK_ROWS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """Samples by row; rows that stop short of their newest token have none."""
+
+    samples: dict[int, Sample]
+
+
+class ModelRunner:
+    """The base, its KV storage and the pool, run one packed step at a time."""
+
+    def __init__(
+        self, base: BaseModel, pool: AdapterPool, kv_cache_bytes: int, block_size: int
+    ) -> None:
+        self.base = base
+        self.pool = pool
+        base.holder.arenas = pool.arenas
+        self.is_exact = base.device.type == "cpu" and base.dtype == torch.float32
+        shapes = self._probe_shapes()
+        num_blocks = kv_cache_bytes // block_bytes(shapes, block_size, base.dtype.itemsize)
+        like = torch.empty(0, dtype=base.dtype, device=base.device)
+        self.storage = KvStorage(shapes, int(num_blocks), block_size, like)
+
+    @torch.inference_mode()
+    def run(self, rows: SequenceOf[ScheduledRow], merged: MergedCopy | None) -> list[Sample | None]:
+        """Compute all rows in one packed step; one entry per row, None where no token was due.
+
+        `merged`: the copy that every row of this step uses. `rows` hold single-token rows first.
+        """
+        packed = _Packing(rows)
+        self.base.holder.plan = self._plan(packed, merged)
+        try:
+            hidden_rows = packed.logit_rows()
+            logits = self._forward(packed, hidden_rows)
+        finally:
+            self.base.holder.plan = StepPlan(0)
+        return self._sample(packed, logits)
+
+    def clear_blocks(self, blocks: SequenceOf[int]) -> None:
+        """Zero the KV of blocks whose content may be damaged."""
+        if blocks:
+            self.storage.clear(blocks)
+
+    def _plan(self, packed: "_Packing", merged: MergedCopy | None) -> StepPlan:
+        if merged is not None:
+            return StepPlan(packed.num_tokens, merged=merged)
+        return build_plan(packed.row_blocks(), packed.num_tokens, self.pool, is_exact=self.is_exact)
+
+    def _forward(self, packed: "_Packing", hidden_rows: list[int]) -> Tensor:
+        """Return float32 logits of the wanted packed rows [wanted, vocabulary]."""
+        device = self.base.device
+        step = self._attention_step(packed)
+        embeds = self.base.embed(torch.tensor(packed.token_ids, device=device))
+        output = self.base.model(
+            inputs_embeds=embeds.unsqueeze(0),
+            position_ids=torch.tensor([packed.positions], device=device),
+            past_key_values=None,
+            use_cache=False,
+            logits_to_keep=torch.tensor(hidden_rows or [0], device=device),
+            step=step,
+        )
+        logits: Tensor = output.logits[0]
+        return logits[: len(hidden_rows)].float()
+
+    def _attention_step(self, packed: "_Packing") -> AttentionStep:
+        size, device = self.storage.block_size, self.base.device
+        slots = torch.tensor(packed.kv_slots(size), device=device)
+        step = AttentionStep(self.storage, slots)
+        for rows in _length_buckets(packed.decode_rows(), is_exact=self.is_exact):
+            step.buckets.append(self._bucket(rows))
+        for start, row in packed.chunk_rows():
+            blocks = row.sequence.blocks[: -(-row.end // size)]
+            table = torch.tensor(blocks, device=device)
+            step.chunks.append(PrefillChunk(start, start + row.num_tokens, table, row.end))
+        return step
+
+    def _bucket(self, rows: list[tuple[int, ScheduledRow]]) -> DecodeBucket:
+        device = self.base.device
+        longest = max(row.end for _, row in rows)
+        width = -(-longest // self.storage.block_size)
+        tables = [(row.sequence.blocks + [0] * width)[:width] for _, row in rows]
+        return DecodeBucket(
+            torch.tensor([index for index, _ in rows], device=device),
+            torch.tensor(tables, device=device),
+            torch.tensor([row.end for _, row in rows], device=device),
+            longest,
+        )
+
+    def _sample(self, packed: "_Packing", logits: Tensor) -> list[Sample | None]:
+        results: list[Sample | None] = [None] * len(packed.rows)
+        due, offset, picked = [], 0, []
+        for index, row in enumerate(packed.rows):
+            count = packed.num_logits(row)
+            if row.sequence.request.prompt_logprobs is not None:
+                self._note_prompt_logprobs(row, logits[offset : offset + count])
+            if row.needs_logits:
+                due.append(index)
+                picked.append(offset + count - 1)
+            offset += count
+        if due:
+            wanted = logits[picked] if len(picked) != logits.shape[0] else logits
+            samples = sample(wanted, [packed.rows[index].sequence for index in due])
+            for index, result in zip(due, samples, strict=True):
+                results[index] = result
+        return results
+
+    def _note_prompt_logprobs(self, row: ScheduledRow, logits: Tensor) -> None:
+        """Append log probabilities of the prompt tokens that this chunk's rows predict."""
+        sequence = row.sequence
+        num_top = sequence.request.prompt_logprobs
+        noted: list[TokenLogprobs | None] = sequence.prompt_logprobs
+        if not noted:
+            noted.append(None)
+        for position in range(row.start, row.end):
+            target = position + 1
+            if target == len(noted) and target < sequence.num_prompt:
+                token_id = sequence.token_ids[target]
+                noted.append(token_logprobs(logits[position - row.start], token_id, num_top))
+
+    @torch.inference_mode()
+    def _probe_shapes(self) -> list[KvShape]:
+        """Learn every layer's KV shape from one forward of two tokens."""
+        probe = ShapeProbe()
+        device = self.base.device
+        embeds = self.base.embed(torch.zeros(2, dtype=torch.long, device=device))
+        self.base.model(
+            inputs_embeds=embeds.unsqueeze(0),
+            position_ids=torch.arange(2, device=device).unsqueeze(0),
+            past_key_values=None,
+            use_cache=False,
+            logits_to_keep=1,
+            step=probe,
+        )
+        return [probe.shapes[index] for index in sorted(probe.shapes)]
+
+
+class _Packing:
+    """Rows laid out one after another in a single packed row of tokens.
+
+    A step of one token is padded to two: products of one row take another path in some kernels.
+    """
+
+    def __init__(self, rows: SequenceOf[ScheduledRow]) -> None:
+        self.rows = rows
+        self.starts: list[int] = []
+        self.token_ids: list[int] = []
+        self.positions: list[int] = []
+        for row in rows:
+            self.starts.append(len(self.token_ids))
+            self.token_ids.extend(row.sequence.token_ids[row.start : row.end])
+            self.positions.extend(range(row.start, row.end))
+        self._num_padding = 2 - len(self.token_ids) if len(self.token_ids) < 2 else 0
+        self.token_ids.extend([0] * self._num_padding)
+        self.positions.extend([0] * self._num_padding)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the step, padding included."""
+        return len(self.token_ids)
+
+    def row_blocks(self) -> list[RowBlock]:
+        """Rows that need adapters, neighbours with equal adapters joined."""
+        blocks: list[RowBlock] = []
+        for start, row in zip(self.starts, self.rows, strict=True):
+            terms = _terms_of(row)
+            if terms:
+                blocks.append(RowBlock(start, start + row.num_tokens, terms))
+        return blocks
+
+    def kv_slots(self, block_size: int) -> list[int]:
+        """Where each token's K and V go; padding goes to the scratch block."""
+        slots = []
+        for row in self.rows:
+            blocks = row.sequence.blocks
+            slots.extend(
+                blocks[p // block_size] * block_size + p % block_size
+                for p in range(row.start, row.end)
+            )
+        return slots + [0] * self._num_padding
+
+    def decode_rows(self) -> list[tuple[int, ScheduledRow]]:
+        """Single-token rows with their packed index."""
+        return [(s, r) for s, r in zip(self.starts, self.rows, strict=True) if r.num_tokens == 1]
+
+    def chunk_rows(self) -> list[tuple[int, ScheduledRow]]:
+        """Longer rows with their packed start."""
+        return [(s, r) for s, r in zip(self.starts, self.rows, strict=True) if r.num_tokens > 1]
+
+    def num_logits(self, row: ScheduledRow) -> int:
+        """How many of a row's tokens need logits: all for prompt logprobs, else the last."""
+        if row.sequence.request.prompt_logprobs is not None and row.start < row.sequence.num_prompt:
+            return row.num_tokens
+        return int(row.needs_logits)
+
+    def logit_rows(self) -> list[int]:
+        """Packed indices of the tokens whose logits are wanted, in row order."""
+        wanted: list[int] = []
+        for start, row in zip(self.starts, self.rows, strict=True):
+            end = start + row.num_tokens
+            wanted.extend(range(end - self.num_logits(row), end))
+        return wanted
+
+
+def _terms_of(row: ScheduledRow) -> tuple[Term, ...]:
+    pairs = zip(row.sequence.slots, row.sequence.request.adapters, strict=True)
+    return tuple(Term(slot, adapter.weight) for slot, adapter in pairs)
+
+
+def _length_buckets(
+    rows: list[tuple[int, ScheduledRow]], *, is_exact: bool
+) -> list[list[tuple[int, ScheduledRow]]]:
+    """Group decode rows so that padding stays below the spread; alone each in exact mode."""
+    if is_exact:
+        return [[row] for row in rows]
+    buckets: list[list[tuple[int, ScheduledRow]]] = []
+    for row in sorted(rows, key=lambda entry: entry[1].end):
+        if buckets and row[1].end <= MAX_LENGTH_SPREAD * buckets[-1][0][1].end:
+            buckets[-1].append(row)
+        else:
+            buckets.append([row])
+    return buckets

@@ -1,0 +1,159 @@
+"""Which adapters the engine holds, and where: host copies, pool slots, merged copies.
+
+Lives on the engine thread. Packing and merging are computed elsewhere and handed in finished.
+"""
+
+from collections import Counter, OrderedDict
+from collections.abc import Iterable
+
+from quickchange_adapters.errors import MergeBudgetExceeded
+from quickchange_adapters.host_adapter import HostAdapter
+from quickchange_adapters.merge import MergedCopy
+from quickchange_adapters.pool import AdapterPool, Slot
+
+from quickchange_server.engine.interface import ResidentAdapter
+from quickchange_server.engine.request import GenerationRequest
+from quickchange_server.engine.sequence import Sequence
+
+
+class AdapterResidency:
+    """Host copies under a ceiling, slots in the pool, merged copies under a ceiling."""
+
+    def __init__(self, pool: AdapterPool, host_ceiling_bytes: int, merged_ceiling: int) -> None:
+        self.pool = pool
+        self.merged: dict[str, MergedCopy] = {}
+        self.merged_ceiling_bytes = merged_ceiling
+        self._host: OrderedDict[str, HostAdapter] = OrderedDict()
+        self._host_ceiling_bytes = host_ceiling_bytes
+        self._users: Counter[str] = Counter()
+        self._leaving: set[str] = set()
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of all host copies."""
+        return sum(adapter.num_bytes for adapter in self._host.values())
+
+    @property
+    def merged_bytes(self) -> int:
+        """Bytes of all merged copies."""
+        return sum(copy.num_bytes for copy in self.merged.values())
+
+    def host_copy(self, digest: str) -> HostAdapter | None:
+        """Return a loaded version that takes requests."""
+        return None if digest in self._leaving else self._host.get(digest)
+
+    def num_users(self, digest: str) -> int:
+        """How many live requests use a version."""
+        return self._users[digest]
+
+    def add_host(self, adapter: HostAdapter) -> None:
+        """Keep a host copy; idle ones, least recently used first, make room for it.
+
+        Raises: MemoryError if copies in use leave no room under the ceiling.
+        """
+        self._leaving.discard(adapter.digest)
+        if adapter.digest in self._host:
+            return
+        for digest in [d for d in self._host if not self._users[d] and d not in self.merged]:
+            if self.host_bytes + adapter.num_bytes <= self._host_ceiling_bytes:
+                break
+            self._drop(digest)
+        if self.host_bytes + adapter.num_bytes > self._host_ceiling_bytes:
+            raise MemoryError(
+                f"adapter needs {adapter.num_bytes} bytes of host memory; {self.host_bytes} of "
+                f"{self._host_ceiling_bytes} are in use"
+            )
+        self._host[adapter.digest] = adapter
+
+    def enter(self, request: GenerationRequest) -> None:
+        """Count a live request as a user of its adapters."""
+        for adapter in request.adapters:
+            self._users[adapter.digest] += 1
+            self._host.move_to_end(adapter.digest)
+
+    def leave(self, request: GenerationRequest) -> None:
+        """Forget an ended request."""
+        for adapter in request.adapters:
+            self._users[adapter.digest] -= 1
+            assert self._users[adapter.digest] >= 0
+
+    def take_slots(self, sequence: Sequence) -> tuple[Slot, ...] | None:
+        """Acquire a slot for every adapter of a request, or none at all (None)."""
+        taken: list[Slot] = []
+        for adapter in sequence.request.adapters:
+            slot = self.pool.acquire(self._host[adapter.digest])
+            if slot is None:
+                self._release(taken)
+                return None
+            taken.append(slot)
+        return tuple(taken)
+
+    def give_slots(self, sequence: Sequence) -> None:
+        """Release a request's slots; they stay resident until their rows are wanted."""
+        self._release(sequence.slots)
+        sequence.slots = ()
+
+    def check_merge_budget(self, digest: str, needed_bytes: int) -> None:
+        """Say whether a merged copy fits. Raises: MergeBudgetExceeded."""
+        if digest not in self.merged:
+            used = self.merged_bytes
+            if used + needed_bytes > self.merged_ceiling_bytes:
+                raise MergeBudgetExceeded(needed_bytes, used, self.merged_ceiling_bytes)
+
+    def add_merged(self, copy: MergedCopy) -> MergedCopy:
+        """Keep a merged copy, or the one that is there already. Raises: MergeBudgetExceeded."""
+        self.check_merge_budget(copy.digest, copy.num_bytes)
+        return self.merged.setdefault(copy.digest, copy)
+
+    def drop_merged(self, digest: str) -> int:
+        """Drop a merged copy; return its bytes, 0 if there was none."""
+        copy = self.merged.pop(digest, None)
+        return 0 if copy is None else copy.num_bytes
+
+    def start_leaving(self, digest: str) -> None:
+        """Refuse new requests for a version."""
+        self._leaving.add(digest)
+
+    def finish_leaving(self, digest: str) -> ResidentAdapter | None:
+        """Free all of an unused version's memory; None if it was not loaded."""
+        state = self.describe(digest) if digest in self._host else None
+        self._drop(digest)
+        self._leaving.discard(digest)
+        return state
+
+    def merged_for(self, sequences: Iterable[Sequence]) -> MergedCopy | None:
+        """Return the merged copy that all these requests use alone at weight 1, if there is one."""
+        if not self.merged:
+            return None
+        mixes = {sequence.request.adapters for sequence in sequences}
+        if len(mixes) != 1:
+            return None
+        mix = mixes.pop()
+        return self.merged.get(mix[0].digest) if len(mix) == 1 and mix[0].weight == 1 else None
+
+    def describe(self, digest: str) -> ResidentAdapter:
+        """Where one loaded version's bytes are."""
+        slot = self.pool.get(digest)
+        merged = self.merged.get(digest)
+        return ResidentAdapter(
+            digest,
+            self._host[digest].num_bytes,
+            0 if slot is None else slot.num_bytes,
+            0 if merged is None else merged.num_bytes,
+            self._users[digest],
+        )
+
+    def describe_all(self) -> dict[str, ResidentAdapter]:
+        """Every loaded version by digest."""
+        return {digest: self.describe(digest) for digest in self._host}
+
+    def _drop(self, digest: str) -> None:
+        assert not self._users[digest], f"adapter {digest[:12]} is in use"
+        self.drop_merged(digest)
+        self.pool.evict(digest)
+        self._host.pop(digest, None)
+        del self._users[digest]
+
+    def _release(self, slots: Iterable[Slot]) -> None:
+        for slot in slots:
+            self.pool.release(slot)

@@ -1,0 +1,105 @@
+"""Choose the next tokens from logits. Draws depend on (seed, choice, position) and nothing else.
+
+A draw is the inverse of the cumulated distribution at one uniform number, which a counter-based
+hash makes from the key: no state, so a preempted or re-batched request goes on as if untouched.
+Source of the hash: SplitMix64 (Steele et al. 2014, doi 10.1145/2660193.2660195).
+"""
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quickchange_server.engine.logits import adjust_logits, needs_adjusting
+from quickchange_server.engine.request import SamplingParams, TokenLogprobs
+from quickchange_server.engine.sequence import Sequence
+
+_MASK = (1 << 64) - 1
+_NUM_CANDIDATES = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One row's result; token_id is None when the row's logits are not finite."""
+
+    token_id: int | None
+    logprobs: TokenLogprobs | None = None
+
+
+def sample(logits: Tensor, sequences: SequenceOf[Sequence]) -> list[Sample]:
+    """Choose one token per row; logits [rows, vocabulary] float32 are not changed."""
+    highest, best = logits.max(dim=-1)
+    is_finite = torch.isfinite(highest).tolist()
+    greedy = best.tolist()
+    results = []
+    for row, sequence in enumerate(sequences):
+        if not is_finite[row]:
+            results.append(Sample(None))
+            continue
+        params = sequence.request.sampling
+        token_id = greedy[row]
+        if params.temperature > 0 or needs_adjusting(sequence):
+            token_id = _choose(adjust_logits(logits[row], sequence), sequence)
+        results.append(Sample(token_id, token_logprobs(logits[row], token_id, params.logprobs)))
+    return results
+
+
+def token_logprobs(logits: Tensor, token_id: int, num_top: int | None) -> TokenLogprobs | None:
+    """Report one token of a row [vocabulary] under the model's own distribution."""
+    if num_top is None:
+        return None
+    logprobs = torch.log_softmax(logits.float(), dim=-1)
+    values, ids = logprobs.topk(num_top)
+    top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+    return TokenLogprobs(token_id, float(logprobs[token_id]), top)
+
+
+def uniform(seed: int, choice: int, position: int) -> float:
+    """Return a number in [0, 1) that depends on its arguments alone."""
+    state = _mix(seed & _MASK)
+    state = _mix((state + choice) & _MASK)
+    state = _mix((state + position) & _MASK)
+    return (state >> 11) * 2.0**-53
+
+
+def _mix(value: int) -> int:
+    value = (value + 0x9E3779B97F4A7C15) & _MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)
+
+
+def _choose(logits: Tensor, sequence: Sequence) -> int:
+    params = sequence.request.sampling
+    if params.temperature <= 0:
+        return int(logits.argmax())
+    draw = uniform(sequence.seed, sequence.request.choice, len(sequence.token_ids))
+    scaled = logits.double() / params.temperature
+    if params.top_k == 0 and params.top_p >= 1 and params.min_p <= 0:
+        return _inverse(torch.softmax(scaled, dim=-1).cumsum(-1), draw)
+    probabilities, ids = _filtered(torch.softmax(scaled, dim=-1), params)
+    return int(ids[_inverse(probabilities.cumsum(-1), draw)])
+
+
+def _filtered(probabilities: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
+    """Keep the likeliest tokens that top_k, then top_p, then min_p allow: (values, ids)."""
+    total = probabilities.shape[0]
+    count = min(params.top_k or _NUM_CANDIDATES, total)
+    values, ids = probabilities.topk(count)
+    if not params.top_k and float(values.sum()) < params.top_p:
+        values, ids = probabilities.sort(descending=True, stable=True)
+    if params.top_p < 1:
+        base = float(values.sum()) if params.top_k else 1.0
+        before = values.cumsum(-1) - values
+        values = values[before < params.top_p * base]
+    if params.min_p > 0:
+        values = values[values >= params.min_p * values[0]]
+    return values, ids[: values.shape[0]]
+
+
+def _inverse(cumulated: Tensor, draw: float) -> int:
+    """Return the first index whose cumulated weight passes draw · total."""
+    target = torch.tensor([draw * float(cumulated[-1])], dtype=cumulated.dtype)
+    index = int(torch.searchsorted(cumulated, target.to(cumulated.device), right=True))
+    return min(index, cumulated.shape[0] - 1)
