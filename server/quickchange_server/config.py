@@ -107,16 +107,28 @@ class ServerConfig:
         256, o.read_count(1, 4096), "Largest rank that is served.", ADAPTERS, metavar="RANK"
     )
     kv_cache_bytes: int | None = option(
-        None, _AUTO_BYTES, "Ceiling of the KV cache.", MEMORY, **_BYTES_LOOK
+        None, _AUTO_BYTES, "Ceiling of the KV cache. Default: auto.", MEMORY, **_BYTES_LOOK
     )
     adapter_device_bytes: int | None = option(
-        None, _AUTO_BYTES, "Ceiling of adapters on the device.", MEMORY, **_BYTES_LOOK
+        None,
+        _AUTO_BYTES,
+        "Ceiling of adapters on the device. Default: auto.",
+        MEMORY,
+        **_BYTES_LOOK,
     )
     adapter_host_bytes: int | None = option(
-        None, _AUTO_BYTES, "Ceiling of adapters in host memory.", MEMORY, **_BYTES_LOOK
+        None,
+        _AUTO_BYTES,
+        "Ceiling of adapters in host memory. Default: auto.",
+        MEMORY,
+        **_BYTES_LOOK,
     )
     merged_bytes: int | None = option(
-        None, _AUTO_BYTES, "Ceiling of merged copies of the base.", MEMORY, **_BYTES_LOOK
+        None,
+        _AUTO_BYTES,
+        "Ceiling of merged copies of the base. Default: auto.",
+        MEMORY,
+        **_BYTES_LOOK,
     )
     max_batch_rows: int = option(
         32, o.read_count(1, 4096), "Most requests in one step.", LIMITS, metavar="N"

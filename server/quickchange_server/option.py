@@ -44,6 +44,7 @@ class Option:
         group: heading in `--help`.
         metavar: what stands for the value in `--help`.
         kind: `switch` takes no value on the command line; `list` may be repeated.
+        default: what holds when nobody says anything.
     """
 
     name: str
@@ -52,6 +53,14 @@ class Option:
     group: str
     metavar: str
     kind: OptionKind
+    default: object
+
+    @property
+    def help_with_default(self) -> str:
+        """The sentence, with the default unless it says that itself."""
+        if self.kind != "text" or self.default is None:
+            return self.help
+        return f"{self.help} Default: {self.default}."
 
     @property
     def flag(self) -> str:
@@ -81,6 +90,7 @@ def options_of(config_class: type[Any]) -> dict[str, Option]:
             group=field.metadata["group"],
             metavar=field.metadata.get("metavar", "TEXT"),
             kind=field.metadata.get("kind", "text"),
+            default=field.default,
         )
         for field in dataclasses.fields(config_class)
     }

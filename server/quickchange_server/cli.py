@@ -1,0 +1,145 @@
+"""The command line: `serve` and `base path`. Knows how settings look, not what they do.
+
+The options of `serve` are made from the settings in config.py, so that a flag, a variable and a
+TOML key cannot drift apart. Nothing heavy is imported before a command runs.
+"""
+
+import inspect
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+
+from quickchange_server.config import OPTIONS, UNAVAILABLE, load_config, unknown_variables
+from quickchange_server.errors import CannotStart, ConfigInvalid, QuickchangeError
+from quickchange_server.option import Option
+
+app = typer.Typer(
+    name="quickchange-server",
+    help="Serve one resident base model and many LoRA adapters.",
+    no_args_is_help=True,
+    add_completion=False,
+)
+base = typer.Typer(help="The base model that adapters are trained for.", no_args_is_help=True)
+app.add_typer(base, name="base")
+
+ConfigFile = Annotated[
+    str | None, typer.Option("--config", metavar="FILE", help="TOML file with any of the settings.")
+]
+
+
+def serve(**flags: Any) -> None:
+    """Serve a base model and its adapters over HTTP.
+
+    Every option, such as --max-queue, can also be given as a variable
+    (QUICKCHANGE_MAX_QUEUE), or as a key (max_queue) in the file that --config
+    names. Options win over variables, and variables over the file.
+
+    For example:
+
+    quickchange serve --adapter sentiment=adapters/examples/sentiment/adapter
+
+    quickchange serve --model /models/llama --kv-cache-bytes 2GiB --port 8001
+
+    QUICKCHANGE_MAX_QUEUE=64 quickchange serve --config serve.toml
+    """
+    with _exit_on_error():
+        config = load_config(_with_bare_modules(flags))
+        for sentence in unknown_variables():
+            _say(f"warning: {sentence}")
+        from quickchange_server.thread_affinity import prepare_threads
+
+        prepare_threads()
+        from quickchange_server.serving import run_server
+
+        run_server(config)
+
+
+@base.command("path")
+def base_path(
+    model: Annotated[
+        str | None, typer.Option("--model", metavar=OPTIONS["model"].metavar, help="The base.")
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option("--revision", help=OPTIONS["revision"].help)
+    ] = None,
+    config: ConfigFile = None,
+) -> None:
+    """Print the folder of the base, to train adapters against. Fetches it if need be.
+
+    For example:
+
+    quickchange base path --model builtin:smollm2-135m
+    """
+    with _exit_on_error():
+        settings = load_config({"model": model, "revision": revision, "config": config})
+        from quickchange_server.base_folder import resolve_base
+
+        typer.echo(resolve_base(settings.model, settings.revision, settings.cache_folder))
+
+
+def main() -> None:
+    """Run `quickchange-server`."""
+    app()
+
+
+@contextmanager
+def _exit_on_error() -> Iterator[None]:
+    """Print what a user can cause as one sentence, and exit with 1, or 2 for a wrong setting."""
+    try:
+        yield
+    except QuickchangeError as error:
+        _say(f"error: {error}")
+        raise typer.Exit(error.exit_code if isinstance(error, CannotStart) else 1) from error
+    except KeyboardInterrupt:
+        _say("stopped")
+        raise typer.Exit(130) from None
+
+
+def _say(sentence: str) -> None:
+    print(sentence, file=sys.stderr, flush=True)
+
+
+def _with_bare_modules(flags: dict[str, Any]) -> dict[str, Any]:
+    """Accept vLLM's `--lora-modules a=x b=y`, whose second pair arrives as an argument."""
+    bare = flags.pop("bare_modules", None) or []
+    modules = flags.get("lora_modules") or []
+    if bare and not modules and not any(flags[name] is not None for name in UNAVAILABLE):
+        raise ConfigInvalid(f"unexpected argument {bare[0]!r}; see `quickchange serve --help`")
+    return flags | {"lora_modules": [*modules, *bare] or None}
+
+
+def _serve_parameters() -> Iterator[inspect.Parameter]:
+    """Yield one keyword parameter for each setting, so that typer shows and reads it."""
+    yield _parameter("config", ConfigFile)
+    for each in OPTIONS.values():
+        yield _parameter(each.name, _annotation(each))
+    for name in UNAVAILABLE:
+        flag = "--" + name.replace("_", "-")
+        is_switch = name == "auto_merge"
+        shape = bool | None if is_switch else str | None
+        yield _parameter(name, Annotated[shape, typer.Option(flag, hidden=True)])
+    modules = typer.Argument(hidden=True, metavar="NAME=FOLDER")
+    yield _parameter("bare_modules", Annotated[list[str] | None, modules])
+
+
+def _parameter(name: str, annotation: Any) -> inspect.Parameter:
+    kind = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, kind, default=None, annotation=annotation)
+
+
+def _annotation(each: Option) -> Any:
+    flag = f"{each.flag}/--no-{each.flag[2:]}" if each.kind == "switch" else each.flag
+    shape = {"text": str | None, "switch": bool | None, "list": list[str] | None}[each.kind]
+    metavar = None if each.kind == "switch" else each.metavar
+    help, panel = each.help_with_default, each.group
+    return Annotated[shape, typer.Option(flag, metavar=metavar, help=help, rich_help_panel=panel)]
+
+
+serve.__signature__ = inspect.Signature(list(_serve_parameters()))  # type: ignore[attr-defined]
+app.command("serve")(serve)
+
+if __name__ == "__main__":
+    main()
