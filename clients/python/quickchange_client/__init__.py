@@ -1,1 +1,106 @@
-"""Python client of the Quickchange server."""
+"""Python client of the Quickchange server.
+
+    from quickchange_client import Quickchange
+
+    with Quickchange() as client:
+        print(client.chat("sentiment", "A wonderful film.").text)
+
+`Quickchange` and `AsyncQuickchange` offer the same; `errors` draws what can go wrong as a tree.
+"""
+
+from quickchange_client.adapter import (
+    Adapter,
+    AdapterAction,
+    AdapterDeletion,
+    AdapterPage,
+    AdapterReport,
+    AdapterVersion,
+)
+from quickchange_client.async_client import AsyncQuickchange
+from quickchange_client.client import Quickchange
+from quickchange_client.errors import (
+    AnswerInvalid,
+    ApiError,
+    ArgumentInvalid,
+    Conflict,
+    ConnectionFailed,
+    ContextLengthExceeded,
+    FolderInvalid,
+    Forbidden,
+    GenerationFailed,
+    InternalError,
+    InvalidApiKey,
+    InvalidRequest,
+    NotFound,
+    PreconditionFailed,
+    Problem,
+    QueueFull,
+    QuickchangeError,
+    RequestTimedOut,
+    StreamInterrupted,
+    TooLarge,
+    Unavailable,
+    UnsupportedMediaType,
+    UploadRefused,
+)
+from quickchange_client.generation import (
+    ChatChunk,
+    ChatCompletion,
+    ChatOptions,
+    Completion,
+    CompletionOptions,
+    MixPart,
+    Usage,
+)
+from quickchange_client.retry import NO_RETRIES, RetryPolicy
+from quickchange_client.server_state import Health, Memory, Model, ModelList
+from quickchange_client.stream import AsyncStream, Stream
+
+__all__ = [
+    "NO_RETRIES",
+    "Adapter",
+    "AdapterAction",
+    "AdapterDeletion",
+    "AdapterPage",
+    "AdapterReport",
+    "AdapterVersion",
+    "AnswerInvalid",
+    "ApiError",
+    "ArgumentInvalid",
+    "AsyncQuickchange",
+    "AsyncStream",
+    "ChatChunk",
+    "ChatCompletion",
+    "ChatOptions",
+    "Completion",
+    "CompletionOptions",
+    "Conflict",
+    "ConnectionFailed",
+    "ContextLengthExceeded",
+    "FolderInvalid",
+    "Forbidden",
+    "GenerationFailed",
+    "Health",
+    "InternalError",
+    "InvalidApiKey",
+    "InvalidRequest",
+    "Memory",
+    "MixPart",
+    "Model",
+    "ModelList",
+    "NotFound",
+    "PreconditionFailed",
+    "Problem",
+    "QueueFull",
+    "Quickchange",
+    "QuickchangeError",
+    "RequestTimedOut",
+    "RetryPolicy",
+    "Stream",
+    "StreamInterrupted",
+    "TooLarge",
+    "Unavailable",
+    "UnsupportedMediaType",
+    "UploadRefused",
+    "Usage",
+]

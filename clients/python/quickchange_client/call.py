@@ -1,0 +1,193 @@
+"""Every call of the API, described once for the plain and the async client. Sends nothing."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic
+from urllib.parse import quote
+
+from quickchange_client.adapter import (
+    Adapter,
+    AdapterAction,
+    AdapterDeletion,
+    AdapterPage,
+    AdapterReport,
+    AdapterVersion,
+)
+from quickchange_client.adapter_folder import AdapterFolder
+from quickchange_client.answer import AnswerT
+from quickchange_client.errors import ArgumentInvalid
+from quickchange_client.multipart import FilePart, MultipartBody, Progress
+from quickchange_client.server_state import Health, Memory, Model, ModelList
+
+JSON_TYPE = "application/json"
+WEIGHTS_TYPE = "application/octet-stream"
+
+
+@dataclass(frozen=True, slots=True)
+class Call(Generic[AnswerT]):
+    """One request, and what its answer is read as.
+
+    `is_repeatable`: doing it twice leaves the server as doing it once does, so it may be sent again
+    when the connection broke and nobody knows whether it arrived.
+    """
+
+    method: str
+    path: str
+    answer: type[AnswerT]
+    body: Mapping[str, Any] | None = None
+    form: MultipartBody | None = None
+    query: Mapping[str, str | int | float] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict)
+    is_repeatable: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class UploadOptions:
+    """How an upload is checked and published.
+
+    `alias` is pointed at the version in the same transaction. `allow_noop` accepts an adapter that
+    changes nothing; `strict_base` refuses one whose config names another base.
+    """
+
+    name: str
+    alias: str | None = None
+    allow_noop: bool = False
+    strict_base: bool = False
+
+    def fields(self) -> dict[str, str]:
+        """Return the form's text fields; what is at its default is left out."""
+        texts = {
+            "name": self.name,
+            "alias": self.alias,
+            "allow_noop": "true" if self.allow_noop else None,
+            "strict_base": "true" if self.strict_base else None,
+        }
+        return {key: text for key, text in texts.items() if text is not None}
+
+
+def generate(path: str, body: Mapping[str, Any], answer: type[AnswerT]) -> Call[AnswerT]:
+    """Generate; never sent twice on its own unless the server did not begin."""
+    return Call("POST", path, answer, body=body, is_repeatable=False)
+
+
+def generate_stream(path: str, body: Mapping[str, Any], answer: type[AnswerT]) -> Call[AnswerT]:
+    """Generate, chunk by chunk, with the usage at the end."""
+    usage = {"include_usage": True}
+    return generate(path, {"stream_options": usage, **body, "stream": True}, answer)
+
+
+def upload(
+    folder: AdapterFolder, options: UploadOptions, progress: Progress | None = None
+) -> Call[AdapterVersion]:
+    """Upload; repeatable, because equal bytes under a name are the version that is there."""
+    form = _upload_form(folder, options, progress)
+    return Call("POST", "/v1/adapters", AdapterVersion, form=form)
+
+
+def dry_run(
+    folder: AdapterFolder, options: UploadOptions, progress: Progress | None = None
+) -> Call[AdapterReport]:
+    """Have an upload checked; nothing is kept."""
+    form = _upload_form(folder, options, progress)
+    return Call("POST", "/v1/adapters", AdapterReport, form=form, query={"dry_run": "true"})
+
+
+def list_adapters(after: str | None, limit: int | None) -> Call[AdapterPage]:
+    """List adapters by name."""
+    query: dict[str, str | int | float] = {}
+    if after is not None:
+        query["after"] = after
+    if limit is not None:
+        query["limit"] = limit
+    return Call("GET", "/v1/adapters", AdapterPage, query=query)
+
+
+def get_adapter(name: str) -> Call[Adapter]:
+    """Get an adapter with its versions and aliases."""
+    return Call("GET", _adapter_path(name), Adapter)
+
+
+def get_version(name: str, version: int) -> Call[AdapterVersion]:
+    """Get one version."""
+    return Call("GET", _adapter_path(name, "versions", str(version)), AdapterVersion)
+
+
+def delete_adapter(
+    name: str, version: int | None, timeout_s: float | None
+) -> Call[AdapterDeletion]:
+    """Delete a version, or the whole adapter. Not repeated: the second answer would be 404."""
+    more = () if version is None else ("versions", str(version))
+    query: dict[str, str | int | float] = {} if timeout_s is None else {"timeout_s": timeout_s}
+    path = _adapter_path(name, *more)
+    return Call("DELETE", path, AdapterDeletion, query=query, is_repeatable=False)
+
+
+def set_alias(name: str, alias: str, version: int, if_match: str | None) -> Call[Adapter]:
+    """Point an alias at a version."""
+    path = _adapter_path(name, "aliases", alias)
+    return Call("PUT", path, Adapter, body={"version": version}, headers=_if_match(if_match))
+
+
+def delete_alias(name: str, alias: str, if_match: str | None) -> Call[Adapter]:
+    """Remove an alias. Not repeated: the second answer would be 404."""
+    path = _adapter_path(name, "aliases", alias)
+    return Call("DELETE", path, Adapter, headers=_if_match(if_match), is_repeatable=False)
+
+
+def merge(name: str, version: int | None) -> Call[AdapterAction]:
+    """Make a merged copy of the weights for a version."""
+    return _action("merge", name, version)
+
+
+def unmerge(name: str, version: int | None) -> Call[AdapterAction]:
+    """Drop that copy."""
+    return _action("unmerge", name, version)
+
+
+def list_models() -> Call[ModelList]:
+    """List what requests may use as `model`."""
+    return Call("GET", "/v1/models", ModelList)
+
+
+def get_model(model: str) -> Call[Model]:
+    """Get one of these."""
+    return Call("GET", f"/v1/models/{quote(_segment(model), safe='/:@')}", Model)
+
+
+def memory() -> Call[Memory]:
+    """Get the bytes by part."""
+    return Call("GET", "/v1/memory", Memory)
+
+
+def health() -> Call[Health]:
+    """Ask whether requests are taken."""
+    return Call("GET", "/health", Health)
+
+
+def _action(verb: str, name: str, version: int | None) -> Call[AdapterAction]:
+    body = None if version is None else {"version": version}
+    return Call("POST", _adapter_path(name, verb), AdapterAction, body=body)
+
+
+def _upload_form(
+    folder: AdapterFolder, options: UploadOptions, progress: Progress | None
+) -> MultipartBody:
+    files = [FilePart("adapter_config", folder.config, JSON_TYPE)]
+    if folder.task is not None:
+        files.append(FilePart("task", folder.task, JSON_TYPE))
+    files.append(FilePart("adapter_model", folder.weights, WEIGHTS_TYPE))
+    return MultipartBody(options.fields(), tuple(files), progress)
+
+
+def _if_match(etag: str | None) -> dict[str, str]:
+    return {} if etag is None else {"If-Match": etag}
+
+
+def _adapter_path(name: str, *more: str) -> str:
+    return "/".join(["/v1/adapters", *(quote(_segment(part), safe="") for part in (name, *more))])
+
+
+def _segment(text: str) -> str:
+    if text in ("", ".", ".."):
+        raise ArgumentInvalid(f"{text!r} names nothing; give a name such as 'sentiment'")
+    return text

@@ -1,0 +1,48 @@
+"""Where the server is and which key to show it. The only reader of the environment."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
+
+from quickchange_client.errors import ArgumentInvalid
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+URL_VARIABLE = "QUICKCHANGE_URL"
+API_KEY_VARIABLE = "QUICKCHANGE_API_KEY"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The server's address without a trailing slash or `/v1`, and the key, if there is one."""
+
+    url: str = DEFAULT_URL
+    api_key: str | None = field(default=None, repr=False)
+
+    @classmethod
+    def read(
+        cls,
+        url: str | None = None,
+        api_key: str | None = None,
+        environ: Mapping[str, str] | None = None,
+    ) -> "Settings":
+        """Take what is given, then the environment, then the default.
+
+        Raises: ArgumentInvalid if the address is not an http(s) one.
+        """
+        variables = os.environ if environ is None else environ
+        address = url or variables.get(URL_VARIABLE) or DEFAULT_URL
+        return cls(
+            url=_clean_url(address),
+            api_key=api_key or variables.get(API_KEY_VARIABLE) or None,
+        )
+
+
+def _clean_url(url: str) -> str:
+    parts = urlsplit(url.strip())
+    if parts.scheme not in ("http", "https") or not parts.netloc:
+        raise ArgumentInvalid(
+            f"the server's address {url!r} is not a URL; give one such as {DEFAULT_URL}, "
+            f"with --url or {URL_VARIABLE}"
+        )
+    return url.strip().rstrip("/").removesuffix("/v1").rstrip("/")
