@@ -1,0 +1,275 @@
+"""Compare base and adapter on the handwritten reviews, and write the figures to EVAL.md.
+
+The base is asked in three ways, since a model that was never told the task cannot know it. A
+bag-of-words classifier trained on the same reviews shows what word counting alone would reach.
+"""
+
+import argparse
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from chat_form import (
+    HERE,
+    LABELS,
+    answer_ids,
+    answer_logits,
+    answer_loss,
+    left_padded,
+    prompt_ids,
+    read_rows,
+)
+from peft import PeftModel
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+Row = dict[str, str]
+NUM_ANSWER_TOKENS = 2
+BATCH_ROWS = 20
+PROMPTS = {
+    "the plain review": "{review}",
+    "an instruction": "Is the following review positive or negative? "
+    "Answer with one word, positive or negative.\n\nReview: {review}",
+    "an instruction and two examples": "Say whether a review is positive or negative.\n\n"
+    "Review: The soup was cold and nobody cared.\nAnswer: negative\n\n"
+    "Review: Best holiday we ever had.\nAnswer: positive\n\nReview: {review}\nAnswer:",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What a model said and preferred, one entry a row."""
+
+    texts: list[str]
+    margins: list[float]  # log-probability of "positive" minus that of "negative"
+
+    def exact(self) -> float:
+        """Share of rows answered with exactly one of the two words."""
+        return share(text in LABELS for text in self.texts)
+
+    def right(self, rows: list[Row]) -> float:
+        """Share of rows whose text is exactly the label."""
+        return share(text == row["label"] for text, row in zip(self.texts, rows, strict=True))
+
+    def right_within(self, rows: list[Row]) -> float:
+        """Share of rows where the first of the two words to appear, in any case, is the label."""
+        return share(
+            first_label(text) == row["label"] for text, row in zip(self.texts, rows, strict=True)
+        )
+
+    def right_by_margin(self, rows: list[Row], threshold: float = 0.0) -> float:
+        """Share of rows whose likelier word of the two is the label."""
+        words = ("positive" if margin > threshold else "negative" for margin in self.margins)
+        return share(word == row["label"] for word, row in zip(words, rows, strict=True))
+
+
+def share(values: Iterator[bool]) -> float:
+    found = list(values)
+    return sum(found) / len(found)
+
+
+def first_label(text: str) -> str | None:
+    found = re.search("|".join(LABELS), text.lower())
+    return found[0] if found else None
+
+
+def in_batches(rows: list[Any], title: str) -> Iterator[list[Any]]:
+    for i in tqdm(range(0, len(rows), BATCH_ROWS), desc=title, unit="batch"):
+        yield rows[i : i + BATCH_ROWS]
+
+
+@torch.no_grad()
+def margins(model: Any, tokenizer: Any, prompts: list[list[int]]) -> list[float]:
+    """Return how much likelier "positive" is than "negative" after each prompt."""
+    first = [answer_ids(tokenizer, label) for label in LABELS]
+    rows = [prompt + first[0] for prompt in prompts]
+    logits = answer_logits(model, rows, NUM_ANSWER_TOKENS, tokenizer.pad_token_id)[:, 0]
+    return [float(value) for value in logits[:, first[0][0]] - logits[:, first[1][0]]]
+
+
+@torch.no_grad()
+def replies(model: Any, tokenizer: Any, prompts: list[list[int]]) -> list[str]:
+    """Return each prompt's greedy reply of at most eight tokens."""
+    ids, mask = left_padded(prompts, tokenizer.pad_token_id)
+    output = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=8, do_sample=False)
+    return list(tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True))
+
+
+def ask(model: Any, tokenizer: Any, rows: list[Row], form: str, title: str) -> Answers:
+    """Put every review to the model in one prompt form."""
+    texts: list[str] = []
+    found: list[float] = []
+    for batch in in_batches(rows, title):
+        prompts = [prompt_ids(tokenizer, form.format(review=row["text"])) for row in batch]
+        texts += replies(model, tokenizer, prompts)
+        found += margins(model, tokenizer, prompts)
+    return Answers(texts, found)
+
+
+@torch.no_grad()
+def held_out_loss(model: Any, tokenizer: Any, rows: list[Row], title: str) -> float:
+    """Return the mean cross-entropy of the right answer's tokens after the plain review."""
+    total = 0.0
+    for batch in in_batches(rows, title):
+        ids = [
+            prompt_ids(tokenizer, row["text"]) + answer_ids(tokenizer, row["label"])
+            for row in batch
+        ]
+        loss = answer_loss(model, ids, NUM_ANSWER_TOKENS, tokenizer.pad_token_id)
+        total += loss.item() * len(batch)
+    return total / len(rows)
+
+
+def word_counts(rows: list[Row], vocabulary: dict[str, int]) -> torch.Tensor:
+    """Return which words and word pairs each review holds: [rows, vocabulary]."""
+    counts = torch.zeros(len(rows), len(vocabulary))
+    for i, row in enumerate(rows):
+        for term in terms(row):
+            if term in vocabulary:
+                counts[i, vocabulary[term]] = 1.0
+    return counts
+
+
+def terms(row: Row) -> list[str]:
+    words = re.findall(r"[a-z']+", row["text"].lower())
+    return words + [f"{a} {b}" for a, b in zip(words, words[1:], strict=False)]
+
+
+def bag_of_words(train: list[Row], rows: list[Row]) -> float:
+    """Return the accuracy on `rows` of a logistic regression over words and word pairs."""
+    vocabulary = {
+        term: i for i, term in enumerate(sorted({t for row in train for t in terms(row)}))
+    }
+    inputs = word_counts(train, vocabulary)
+    targets = torch.tensor([float(row["label"] == "positive") for row in train])
+    weight = torch.zeros(len(vocabulary), requires_grad=True)
+    bias = torch.zeros((), requires_grad=True)
+    optimizer = torch.optim.Adam([weight, bias], lr=0.05)
+    for _ in range(200):
+        optimizer.zero_grad()
+        scores = inputs @ weight + bias
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(scores, targets)
+        (loss + 1e-3 * weight.square().sum()).backward()
+        optimizer.step()
+    with torch.no_grad():
+        guesses = word_counts(rows, vocabulary) @ weight + bias > 0
+    return share(
+        bool(guess) == (row["label"] == "positive")
+        for guess, row in zip(guesses, rows, strict=True)
+    )
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def table_line(name: str, answers: Answers, rows: list[Row]) -> str:
+    median = sorted(answers.margins)[len(rows) // 2]
+    cells = [
+        name,
+        percent(answers.exact()),
+        percent(answers.right(rows)),
+        percent(answers.right_within(rows)),
+        percent(answers.right_by_margin(rows)),
+        percent(answers.right_by_margin(rows, median)),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def sample_lines(rows: list[Row], base: Answers, adapter: Answers) -> list[str]:
+    """Return three reviews the adapter got right and two it got wrong, spread over the file."""
+    right = [i for i, row in enumerate(rows) if adapter.texts[i] == row["label"]]
+    wrong = [i for i, row in enumerate(rows) if adapter.texts[i] != row["label"]]
+    chosen = [right[len(right) * n // 3] for n in range(3)]
+    chosen += [wrong[len(wrong) * n // 2] for n in range(min(2, len(wrong)))]
+    lines = ["| review | truth | adapter | base, plain review |", "|---|---|---|---|"]
+    for i in chosen:
+        said = base.texts[i].replace("\n", " ")
+        lines.append(
+            f"| {rows[i]['text']} | {rows[i]['label']} | **{adapter.texts[i]}** | {said} … |"
+        )
+    return lines
+
+
+def report(
+    rows: list[Row], asked: dict[str, Answers], losses: dict[str, float], counting: float
+) -> str:
+    """Return EVAL.md."""
+    adapter = asked["adapter, the plain review"]
+    base = asked["base, the plain review"]
+    parts = {label: [i for i, row in enumerate(rows) if row["label"] == label] for label in LABELS}
+    recalls = ", ".join(
+        f"{percent(share(adapter.texts[i] == label for i in found))} of the {label} ones"
+        for label, found in parts.items()
+    )
+    lines = [
+        "# Evaluation",
+        "",
+        "Written by `evaluate.py`; do not edit. Greedy decoding, float32, CPU.",
+        "",
+        f"**The adapter answers {percent(adapter.right(rows))} of the {len(rows)} handwritten test "
+        f"reviews right** ({recalls}). Their topics do not occur in the training reviews.",
+        "",
+        "| model and what it is shown | says exactly one of the two words | exactly right "
+        "| right word appears first | right word likelier | same, threshold at the median |",
+        "|---|---|---|---|---|---|",
+        *[table_line(name, answers, rows) for name, answers in asked.items()],
+        "",
+        "The last two columns compare the probabilities of the two words only, so that a model "
+        "that likes to chat is not punished for it; the last one also removes a leaning towards "
+        "one word by using what no user has, the balance of this test.",
+        "",
+        f"Logistic regression on words and word pairs, same training reviews: {percent(counting)}.",
+        "",
+        "| held-out loss (nats a token, two tokens an answer) | base | adapter |",
+        "|---|---|---|",
+        *[
+            f"| {name} | {losses[f'base {name}']:.3f} | {losses[f'adapter {name}']:.3f} |"
+            for name in ("valid", "test")
+        ],
+        "",
+        "## Samples",
+        "",
+        "Three that it got right, then two that it got wrong, spread evenly over the file.",
+        "",
+        *sample_lines(rows, base, adapter),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("base", type=Path, help="folder of the base model (Hugging Face form)")
+    parser.add_argument("--adapter", type=Path, default=HERE / "adapter")
+    parser.add_argument("--split", choices=("test", "valid"), default="test")
+    parser.add_argument("--output", type=Path, default=HERE / "EVAL.md")
+    options = parser.parse_args()
+    logging.disable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(options.base)
+    rows = read_rows(f"{options.split}.jsonl")
+    model: Any = AutoModelForCausalLM.from_pretrained(options.base, dtype=torch.float32).eval()
+    splits = {name: read_rows(f"{name}.jsonl") for name in ("valid", "test")}
+    asked = {
+        f"base, {name}": ask(model, tokenizer, rows, form, f"base, {name}")
+        for name, form in PROMPTS.items()
+    }
+    losses = {
+        f"base {name}": held_out_loss(model, tokenizer, split, f"base loss, {name}")
+        for name, split in splits.items()
+    }
+    model = PeftModel.from_pretrained(model, options.adapter).eval()
+    form = PROMPTS["the plain review"]
+    asked["adapter, the plain review"] = ask(model, tokenizer, rows, form, "adapter")
+    for name, split in splits.items():
+        losses[f"adapter {name}"] = held_out_loss(model, tokenizer, split, f"loss, {name}")
+    counting = bag_of_words(read_rows("train.jsonl"), rows)
+    options.output.write_text(report(rows, asked, losses, counting), encoding="utf-8")
+    print(f"written: {options.output.name}")
+
+
+if __name__ == "__main__":
+    main()
