@@ -1,0 +1,131 @@
+"""Adapters, versions and reports as tables."""
+
+from collections.abc import Sequence
+
+from quickchange_client.adapter import Adapter, AdapterAction, AdapterReport, AdapterVersion
+from quickchange_client.cli.output import format_bytes, format_time, print_pairs, print_table
+
+DIGEST_CHARS = 12
+MAX_NAMES = 5
+
+
+def print_adapters(adapters: Sequence[Adapter]) -> None:
+    """Print a row for each adapter; tier, rank and bytes are those of its default version."""
+    headings = ("NAME", "ALIASES", ">VERSIONS", "TIER", ">RANK", ">BYTES", "LAST USED")
+    print_table(headings, [_adapter_row(adapter) for adapter in adapters])
+
+
+def print_adapter(adapter: Adapter) -> None:
+    """Print an adapter and a row for each of its versions."""
+    print_pairs(
+        [
+            ("adapter", adapter.name),
+            ("visibility", adapter.visibility),
+            ("tags", ", ".join(adapter.tags) or None),
+            ("created", format_time(adapter.created_at)),
+        ]
+    )
+    print()
+    headings = (">VERSION", "ALIASES", "STATE", "TIER", "MERGED", ">RANK", ">BYTES", "DIGEST")
+    print_table(headings, [_version_row(adapter, version) for version in adapter.versions])
+
+
+def print_version(version: AdapterVersion) -> None:
+    """Print one version, and the report of its upload."""
+    held = version.bytes
+    print_pairs(
+        [
+            ("version", f"{version.name}:{version.version}"),
+            ("digest", version.digest),
+            ("state", version.state),
+            ("tier", version.tier),
+            ("merged", "yes" if version.merged else None),
+            ("file", format_bytes(held.file)),
+            ("host", format_bytes(held.host) if held.host else None),
+            ("device", format_bytes(held.device) if held.device else None),
+            ("created", format_time(version.created_at)),
+        ]
+    )
+    if version.report is not None:
+        print_report(version.report)
+
+
+def print_report(report: AdapterReport) -> None:
+    """Print what the server found in an upload."""
+    modules = report.modules
+    print_pairs(
+        [
+            ("base", report.base),
+            ("ranks", ", ".join(map(str, report.ranks)) or None),
+            ("targets", ", ".join(report.target_modules) or None),
+            ("matched", f"{len(modules.matched)} modules"),
+            ("missed", _names(modules.missed)),
+            ("unexpected", _names(modules.unexpected)),
+            ("update norm", _norm_range(report)),
+            ("no effect", "yes: it changes nothing" if report.no_effect else None),
+            *(("warning", warning) for warning in report.warnings),
+        ]
+    )
+
+
+def print_action(action: AdapterAction) -> None:
+    """Print what a merge or unmerge did."""
+    freed = sum(action.freed_bytes.values())
+    print_pairs(
+        [
+            ("version", f"{action.name}:{action.version}"),
+            ("tier", action.tier),
+            ("merged", "yes" if action.merged else "no"),
+            *((f"{tier} bytes", format_bytes(n)) for tier, n in action.bytes.items() if n),
+            ("freed", format_bytes(freed) if freed else None),
+            ("took", f"{action.seconds:.3f} s"),
+        ]
+    )
+
+
+def _adapter_row(adapter: Adapter) -> tuple[object, ...]:
+    aliases = ", ".join(f"{alias}={number}" for alias, number in sorted(adapter.aliases.items()))
+    default = _default_version(adapter)
+    cells = ("-", "-", "-", "-") if default is None else _default_cells(default)
+    return (adapter.name, aliases, len(adapter.versions), *cells)
+
+
+def _default_cells(version: AdapterVersion) -> tuple[object, ...]:
+    tier = f"{version.tier} (merged)" if version.merged else version.tier
+    size = format_bytes(version.bytes.file)
+    return tier, version.rank, size, format_time(version.last_used_at)
+
+
+def _default_version(adapter: Adapter) -> AdapterVersion | None:
+    number = adapter.aliases.get("default")
+    return next((each for each in adapter.versions if each.version == number), None)
+
+
+def _version_row(adapter: Adapter, version: AdapterVersion) -> tuple[object, ...]:
+    aliases = sorted(alias for alias, n in adapter.aliases.items() if n == version.version)
+    return (
+        version.version,
+        ", ".join(aliases),
+        version.state,
+        version.tier,
+        "yes" if version.merged else "no",
+        version.rank,
+        format_bytes(version.bytes.file),
+        _short_digest(version.digest),
+    )
+
+
+def _short_digest(digest: str) -> str:
+    return "sha256:" + digest.removeprefix("sha256:")[:DIGEST_CHARS]
+
+
+def _names(names: Sequence[str]) -> str | None:
+    if not names:
+        return None
+    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+    return f"{len(names)} modules: {', '.join(names[:MAX_NAMES])}{more}"
+
+
+def _norm_range(report: AdapterReport) -> str | None:
+    norms = [m.update_norm for m in report.modules.matched if m.update_norm is not None]
+    return f"{min(norms):.4g} to {max(norms):.4g}" if norms else None

@@ -1,0 +1,59 @@
+"""The table of commands. Knows which there are, not what they do."""
+
+import importlib.metadata
+from typing import Annotated
+
+import typer
+
+from quickchange_client.cli import adapter_commands, generate_command, memory_command
+from quickchange_client.cli.plugins import add_plugins
+
+ADAPTERS = "Adapters"
+SERVER = "Server"
+
+app = typer.Typer(
+    name="quickchange",
+    help=(
+        "Talk to a Quickchange server: one base model, many LoRA adapters.\n\n"
+        "The server's address is --url or QUICKCHANGE_URL (default: http://127.0.0.1:8000); "
+        "a key is read from QUICKCHANGE_API_KEY. Exit codes: 0 done, 1 refused or failed, "
+        "2 wrong usage."
+    ),
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+app.command("generate")(generate_command.generate)
+app.command("push", rich_help_panel=ADAPTERS)(adapter_commands.push)
+app.command("list", rich_help_panel=ADAPTERS)(adapter_commands.list_adapters)
+app.command("show", rich_help_panel=ADAPTERS)(adapter_commands.show)
+app.command("alias", rich_help_panel=ADAPTERS)(adapter_commands.alias)
+app.command("rm", rich_help_panel=ADAPTERS)(adapter_commands.rm)
+app.command("merge", rich_help_panel=ADAPTERS)(adapter_commands.merge)
+app.command("unmerge", rich_help_panel=ADAPTERS)(adapter_commands.unmerge)
+app.command("memory", rich_help_panel=SERVER)(memory_command.memory)
+add_plugins(app, rich_help_panel=SERVER)
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(importlib.metadata.version("quickchange-client"))
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=_print_version, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Take the options that stand before a command."""
+
+
+def main() -> None:
+    """Run `quickchange`."""
+    app()

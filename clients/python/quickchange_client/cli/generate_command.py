@@ -1,0 +1,108 @@
+"""The command `generate`: a prompt in, text out as it comes."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from quickchange_client.cli.output import print_json, without_controls
+from quickchange_client.cli.session import JsonOption, UrlOption, say, session
+from quickchange_client.client import Quickchange
+from quickchange_client.errors import ArgumentInvalid
+from quickchange_client.generation import ChatChunk, Completion, GenerationOptions
+from quickchange_client.stream import Stream
+
+MODEL_HELP = "The base, or an adapter: NAME, NAME:3, NAME@ALIAS or NAME@sha256:DIGEST."
+
+
+def generate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)],
+    prompt: Annotated[
+        str, typer.Argument(metavar="PROMPT", help="The prompt; - reads standard input.")
+    ] = "-",
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the prompt as plain text, without a chat.")
+    ] = False,
+    system: Annotated[
+        str | None, typer.Option("--system", metavar="TEXT", help="A system message.")
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option("--max-tokens", metavar="N", help="Most tokens to generate.")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option("--temperature", metavar="T", help="0 is greedy.")
+    ] = None,
+    top_p: Annotated[float | None, typer.Option("--top-p", metavar="P", help="Nucleus.")] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", metavar="N", help="Makes sampling repeatable.")
+    ] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option("--stop", metavar="TEXT", help="End here; repeatable.")
+    ] = None,
+    url: UrlOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Generate text and stream it to the terminal.
+
+    Examples:
+        quickchange generate sentiment "A wonderful film."
+
+        quickchange generate smollm2-135m "Tell me of the sea." --max-tokens 80 --temperature 0
+
+        quickchange generate smollm2-135m "Once upon a time" --raw --max-tokens 40
+
+        cat review.txt | quickchange generate sentiment@canary --json
+    """
+    options: GenerationOptions = {
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "seed": seed,
+        "stop": stop or None,
+    }
+    with session(url, as_json) as client:
+        if raw and system is not None:
+            raise ArgumentInvalid("--system belongs to a chat; leave out --system or --raw")
+        text = sys.stdin.read() if prompt == "-" else prompt
+        messages = _messages(text, system)
+        if as_json:
+            _print_whole(client, model, text if raw else messages, options)
+        else:
+            _print_stream(_open(client, model, text if raw else messages, options))
+
+
+def _messages(text: str, system: str | None) -> list[dict[str, str]]:
+    turns = [] if system is None else [{"role": "system", "content": system}]
+    return [*turns, {"role": "user", "content": text}]
+
+
+def _print_whole(
+    client: Quickchange, model: str, given: str | list[dict[str, str]], options: GenerationOptions
+) -> None:
+    if isinstance(given, str):
+        print_json(client.complete(model, given, **options))
+    else:
+        print_json(client.chat(model, given, **options))
+
+
+def _open(
+    client: Quickchange, model: str, given: str | list[dict[str, str]], options: GenerationOptions
+) -> Stream[Completion] | Stream[ChatChunk]:
+    if isinstance(given, str):
+        return client.stream_complete(model, given, **options)
+    return client.stream_chat(model, given, **options)
+
+
+def _print_stream(stream: Stream[Completion] | Stream[ChatChunk]) -> None:
+    """Print text as it comes; on a terminal, without what could steer it."""
+    clean = without_controls if sys.stdout.isatty() else str
+    finish_reason = None
+    with stream:
+        for chunk in stream:
+            sys.stdout.write(clean(chunk.text))
+            sys.stdout.flush()
+            for choice in chunk.choices:
+                finish_reason = choice.finish_reason or finish_reason
+    print()
+    if finish_reason == "length":
+        say("(cut off at the limit of tokens; raise it with --max-tokens)")

@@ -1,0 +1,86 @@
+"""How values look on a terminal. What the server sends never reaches it with control characters."""
+
+import json
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from pydantic import BaseModel
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from quickchange_client.adapter import Adapter
+from quickchange_client.errors import Problem
+
+WIDTH_WITHOUT_TERMINAL = 160
+_CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+
+def without_controls(text: str) -> str:
+    """Return text that cannot steer a terminal: escape codes show as replacement characters."""
+    return text.translate(_CONTROLS)
+
+
+def print_json(value: BaseModel | list[Adapter]) -> None:
+    """Print what the server sent, no more and no less, as indented JSON."""
+    shown = [_sent(each) for each in value] if isinstance(value, list) else _sent(value)
+    print(json.dumps(shown, indent=2, ensure_ascii=False))
+
+
+def print_table(
+    headings: Sequence[str], rows: Iterable[Sequence[object]], *, to_stderr: bool = False
+) -> None:
+    """Print rows under headings; a heading that begins with `>` is for a column of numbers."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in headings:
+        is_number = heading.startswith(">")
+        table.add_column(heading.lstrip(">"), justify="right" if is_number else "left")
+    for row in rows:
+        table.add_row(*(Text(without_controls(str(cell))) for cell in row))
+    _console(to_stderr).print(table)
+
+
+def print_pairs(pairs: Iterable[tuple[str, object]]) -> None:
+    """Print names and values in two columns; None is left out."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="bold")
+    table.add_column()
+    for name, value in pairs:
+        if value is not None:
+            table.add_row(name, Text(without_controls(str(value))))
+    _console(False).print(table)
+
+
+def print_problems(problems: Iterable[Problem], *, to_stderr: bool = False) -> None:
+    """Print why an upload is refused, a row for each reason."""
+    rows = [(each.code, each.where, each.message, each.hint) for each in problems]
+    print_table(("PROBLEM", "WHERE", "WHAT", "WHAT TO DO"), rows, to_stderr=to_stderr)
+
+
+def format_bytes(num_bytes: int) -> str:
+    """Return bytes as people read them: `921.6 kB`."""
+    value = float(num_bytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} TB"
+
+
+def format_time(seconds_since_1970: int | None) -> str:
+    """Return a time in the reader's own zone; `-` for never."""
+    if seconds_since_1970 is None:
+        return "-"
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds_since_1970))
+
+
+def _sent(value: BaseModel) -> dict[str, Any]:
+    return value.model_dump(mode="json", exclude_unset=True)
+
+
+def _console(to_stderr: bool) -> Console:
+    console = Console(stderr=to_stderr)
+    if not console.is_terminal:
+        console.width = max(console.width, WIDTH_WITHOUT_TERMINAL)
+    return console
