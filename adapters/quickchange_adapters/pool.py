@@ -6,8 +6,8 @@
 | every live row lies below `num_active_rows` | the active window is a view of the arenas |
 | a slot with references is never evicted | a running request keeps its weights |
 
-Slots may move (`compact`, `acquire`) between steps only; `generation` grows whenever row ranges
-change, so a plan made under an older generation is stale. Rows of dropped slots keep their old
+Slots may move (`compact`, `acquire`) between steps only; `generation` grows whenever slots
+come, go or move, so a plan made under an older generation is stale. Rows of dropped slots keep their old
 (finite) values: steps mask them out.
 """
 
@@ -153,6 +153,7 @@ class AdapterPool:
             return 0
         assert slot.num_references == 0, f"slot {digest[:12]} is in use"
         del self._slots[digest]
+        self.generation += 1
         for kind, rows in slot.ranges.items():
             self.arenas[kind].used.remove(rows)
         return slot.num_bytes

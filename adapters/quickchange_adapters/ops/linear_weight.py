@@ -66,7 +66,8 @@ class PackedWeight:
 
     def dense(self) -> Tensor:
         """Unpack W exactly; a new tensor."""
-        return self._packed.to_dense().view(self._shape)
+        dense: Tensor = self._packed.to_dense()
+        return dense.view(self._shape)
 
     def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         result: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, bias, "none", [], "")
@@ -77,7 +78,7 @@ def can_pack(weight: Tensor) -> bool:
     """Whether oneDNN packs this matrix on this machine."""
     return (
         weight.device.type == "cpu"
-        and torch.backends.mkldnn.is_available()
+        and torch._C._has_mkldnn
         and weight.dtype in (torch.float32, torch.bfloat16)
         and (weight.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
     )

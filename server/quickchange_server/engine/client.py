@@ -155,6 +155,10 @@ class EngineClient:
         return adapter
 
     def _check_request(self, request: GenerationRequest) -> None:
+        highest = self._base_model.vocab_size - 1
+        wanted = (*request.prompt_ids, *(token for token, _ in request.sampling.logit_bias))
+        if wanted and not (min(wanted) >= 0 and max(wanted) <= highest):
+            raise InvalidRequest(f"token ids must be from 0 to {highest}", code="invalid_token_id")
         total = len(request.prompt_ids) + request.max_tokens
         if not request.prompt_ids or total > self.max_model_len:
             raise InvalidRequest(

@@ -97,9 +97,12 @@ class Engine:
 
         def run() -> None:
             try:
-                future.set_result(function())
+                result = function()
             except BaseException as error:
                 future.set_exception(error)
+            else:
+                self._refresh_snapshot()
+                future.set_result(result)
 
         self._inbox.put(run)
         return future
@@ -145,6 +148,7 @@ class Engine:
             advanced = [self._advance(*pair) for pair in zip(step.rows, samples, strict=True)]
             outputs = [output for output in advanced if output is not None]
         self._note_step(step, time.monotonic() - started, is_merged=merged is not None)
+        self._refresh_snapshot()
         self._publish(outputs)
 
     def _run(self) -> None:
@@ -154,14 +158,14 @@ class Engine:
                 self._handle_inbox()
                 self.step()
                 self._finish_leaving()
-                self._refresh_snapshot()
         except BaseException:
             log.exception("the engine thread died")
             raise
         finally:
             self._is_stopping = True
-            self._publish([self._end(s, "abort") for s in self._live_sequences()])
+            outputs = [self._end(s, "abort") for s in self._live_sequences()]
             self._refresh_snapshot()
+            self._publish(outputs)
 
     def _handle_inbox(self) -> None:
         """Run all waiting calls; sleep here while there is nothing to compute."""
@@ -174,6 +178,7 @@ class Engine:
         try:
             call = self._inbox.get(timeout=timeout) if timeout else self._inbox.get_nowait()
         except queue.Empty:
+            self._refresh_snapshot()
             return
         call()
 
@@ -204,7 +209,9 @@ class Engine:
     def _abort(self, request_id: str) -> None:
         sequence = self.scheduler.find(request_id)
         if sequence is not None:
-            self._publish([self._end(sequence, "abort")])
+            output = self._end(sequence, "abort")
+            self._refresh_snapshot()
+            self._publish([output])
 
     def _advance(self, row: ScheduledRow, sample: Sample | None) -> TokenOutput | None:
         """Take one row's result: its KV counts as computed, its token is appended."""
@@ -275,6 +282,7 @@ class Engine:
         for digest in [d for d in self._leaving if not self.residency.num_users(d)]:
             freed = self.residency.finish_leaving(digest)
             self.runner.pool.compact()
+            self._refresh_snapshot()
             for done in self._leaving.pop(digest):
                 done.set_result(freed)
 

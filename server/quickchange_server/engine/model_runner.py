@@ -200,7 +200,7 @@ class _Packing:
 
     def kv_slots(self, block_size: int) -> list[int]:
         """Where each token's K and V go; padding goes to the scratch block."""
-        slots = []
+        slots: list[int] = []
         for row in self.rows:
             blocks = row.sequence.blocks
             slots.extend(

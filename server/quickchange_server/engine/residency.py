@@ -27,6 +27,9 @@ class AdapterResidency:
         self._host_ceiling_bytes = host_ceiling_bytes
         self._users: Counter[str] = Counter()
         self._leaving: set[str] = set()
+        self._described: dict[str, ResidentAdapter] = {}
+        self._changed: set[str] = set()
+        self._described_generation = pool.generation
 
     @property
     def host_bytes(self) -> int:
@@ -64,17 +67,20 @@ class AdapterResidency:
                 f"{self._host_ceiling_bytes} are in use"
             )
         self._host[adapter.digest] = adapter
+        self._changed.add(adapter.digest)
 
     def enter(self, request: GenerationRequest) -> None:
         """Count a live request as a user of its adapters."""
         for adapter in request.adapters:
             self._users[adapter.digest] += 1
+            self._changed.add(adapter.digest)
             self._host.move_to_end(adapter.digest)
 
     def leave(self, request: GenerationRequest) -> None:
         """Forget an ended request."""
         for adapter in request.adapters:
             self._users[adapter.digest] -= 1
+            self._changed.add(adapter.digest)
             assert self._users[adapter.digest] >= 0
 
     def take_slots(self, sequence: Sequence) -> tuple[Slot, ...] | None:
@@ -103,11 +109,13 @@ class AdapterResidency:
     def add_merged(self, copy: MergedCopy) -> MergedCopy:
         """Keep a merged copy, or the one that is there already. Raises: MergeBudgetExceeded."""
         self.check_merge_budget(copy.digest, copy.num_bytes)
+        self._changed.add(copy.digest)
         return self.merged.setdefault(copy.digest, copy)
 
     def drop_merged(self, digest: str) -> int:
         """Drop a merged copy; return its bytes, 0 if there was none."""
         copy = self.merged.pop(digest, None)
+        self._changed.add(digest)
         return 0 if copy is None else copy.num_bytes
 
     def start_leaving(self, digest: str) -> None:
@@ -144,8 +152,16 @@ class AdapterResidency:
         )
 
     def describe_all(self) -> dict[str, ResidentAdapter]:
-        """Every loaded version by digest."""
-        return {digest: self.describe(digest) for digest in self._host}
+        """Every loaded version by digest: a new dictionary, cheap when little has changed."""
+        if self.pool.generation != self._described_generation:
+            self._described_generation = self.pool.generation
+            self._changed.update(self._host)
+        for digest in self._changed:
+            self._described.pop(digest, None)
+            if digest in self._host:
+                self._described[digest] = self.describe(digest)
+        self._changed.clear()
+        return dict(self._described)
 
     def _drop(self, digest: str) -> None:
         assert not self._users[digest], f"adapter {digest[:12]} is in use"

@@ -50,7 +50,7 @@ def token_logprobs(logits: Tensor, token_id: int, num_top: int | None) -> TokenL
     if num_top is None:
         return None
     logprobs = torch.log_softmax(logits.float(), dim=-1)
-    values, ids = logprobs.topk(num_top)
+    values, ids = logprobs.topk(min(num_top, logprobs.shape[0]))
     top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
     return TokenLogprobs(token_id, float(logprobs[token_id]), top)
 

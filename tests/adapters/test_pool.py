@@ -1,0 +1,142 @@
+"""The device pool: rows never overlap, references hold, ceilings hold, copies are exact."""
+
+import zlib
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from quickchange_adapters.host_adapter import HostAdapter, pack_adapter
+from quickchange_adapters.layout import AdapterLayout, GroupShape, Place
+from quickchange_adapters.pool import AdapterPool, Slot
+from quickchange_adapters.weights import AdapterWeights, LoraPair
+
+QKV = GroupShape("qkv", 6, (4, 2, 2), 2)
+OUT = GroupShape("o", 4, (6,), 2)
+LAYOUT = AdapterLayout(
+    {"qkv": QKV, "o": OUT},
+    {
+        **{f"layers.{n}.{p}": Place("qkv", n, i) for n in range(2) for i, p in enumerate("qkv")},
+        **{f"layers.{n}.o": Place("o", n, 0) for n in range(2)},
+    },
+)
+ROW_BYTES = LAYOUT.row_elements * 4
+
+
+def weights_of(digest: str, ranks: dict[str, int]) -> AdapterWeights:
+    generator = torch.Generator().manual_seed(zlib.crc32(digest.encode()))
+    pairs = {}
+    for module, rank in ranks.items():
+        place = LAYOUT.places[module]
+        shape = LAYOUT.groups[place.kind]
+        out = shape.part_outs[place.part]
+        pairs[module] = LoraPair(
+            torch.randn(rank, shape.in_features, generator=generator),
+            torch.randn(out, rank, generator=generator),
+        )
+    return AdapterWeights(digest, pairs)
+
+
+def adapter_of(digest: str, rank: int, groups: str = "both") -> HostAdapter:
+    modules = [m for m in LAYOUT.places if groups == "both" or LAYOUT.places[m].kind == groups]
+    return pack_adapter(weights_of(digest, dict.fromkeys(modules, rank)), LAYOUT, torch.float32)
+
+
+def pool_of(rows: int) -> AdapterPool:
+    return AdapterPool(LAYOUT, rows * ROW_BYTES, torch.float32, torch.device("cpu"))
+
+
+def assert_rows_equal(pool: AdapterPool, slot: Slot, adapter: HostAdapter) -> None:
+    for kind, group in adapter.groups.items():
+        rows = slot.ranges[kind]
+        arena = pool.arenas[kind]
+        assert torch.equal(arena.lora_a[:, rows.start : rows.end], group.lora_a)
+        assert torch.equal(arena.lora_b[:, rows.start : rows.end], group.lora_b)
+
+
+def test_rows_are_rounded_to_units_and_padded_with_zeros() -> None:
+    packed = pack_adapter(
+        weights_of("mixed", {"layers.0.q": 3, "layers.0.k": 9, "layers.1.o": 1}),
+        LAYOUT,
+        torch.float32,
+    )
+    assert packed.groups["qkv"].num_rows == 16
+    assert packed.groups["o"].num_rows == 8
+    assert packed.groups["qkv"].lora_a[0, 3:, 0].abs().max() == 0
+    assert packed.groups["qkv"].lora_a[1].abs().max() == 0
+    assert packed.groups["o"].lora_b[1, 0].abs().max() > 0
+
+
+def test_a_value_beyond_the_serving_dtype_is_refused() -> None:
+    pair = LoraPair(torch.full((1, 4), 1e30), torch.ones(6, 1))
+    with pytest.raises(ValueError, match="float16"):
+        pack_adapter(AdapterWeights("huge", {"layers.0.o": pair}), LAYOUT, torch.float16)
+
+
+def test_least_recently_used_idle_adapter_makes_room() -> None:
+    pool = pool_of(32)
+    adapters = [adapter_of(f"a{i}", 16) for i in range(3)]
+    for adapter in adapters[:2]:
+        slot = pool.acquire(adapter)
+        assert slot is not None
+        pool.release(slot)
+    assert pool.acquire(adapters[0]) is not None
+    assert pool.acquire(adapters[2]) is not None
+    assert pool.get("a1") is None
+    assert pool.get("a0") is not None
+
+
+def test_referenced_adapters_are_not_evicted_and_nothing_is_dropped_in_vain() -> None:
+    pool = pool_of(32)
+    held = pool.acquire(adapter_of("held", 24))
+    idle = pool.acquire(adapter_of("idle", 8))
+    assert held is not None
+    assert idle is not None
+    pool.release(idle)
+    assert pool.acquire(adapter_of("large", 16)) is None
+    assert pool.get("idle") is idle
+
+
+def test_an_adapter_takes_rows_only_in_groups_it_targets() -> None:
+    pool = pool_of(16)
+    assert pool.acquire(adapter_of("q", 16, "qkv")) is not None
+    assert pool.acquire(adapter_of("o", 16, "o")) is not None
+    assert pool.acquire(adapter_of("more", 8, "o")) is None
+
+
+OPERATIONS = st.lists(
+    st.tuples(
+        st.sampled_from(["acquire", "release", "evict", "compact"]),
+        st.integers(0, 7),
+        st.sampled_from([1, 8, 12, 24, 40]),
+        st.sampled_from(["both", "qkv", "o"]),
+    ),
+    max_size=60,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(OPERATIONS)
+def test_any_sequence_of_operations_keeps_rows_apart_and_bytes_true(
+    operations: list[tuple[str, int, int, str]],
+) -> None:
+    pool = pool_of(64)
+    adapters: dict[str, HostAdapter] = {}
+    held: list[Slot] = []
+    for operation, index, rank, groups in operations:
+        name = f"a{index}"
+        if operation == "acquire":
+            adapter = adapters.setdefault(name, adapter_of(name, rank, groups))
+            slot = pool.acquire(adapter)
+            held += [slot] if slot is not None else []
+        elif operation == "release" and held:
+            pool.release(held.pop(index % len(held)))
+        elif operation == "evict" and not any(s.digest == name for s in held):
+            pool.evict(name)
+        elif operation == "compact":
+            pool.compact()
+        pool.check_integrity()
+        for slot in pool.slots:
+            assert_rows_equal(pool, slot, adapters[slot.digest])
+        assert all(pool.get(slot.digest) is slot for slot in held)
+        assert pool.used_bytes <= pool.total_bytes

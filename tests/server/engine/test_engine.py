@@ -1,0 +1,316 @@
+"""The engine thread: cancel, failures, merge, unload, limits, reproducible answers."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from quickchange_adapters.errors import MergeBudgetExceeded
+from quickchange_adapters.weights import AdapterWeights, LoraPair
+from quickchange_server.engine.client import EngineClient
+from quickchange_server.engine.request import AdapterRef, GenerationRequest, SamplingParams
+from quickchange_server.errors import InvalidRequest, NotFound, QueueFull
+
+from tests.conftest import MakeAdapter
+from tests.server.engine.conftest import (
+    MIB,
+    Recorder,
+    collect,
+    make_engine,
+    peft_weights,
+    run_all,
+)
+
+PROMPT = tuple(range(5, 45))
+
+
+def greedy(name: str, adapter: str | None = None, num: int = 8, **fields: Any) -> GenerationRequest:
+    adapters = () if adapter is None else (AdapterRef(adapter),)
+    values: dict[str, Any] = {"prompt_ids": PROMPT, "ignore_eos": True, "max_tokens": num}
+    values.update(fields)
+    sampling = values.pop("sampling", SamplingParams(temperature=0))
+    return GenerationRequest(name, adapters=adapters, sampling=sampling, **values)
+
+
+@asynccontextmanager
+async def started(folder: Path, **settings: Any) -> AsyncIterator[EngineClient]:
+    engine = make_engine(folder, **settings)
+    await engine.start()
+    try:
+        yield engine
+    finally:
+        await engine.stop()
+
+
+async def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+    """Wait for a condition over the snapshot."""
+    async with asyncio.timeout(timeout_s):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+@pytest.fixture
+def weights(make_adapter: MakeAdapter) -> AdapterWeights:
+    return peft_weights(make_adapter(seed=1), "one")
+
+
+@pytest.fixture
+def other_weights(make_adapter: MakeAdapter) -> AdapterWeights:
+    return peft_weights(make_adapter(seed=2, r=4), "two")
+
+
+async def test_leaving_early_frees_blocks_and_slot_within_a_step(
+    engine: EngineClient, weights: AdapterWeights
+) -> None:
+    await engine.load_adapter(weights)
+    outputs = engine.generate(greedy("gone", "one", num=400))
+    await anext(outputs)
+    assert engine.snapshot().kv_blocks_used > 0
+    before = engine.snapshot().num_steps
+    await outputs.aclose()  # type: ignore[attr-defined]
+    await until(lambda: engine.snapshot().kv_blocks_used == 0)
+    assert engine.snapshot().num_steps - before <= 2
+    assert engine.snapshot().num_running == 0
+    assert engine.snapshot().adapters["one"].num_running == 0
+
+
+async def test_a_cancelled_waiting_request_never_runs(tiny_base: Path) -> None:
+    async with started(tiny_base, max_batch_rows=1) as engine:
+        first = asyncio.create_task(collect(engine.generate(greedy("a", num=60))))
+        second = asyncio.create_task(collect(engine.generate(greedy("b", num=60))))
+        await until(lambda: engine.snapshot().num_waiting == 1)
+        second.cancel()
+        await until(lambda: engine.snapshot().num_waiting == 0)
+        assert len((await first).token_ids) == 60
+        assert engine.snapshot().kv_blocks_used == 0
+
+
+async def test_merged_answers_equal_unmerged_ones_and_the_base_never_changes(
+    tiny_base: Path, weights: AdapterWeights, other_weights: AdapterWeights
+) -> None:
+    recorder = Recorder()
+    async with started(tiny_base, observer=recorder) as engine:
+        checksum = await engine.base_checksum()
+        assert checksum == engine.base.digest
+        for version in (weights, other_weights):
+            await engine.load_adapter(version)
+        ask = greedy("q", "one", sampling=SamplingParams(temperature=0, logprobs=20))
+        unmerged = await collect(engine.generate(ask))
+        result = await engine.merge("one")
+        assert result.merged_bytes == engine.snapshot().memory_bytes["merged"] > 0
+        recorder.steps.clear()
+        fresh = greedy("q", "one", sampling=ask.sampling, cache_scope="fresh")
+        merged = await collect(engine.generate(fresh))
+        assert {step.weights for step in recorder.steps} == {"merged"}
+        assert merged.token_ids == unmerged.token_ids
+        for a, b in zip(merged.logprobs, unmerged.logprobs, strict=True):
+            assert dict(a.top) == pytest.approx(dict(b.top), abs=1e-4)
+        mixed = await run_all(engine, [greedy("x", "one"), greedy("y", "two"), greedy("z")])
+        assert mixed[0].token_ids == unmerged.token_ids
+        assert await engine.base_checksum() == checksum
+        assert (await engine.merge("one")).merged_bytes == result.merged_bytes
+        assert (await engine.unmerge("one")).merged_bytes == result.merged_bytes
+        assert (await engine.unmerge("one")).merged_bytes == 0
+        assert engine.snapshot().memory_bytes["merged"] == 0
+        again = await collect(engine.generate(greedy("q", "one", cache_scope="third")))
+        assert again.token_ids == unmerged.token_ids
+        assert await engine.base_checksum() == checksum
+
+
+async def test_a_merge_beyond_the_budget_is_refused_with_the_numbers(
+    tiny_base: Path, weights: AdapterWeights
+) -> None:
+    async with started(tiny_base, merged_bytes=1000) as engine:
+        await engine.load_adapter(weights)
+        with pytest.raises(MergeBudgetExceeded) as caught:
+            await engine.merge("one")
+        assert caught.value.ceiling_bytes == 1000
+        assert caught.value.needed_bytes > 1000
+        with pytest.raises(NotFound):
+            await engine.merge("unknown")
+
+
+async def test_unload_waits_for_running_requests_and_gives_bytes_back(
+    engine: EngineClient, weights: AdapterWeights
+) -> None:
+    await engine.load_adapter(weights)
+    running = asyncio.create_task(collect(engine.generate(greedy("r", "one", num=300))))
+    await until(lambda: engine.snapshot().num_running == 1)
+    unloading = asyncio.create_task(engine.unload_adapter("one"))
+    await asyncio.sleep(0.02)
+    assert not engine.is_loaded("one")
+    late = await collect(engine.generate(greedy("late", "one")))
+    assert late.last is not None
+    assert late.last.failure is not None
+    assert late.last.failure.code == "adapter_not_loaded"
+    freed = await unloading
+    assert freed is not None
+    assert freed.host_bytes > 0
+    assert freed.device_bytes > 0
+    assert len((await running).token_ids) == 300
+    memory = engine.snapshot().memory_bytes
+    assert memory["adapter_host"] == memory["adapter_pool_used"] == 0
+    assert await engine.unload_adapter("one") is None
+    await engine.load_adapter(weights)
+    assert len((await collect(engine.generate(greedy("r2", "one")))).token_ids) == 8
+
+
+async def test_a_non_finite_row_fails_alone(engine: EngineClient, weights: AdapterWeights) -> None:
+    huge = {
+        module: LoraPair(pair.lora_a * 1e20, pair.lora_b * 1e18)
+        for module, pair in weights.pairs.items()
+    }
+    await engine.load_adapter(weights)
+    await engine.load_adapter(AdapterWeights("huge", huge))
+    alone = await collect(engine.generate(greedy("alone", "one", num=20)))
+    for turn in range(3):
+        good = greedy(f"good{turn}", "one", num=20, cache_scope=str(turn))
+        bad = greedy(f"bad{turn}", "huge", num=20, cache_scope=str(turn))
+        base = greedy(f"base{turn}", num=20, cache_scope=str(turn))
+        answers = await run_all(engine, [bad, good, bad_copy(bad), base])
+        assert answers[1].token_ids == alone.token_ids
+        assert answers[3].finish_reason == "length"
+        for answer in (answers[0], answers[2]):
+            assert answer.last is not None
+            assert answer.last.failure is not None
+            assert answer.last.failure.code == "non_finite"
+    assert engine.snapshot().kv_blocks_used == 0
+
+
+def bad_copy(request: GenerationRequest) -> GenerationRequest:
+    return GenerationRequest(
+        request.request_id + "-again",
+        request.prompt_ids,
+        request.adapters,
+        request.sampling,
+        request.max_tokens,
+    )
+
+
+async def test_same_seed_same_text_whatever_the_batch(
+    engine: EngineClient, weights: AdapterWeights
+) -> None:
+    await engine.load_adapter(weights)
+    sampling = SamplingParams(temperature=1.0, seed=11, top_p=0.95)
+
+    def ask(name: str, choice: int = 0) -> GenerationRequest:
+        return greedy(name, "one", num=24, sampling=sampling, choice=choice)
+
+    alone = await collect(engine.generate(ask("alone")))
+    mates = [greedy(f"m{i}", num=30, prompt_ids=PROMPT[i:]) for i in range(5)]
+    first, second, *_ = await run_all(engine, [ask("a"), ask("b", choice=1), *mates])
+    assert first.token_ids == alone.token_ids
+    assert second.token_ids != alone.token_ids
+
+
+async def test_prefix_reuse_and_preemption_leave_the_answer_as_it_is(
+    tiny_base: Path, weights: AdapterWeights
+) -> None:
+    async with started(tiny_base) as engine:
+        await engine.load_adapter(weights)
+        cold = await collect(engine.generate(greedy("cold", "one", num=60)))
+        warm = await collect(engine.generate(greedy("warm", "one", num=60)))
+        assert cold.num_cached == 0
+        assert warm.num_cached == 32
+        assert warm.token_ids == cold.token_ids
+    recorder = Recorder()
+    # 2 layers x 2 x 2 heads x 16 wide x 4 bytes = 512 bytes a token: 12 blocks of 16 tokens
+    small = {"kv_cache_bytes": 512 * 16 * 13, "observer": recorder}
+    async with started(tiny_base, **small) as engine:
+        await engine.load_adapter(weights)
+        requests = [greedy(f"r{i}", "one", num=60, cache_scope=str(i)) for i in range(4)]
+        answers = await run_all(engine, requests)
+        assert all(answer.token_ids == cold.token_ids for answer in answers)
+    assert sum(step.num_preempted for step in recorder.steps) > 0
+
+
+async def test_more_adapters_than_the_pool_holds_are_served_in_turn(
+    tiny_base: Path, make_adapter: MakeAdapter
+) -> None:
+    async with started(tiny_base, adapter_device_bytes=200_000) as engine:
+        digests = [f"d{i}" for i in range(6)]
+        for index, digest in enumerate(digests):
+            await engine.load_adapter(peft_weights(make_adapter(seed=index, r=16), digest))
+        alone = [await collect(engine.generate(greedy(d, d))) for d in digests]
+        requests = [greedy(f"{d}-{i}", d) for i in range(4) for d in digests]
+        answers = await run_all(engine, requests)
+        for index, answer in enumerate(answers):
+            assert answer.token_ids == alone[index % 6].token_ids
+        memory = engine.snapshot().memory_bytes
+        assert memory["adapter_pool_used"] <= memory["adapter_pool_total"] <= 200_000
+
+
+async def test_what_cannot_run_is_refused_with_the_limit(
+    tiny_base: Path, weights: AdapterWeights
+) -> None:
+    async with started(
+        tiny_base, max_batch_rows=1, max_queue=1, adapter_device_bytes=20_000
+    ) as engine:
+
+        async def refused(ask: GenerationRequest) -> str:
+            with pytest.raises(InvalidRequest) as caught:
+                await collect(engine.generate(ask))
+            return caught.value.code
+
+        assert await refused(greedy("long", num=600)) == "context_length_exceeded"
+        assert await refused(greedy("empty", prompt_ids=())) == "context_length_exceeded"
+        assert await refused(greedy("id", prompt_ids=(5, 99_999))) == "invalid_token_id"
+        with pytest.raises(InvalidRequest, match="adapter-device-bytes"):
+            await engine.load_adapter(weights)
+        tasks = [
+            asyncio.create_task(collect(engine.generate(greedy(f"t{i}", num=200))))
+            for i in range(2)
+        ]
+        await until(lambda: engine.snapshot().num_running == 1)
+        with pytest.raises(QueueFull, match="max-queue"):
+            await collect(engine.generate(greedy("third")))
+        await asyncio.gather(*tasks)
+
+
+async def test_stop_tokens_end_an_answer_and_min_tokens_delays_them(engine: EngineClient) -> None:
+    free = await collect(engine.generate(greedy("free", num=30)))
+    stop = free.token_ids[4]
+    first = free.token_ids.index(stop)
+    answer = await collect(
+        engine.generate(greedy("stop", num=30, stop_token_ids=frozenset({stop})))
+    )
+    assert answer.token_ids == free.token_ids[: first + 1]
+    assert answer.finish_reason == "stop"
+    assert answer.last is not None
+    assert answer.last.stop_token_id == stop
+    delayed = await collect(
+        engine.generate(greedy("min", num=30, stop_token_ids=frozenset({stop}), min_tokens=20))
+    )
+    assert len(delayed.token_ids) > 20
+    assert stop not in delayed.token_ids[:20]
+
+
+async def test_stopping_the_engine_ends_every_request(tiny_base: Path) -> None:
+    engine = make_engine(tiny_base, max_batch_rows=1)
+    await engine.start()
+    tasks: list[Awaitable[Any]] = [
+        asyncio.create_task(collect(engine.generate(greedy(f"t{i}", num=400)))) for i in range(3)
+    ]
+    await until(lambda: engine.snapshot().num_running == 1)
+    await engine.stop()
+    answers = await asyncio.wait_for(asyncio.gather(*tasks), 5)
+    assert {answer.finish_reason for answer in answers} == {"abort"}
+    assert not engine.snapshot().is_alive
+
+
+async def test_steps_mix_distinct_adapters(
+    tiny_base: Path, weights: AdapterWeights, other_weights: AdapterWeights
+) -> None:
+    recorder = Recorder()
+    async with started(tiny_base, observer=recorder, kv_cache_bytes=8 * MIB) as engine:
+        for version in (weights, other_weights):
+            await engine.load_adapter(version)
+        asks = [greedy(f"r{i}", [None, "one", "two"][i % 3], num=20) for i in range(9)]
+        await run_all(engine, asks)
+    assert max(step.num_adapters for step in recorder.steps) == 2
+    assert max(step.num_rows for step in recorder.steps) == 9
+    assert {"prefill", "decode"} <= {step.kind for step in recorder.steps}
+    assert torch.is_tensor(weights.pairs["model.layers.0.self_attn.q_proj"].lora_a)

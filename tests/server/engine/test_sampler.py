@@ -1,0 +1,113 @@
+"""Sampling: greedy, filters, reproducible draws, penalties, log probabilities."""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from quickchange_server.engine.request import GenerationRequest, SamplingParams
+from quickchange_server.engine.sampler import sample, uniform
+from quickchange_server.engine.sequence import Sequence
+
+
+def sequence_of(seed: int = 0, generated: tuple[int, ...] = (), **params: Any) -> Sequence:
+    fields = {k: params.pop(k) for k in ("min_tokens", "choice") if k in params}
+    request = GenerationRequest("r", (1, 2, 3), (), SamplingParams(**params), **fields)
+    sequence = Sequence.from_request(request, seed, frozenset({0}))
+    sequence.token_ids.extend(generated)
+    return sequence
+
+
+def draws(logits: torch.Tensor, num: int = 4000, **params: Any) -> Counter[int]:
+    rows = logits.expand(num, -1)
+    results = sample(rows, [sequence_of(seed, **params) for seed in range(num)])
+    return Counter(r.token_id for r in results if r.token_id is not None)
+
+
+def test_temperature_zero_takes_the_largest() -> None:
+    logits = torch.randn(3, 50)
+    results = sample(logits, [sequence_of(temperature=0)] * 3)
+    assert [r.token_id for r in results] == logits.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_draws_follow_the_softmax(temperature: float) -> None:
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
+    counts = draws(logits, temperature=temperature)
+    expected = torch.softmax(logits / temperature, -1)
+    observed = torch.tensor([counts[i] / 4000 for i in range(4)])
+    assert (observed - expected).abs().max() < 0.03
+
+
+def test_filters_keep_only_what_they_allow() -> None:
+    logits = torch.log(torch.tensor([0.4, 0.3, 0.2, 0.1]))
+    assert set(draws(logits, top_k=2)) == {0, 1}
+    assert set(draws(logits, top_p=0.5)) == {0, 1}
+    assert set(draws(logits, top_p=0.35)) == {0}
+    assert set(draws(logits, min_p=0.45)) == {0, 1, 2}
+    assert set(draws(logits, top_k=3, top_p=0.4)) == {0}
+    counts = draws(logits, top_k=2)
+    assert abs(counts[0] / 4000 - 4 / 7) < 0.03
+
+
+def test_top_p_reaches_beyond_the_first_candidates() -> None:
+    logits = torch.zeros(5000)
+    counts = draws(logits, num=300, top_p=0.9)
+    assert len(counts) > 200
+
+
+def test_a_draw_depends_on_seed_choice_and_position_alone() -> None:
+    logits = torch.randn(1, 1000)
+    again = [sample(logits, [sequence_of(7)])[0].token_id for _ in range(3)]
+    assert len(set(again)) == 1
+    others = torch.randn(5, 1000)
+    batch = sample(torch.cat([others, logits]), [sequence_of(i) for i in (1, 2, 3, 4, 5, 7)])
+    assert batch[-1].token_id == again[0]
+    numbers = {uniform(s, c, p) for s in range(8) for c in range(8) for p in range(8)}
+    assert len(numbers) == 512
+    assert 0.4 < sum(numbers) / 512 < 0.6
+
+
+def test_a_row_that_is_not_finite_has_no_token_and_leaves_its_neighbours() -> None:
+    logits = torch.randn(3, 20)
+    logits[1, 4] = float("nan")
+    results = sample(logits, [sequence_of(temperature=0)] * 3)
+    assert results[1].token_id is None
+    assert results[0].token_id == int(logits[0].argmax())
+    assert results[2].token_id == int(logits[2].argmax())
+
+
+def test_penalties_and_bias() -> None:
+    logits = torch.tensor([[1.0, 5.0, 4.9, 4.8]])
+
+    def choose(**params: Any) -> int | None:
+        generated = params.pop("generated", ())
+        return sample(logits, [sequence_of(0, generated, temperature=0, **params)])[0].token_id
+
+    assert choose() == 1
+    assert choose(logit_bias=((3, 2.0),)) == 3
+    assert choose(logit_bias=((1, -100.0),)) == 2
+    assert choose(generated=(1,), presence_penalty=0.15) == 2
+    assert choose(generated=(1, 1), frequency_penalty=0.06) == 2
+    assert choose(generated=(1,), frequency_penalty=0.06) == 1
+    assert choose(repetition_penalty=1.5) == 1  # every token but 0 is in the prompt
+    assert logits[0, 1] == 5.0
+
+
+def test_end_tokens_are_barred_before_min_tokens() -> None:
+    logits = torch.tensor([[9.0, 1.0, 2.0, 3.0]])
+    early, late = (sequence_of(0, ids, temperature=0, min_tokens=2) for ids in ((), (1, 1)))
+    assert sample(logits, [early])[0].token_id == 3
+    assert sample(logits, [late])[0].token_id == 0
+
+
+def test_logprobs_are_the_models_own() -> None:
+    logits = torch.randn(1, 30)
+    expected = torch.log_softmax(logits[0], -1)
+    result = sample(logits, [sequence_of(3, logprobs=5, temperature=3.0)])[0]
+    assert result.logprobs is not None
+    assert result.logprobs.token_id == result.token_id
+    assert result.logprobs.logprob == pytest.approx(float(expected[result.token_id or 0]))
+    values, ids = expected.topk(5)
+    assert [token for token, _ in result.logprobs.top] == ids.tolist()
+    assert [value for _, value in result.logprobs.top] == pytest.approx(values.tolist())
