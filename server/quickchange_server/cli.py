@@ -57,6 +57,11 @@ def serve(**flags: Any) -> None:
         run_server(config)
 
 
+@base.callback()
+def base_commands() -> None:
+    """Keep `path` a word of its own, although it is the only command yet."""
+
+
 @base.command("path")
 def base_path(
     model: Annotated[
@@ -104,11 +109,12 @@ def _say(sentence: str) -> None:
 
 def _with_bare_modules(flags: dict[str, Any]) -> dict[str, Any]:
     """Accept vLLM's `--lora-modules a=x b=y`, whose second pair arrives as an argument."""
-    bare = flags.pop("bare_modules", None) or []
-    modules = flags.get("lora_modules") or []
-    if bare and not modules and not any(flags[name] is not None for name in UNAVAILABLE):
+    bare = flags.pop("bare_modules", None)
+    if not bare or any(flags[name] is not None for name in UNAVAILABLE):
+        return flags
+    if not flags["lora_modules"]:
         raise ConfigInvalid(f"unexpected argument {bare[0]!r}; see `quickchange serve --help`")
-    return flags | {"lora_modules": [*modules, *bare] or None}
+    return flags | {"lora_modules": [*flags["lora_modules"], *bare]}
 
 
 def _serve_parameters() -> Iterator[inspect.Parameter]:
