@@ -2,7 +2,15 @@
 
 AdapterError
 ├── AdapterRefused      the bytes are not an adapter that this base can serve (many problems)
-├── StoreUnavailable    the place where bytes live did not answer
+├── JsonRefused, PatternRefused, HeaderRefused
+│                       one part cannot be read; becomes a Problem (in the part's own module)
+├── StoreUnavailable    the place where bytes or rows live did not answer
+├── BlobMissing         the store has no such bytes
+├── BlobTooLarge        more bytes arrived than allowed
+├── CatalogError        the catalog says no
+│   ├── NotInCatalog    no such adapter, version or alias
+│   ├── AliasInUse      a version cannot go while an alias points at it
+│   └── RevisionChanged somebody else changed the adapter meanwhile
 └── MergeBudgetExceeded a merged copy would pass the ceiling
 """
 
@@ -40,6 +48,52 @@ class AdapterRefused(AdapterError):
 
 class StoreUnavailable(AdapterError):
     """Bytes or rows cannot be read or written at present."""
+
+
+class BlobTooLarge(AdapterError):
+    """More bytes arrived than the writer's limit."""
+
+    def __init__(self, max_bytes: int) -> None:
+        super().__init__(f"more than {max_bytes} bytes arrived")
+        self.max_bytes = max_bytes
+
+
+class BlobMissing(AdapterError):
+    """No blob with this sha256 is in the store."""
+
+    def __init__(self, sha256: str) -> None:
+        super().__init__(f"the store has no blob {sha256}")
+        self.sha256 = sha256
+
+
+class CatalogError(AdapterError):
+    """The catalog cannot do what was asked; its state is unchanged."""
+
+
+class NotInCatalog(CatalogError):
+    """No such thing; `what` is adapter, version or alias."""
+
+    def __init__(self, what: str, name: str) -> None:
+        super().__init__(f"there is no {what} {name!r}")
+        self.what = what
+
+
+class AliasInUse(CatalogError):
+    """Aliases point at the version that was to go."""
+
+    def __init__(self, name: str, version: int, aliases: list[str]) -> None:
+        super().__init__(
+            f"version {version} of {name!r} is what {', '.join(aliases)} means: "
+            "move or delete the alias first"
+        )
+        self.aliases = aliases
+
+
+class RevisionChanged(CatalogError):
+    """The adapter is not in the state that the caller saw."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"adapter {name!r} was changed meanwhile: read it again")
 
 
 class MergeBudgetExceeded(AdapterError):

@@ -19,25 +19,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Protocol, Self
 
-from quickchange_adapters.errors import AdapterError, StoreUnavailable
+from quickchange_adapters.errors import BlobMissing, BlobTooLarge, StoreUnavailable
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-
-
-class BlobTooLarge(AdapterError):
-    """More bytes arrived than the writer's limit."""
-
-    def __init__(self, max_bytes: int) -> None:
-        super().__init__(f"more than {max_bytes} bytes arrived")
-        self.max_bytes = max_bytes
-
-
-class BlobMissing(AdapterError):
-    """No blob with this sha256 is in the store."""
-
-    def __init__(self, sha256: str) -> None:
-        super().__init__(f"the store has no blob {sha256}")
-        self.sha256 = sha256
 
 
 @dataclass(frozen=True, slots=True)

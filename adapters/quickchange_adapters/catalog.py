@@ -1,0 +1,408 @@
+"""Names, versions and aliases, in transactions; a committed row is what makes an upload real.
+
+| step of an upload | if the process dies after it |
+|---|---|
+| `reserve` names the blobs to come | a later `collect` removes what is there |
+| the store puts the blobs | the same |
+| `publish` commits the version | the version is there, whole |
+
+A blob is removed only inside a write transaction that finds no reference and no fresh reservation;
+reserving takes the same lock, so an upload never counts on bytes that are about to go.
+Methods block; call them off the event loop. Knows no files and no engine.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+from sqlalchemy import Connection, delete, exists, insert, select, update
+from sqlalchemy.exc import DBAPIError
+
+from quickchange_adapters import catalog_rows as rows
+from quickchange_adapters.catalog_schema import (
+    adapters,
+    aliases,
+    blobs,
+    catalog_state,
+    events,
+    open_database,
+    reservations,
+    versions,
+)
+from quickchange_adapters.errors import AliasInUse, NotInCatalog, StoreUnavailable
+from quickchange_adapters.names import DEFAULT_ALIAS, DEFAULT_TENANT, parse_model
+from quickchange_adapters.records import (
+    AdapterRecord,
+    EventRecord,
+    FileRecord,
+    NewVersion,
+    Published,
+    VersionRecord,
+)
+
+RESERVATION_S = 600.0
+DEFAULT_VISIBILITY = "public"
+
+
+def sqlite_url(path: Path) -> str:
+    """Return the URL of a catalog in a file."""
+    return f"sqlite:///{path}"
+
+
+class Catalog:
+    """The rows of all adapters. `clock` gives seconds since 1970.
+
+    Every method raises StoreUnavailable when the database does not answer.
+    """
+
+    def __init__(self, url: str, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
+        with _unavailable():
+            self._engine = open_database(url)
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._engine.dispose()
+
+    def revision(self) -> int:
+        """Return a number that grows with every change of any adapter."""
+        with self._reading() as connection:
+            return cast(int, connection.scalar(select(catalog_state.c.revision)))
+
+    def list_adapters(self) -> list[AdapterRecord]:
+        """Return all adapters of all tenants, sorted by tenant and name."""
+        with self._reading() as connection:
+            return rows.read_adapters(connection, adapters.c.deleted_at.is_(None))
+
+    def get(self, name: str, tenant: str = DEFAULT_TENANT) -> AdapterRecord | None:
+        """Return one adapter."""
+        with self._reading() as connection:
+            return rows.read_adapter(connection, tenant, name)
+
+    def resolve(self, model: str, tenant: str = DEFAULT_TENANT) -> VersionRecord | None:
+        """Return the version that a model string means now."""
+        ref = parse_model(model)
+        adapter = None if ref is None else self.get(ref.name, tenant)
+        return None if adapter is None or ref is None else adapter.find(ref)
+
+    def report(self, version: VersionRecord) -> dict[str, Any]:
+        """Return the report of a version's upload; empty when the version is gone."""
+        query = (
+            select(versions.c.report)
+            .join(adapters)
+            .where(rows.is_named(version.tenant, version.name))
+            .where(versions.c.number == version.number)
+        )
+        with self._reading() as connection:
+            text = connection.scalar(query)
+        report: dict[str, Any] = json.loads(text) if text else {}
+        return report
+
+    def list_events(self, name: str, tenant: str = DEFAULT_TENANT) -> list[EventRecord]:
+        """Return the audit log of a name, oldest first; a deleted name keeps its log."""
+        columns = [column for column in events.c if column.name != "id"]
+        query = (
+            select(*columns)
+            .where(events.c.tenant == tenant, events.c.name == name)
+            .order_by(events.c.id)
+        )
+        with self._reading() as connection:
+            return [EventRecord(**row) for row in connection.execute(query).mappings()]
+
+    def list_deleting(self) -> list[VersionRecord]:
+        """Return all versions whose deletion was begun and not ended by `purge`."""
+        is_deleting = exists().where(
+            versions.c.adapter_id == adapters.c.id, versions.c.state == "deleting"
+        )
+        with self._reading() as connection:
+            found = rows.read_adapters(connection, is_deleting)
+        return [v for adapter in found for v in adapter.versions if v.state == "deleting"]
+
+    def reserve(self, upload_id: str, files: Iterable[FileRecord]) -> None:
+        """Protect blobs from `collect` while an upload puts them; lapses after ten minutes."""
+        with self._writing() as connection:
+            for sha256, num_bytes in {f.sha256: f.num_bytes for f in files}.items():
+                rows.add_blob(connection, sha256, num_bytes)
+                connection.execute(
+                    insert(reservations).values(
+                        upload_id=upload_id, sha256=sha256, created_at=self._clock()
+                    )
+                )
+
+    def release(self, upload_id: str) -> None:
+        """Give up an upload's reservation; a repeat is a no-op."""
+        with self._writing() as connection:
+            rows.release_blobs(connection, upload_id)
+
+    def publish(self, new: NewVersion) -> Published:
+        """Make an upload a version and move its alias, in one transaction.
+
+        The first version of a name becomes its alias `default`. The same bytes under the same name
+        are the version that is there. The upload's reservation ends.
+        """
+        with self._writing() as connection:
+            adapter_id = self._open_adapter(connection, new)
+            number = _number_of(connection, adapter_id, new.digest)
+            created = number is None
+            if number is None:
+                number = self._add_version(connection, adapter_id, new)
+            if new.alias is not None:
+                self._move_alias(connection, adapter_id, number, new)
+            rows.release_blobs(connection, new.upload_id)
+            adapter = _existing(connection, new.tenant, new.name)
+        version = adapter.version(number)
+        assert version is not None
+        return Published(created, adapter, version)
+
+    def set_alias(
+        self, alias: str, version: VersionRecord, *, revision: int | None = None, actor: str = ""
+    ) -> AdapterRecord:
+        """Point an alias at a version. `revision`: the adapter's, as the caller saw it.
+
+        Raises: NotInCatalog, RevisionChanged.
+        """
+        tenant, name, number = version.tenant, version.name, version.number
+        with self._writing() as connection:
+            adapter_id = rows.adapter_id_of(connection, tenant, name, revision)
+            row = rows.version_row(connection, adapter_id, number)
+            if row is None or row["state"] != "ready":
+                raise NotInCatalog("version", f"{name}:{number}")
+            rows.point_alias(connection, adapter_id, alias, row["id"])
+            self._note(connection, "set_alias", version, number, actor=actor, alias=alias)
+            return _existing(connection, tenant, name)
+
+    def delete_alias(
+        self,
+        name: str,
+        alias: str,
+        *,
+        tenant: str = DEFAULT_TENANT,
+        revision: int | None = None,
+        actor: str = "",
+    ) -> AdapterRecord:
+        """Remove an alias; its version stays.
+
+        Raises: NotInCatalog, RevisionChanged.
+        """
+        with self._writing() as connection:
+            adapter_id = rows.adapter_id_of(connection, tenant, name, revision)
+            gone = connection.execute(
+                delete(aliases).where(aliases.c.adapter_id == adapter_id, aliases.c.alias == alias)
+            )
+            if not gone.rowcount:
+                raise NotInCatalog("alias", f"{name}@{alias}")
+            event = EventRecord(
+                self._clock(), tenant, name, "delete_alias", actor=actor, alias=alias
+            )
+            rows.note(connection, event)
+            return _existing(connection, tenant, name)
+
+    def begin_delete_version(
+        self, name: str, number: int, *, tenant: str = DEFAULT_TENANT, actor: str = ""
+    ) -> VersionRecord:
+        """Mark a version as deleting: it takes no requests from now on. A repeat is a no-op.
+
+        Raises: NotInCatalog, AliasInUse.
+        """
+        with self._writing() as connection:
+            adapter = _existing(connection, tenant, name)
+            version = adapter.version(number)
+            if version is None:
+                raise NotInCatalog("version", f"{name}:{number}")
+            used_by = [alias for alias, target in adapter.aliases.items() if target == number]
+            if used_by:
+                raise AliasInUse(name, number, used_by)
+            if version.state != "deleting":
+                self._mark_deleting(connection, version, actor)
+        return version
+
+    def begin_delete_adapter(
+        self, name: str, *, tenant: str = DEFAULT_TENANT, actor: str = ""
+    ) -> tuple[VersionRecord, ...]:
+        """Take a name away with its aliases; its versions are deleting. Returns them.
+
+        Raises: NotInCatalog.
+        """
+        with self._writing() as connection:
+            adapter = _existing(connection, tenant, name)
+            adapter_id = rows.adapter_id_of(connection, tenant, name)
+            connection.execute(delete(aliases).where(aliases.c.adapter_id == adapter_id))
+            for version in adapter.versions:
+                self._mark_deleting(connection, version, actor)
+            rows.note(
+                connection,
+                EventRecord(self._clock(), tenant, name, "delete_adapter", actor=actor),
+            )
+            connection.execute(
+                update(adapters)
+                .where(adapters.c.id == adapter_id)
+                .values(deleted_at=int(self._clock()))
+            )
+        return adapter.versions
+
+    def purge(self, version: VersionRecord) -> None:
+        """End a deletion: the version's row goes, and its references to blobs. May be repeated."""
+        of_version = (
+            select(versions.c.id)
+            .join(adapters)
+            .where(rows.is_named(version.tenant, version.name))
+            .where(versions.c.number == version.number, versions.c.state == "deleting")
+        )
+        with self._writing() as connection:
+            version_id = connection.scalar(of_version)
+            if version_id is not None:
+                rows.remove_version(connection, version_id)
+                self._note(connection, "purge", version, version.number)
+
+    def collect(self, delete_blob: Callable[[str], int]) -> int:
+        """Remove every blob that nothing refers to; return the bytes that `delete_blob` freed."""
+        is_lapsed = reservations.c.created_at <= self._clock() - RESERVATION_S
+        is_reserved = exists().where(reservations.c.sha256 == blobs.c.sha256)
+        with self._writing() as connection:
+            connection.execute(delete(reservations).where(is_lapsed))
+            unused = select(blobs.c.sha256).where(blobs.c.num_refs == 0, ~is_reserved)
+            num_bytes = 0
+            for sha256 in connection.scalars(unused).all():
+                num_bytes += delete_blob(sha256)
+                connection.execute(delete(blobs).where(blobs.c.sha256 == sha256))
+        return num_bytes
+
+    def _open_adapter(self, connection: Connection, new: NewVersion) -> int:
+        """Return the id of the adapter's row; a new name gets one, a deleted name its old one."""
+        wanted: dict[str, Any] = {}
+        if new.tags is not None:
+            wanted["tags"] = json.dumps(new.tags)
+        if new.visibility is not None:
+            wanted["visibility"] = new.visibility
+        fresh = {"tags": "[]", "visibility": DEFAULT_VISIBILITY, "created_at": int(self._clock())}
+        row = connection.execute(
+            select(adapters.c.id, adapters.c.deleted_at).where(rows.is_named(new.tenant, new.name))
+        ).one_or_none()
+        if row is None:
+            values = {"tenant": new.tenant, "name": new.name, "next_version": 1, "revision": 0}
+            result = connection.execute(insert(adapters).values(**values, **{**fresh, **wanted}))
+            assert result.inserted_primary_key is not None
+            return cast(int, result.inserted_primary_key[0])
+        if row.deleted_at is not None:
+            wanted = {**fresh, **wanted, "deleted_at": None}
+        if wanted:
+            connection.execute(update(adapters).where(adapters.c.id == row.id).values(**wanted))
+            event = EventRecord(self._clock(), new.tenant, new.name, "describe", new.actor)
+            rows.note(connection, event)
+        return cast(int, row.id)
+
+    def _add_version(self, connection: Connection, adapter_id: int, new: NewVersion) -> int:
+        """Insert the version under the next number, and return that."""
+        of_adapter = adapters.c.id == adapter_id
+        number = connection.scalars(select(adapters.c.next_version).where(of_adapter)).one()
+        connection.execute(update(adapters).where(of_adapter).values(next_version=number + 1))
+        is_first = not _has_ready_version(connection, adapter_id)
+        result = connection.execute(
+            insert(versions).values(
+                adapter_id=adapter_id,
+                number=number,
+                digest=new.digest,
+                state="ready",
+                base_name=new.base_name,
+                base_digest=new.base_digest,
+                peft_type=new.peft_type,
+                ranks=json.dumps(new.ranks),
+                target_modules=json.dumps(new.target_modules),
+                report=json.dumps(new.report),
+                created_at=int(self._clock()),
+            )
+        )
+        assert result.inserted_primary_key is not None
+        version_id = result.inserted_primary_key[0]
+        rows.add_files(connection, version_id, new.files)
+        if is_first:
+            rows.point_alias(connection, adapter_id, DEFAULT_ALIAS, version_id)
+        self._note(connection, "publish", new, number, actor=new.actor)
+        return cast(int, number)
+
+    def _move_alias(
+        self, connection: Connection, adapter_id: int, number: int, new: NewVersion
+    ) -> None:
+        row = rows.version_row(connection, adapter_id, number)
+        assert row is not None
+        assert new.alias is not None
+        rows.point_alias(connection, adapter_id, new.alias, row["id"])
+        self._note(connection, "set_alias", new, number, actor=new.actor, alias=new.alias)
+
+    def _mark_deleting(self, connection: Connection, version: VersionRecord, actor: str) -> None:
+        adapter_id = rows.adapter_id_of(connection, version.tenant, version.name)
+        connection.execute(
+            update(versions)
+            .where(versions.c.adapter_id == adapter_id, versions.c.number == version.number)
+            .values(state="deleting")
+        )
+        self._note(connection, "delete_version", version, version.number, actor=actor)
+
+    def _note(
+        self,
+        connection: Connection,
+        action: str,
+        what: VersionRecord | NewVersion,
+        number: int,
+        *,
+        actor: str = "",
+        alias: str | None = None,
+    ) -> None:
+        """Append a line about one version to the audit log."""
+        event = EventRecord(
+            self._clock(), what.tenant, what.name, action, actor, number, what.digest, alias
+        )
+        rows.note(connection, event)
+
+    @contextmanager
+    def _reading(self) -> Iterator[Connection]:
+        with _unavailable(), self._engine.connect() as connection:
+            yield connection
+
+    @contextmanager
+    def _writing(self) -> Iterator[Connection]:
+        """One transaction: all of it is committed when the block ends, or nothing is."""
+        with (
+            _unavailable(),
+            self._engine.connect().execution_options(is_write=True) as connection,
+            connection.begin(),
+        ):
+            yield connection
+
+
+def _existing(connection: Connection, tenant: str, name: str) -> AdapterRecord:
+    adapter = rows.read_adapter(connection, tenant, name)
+    if adapter is None:
+        raise NotInCatalog("adapter", name)
+    return adapter
+
+
+def _number_of(connection: Connection, adapter_id: int, digest: str) -> int | None:
+    """Return the number of an adapter's live version with these bytes."""
+    return connection.scalar(
+        select(versions.c.number).where(
+            versions.c.adapter_id == adapter_id,
+            versions.c.digest == digest,
+            versions.c.state == "ready",
+        )
+    )
+
+
+def _has_ready_version(connection: Connection, adapter_id: int) -> bool:
+    of_adapter = select(versions.c.id).where(
+        versions.c.adapter_id == adapter_id, versions.c.state == "ready"
+    )
+    return connection.scalar(of_adapter.limit(1)) is not None
+
+
+@contextmanager
+def _unavailable() -> Iterator[None]:
+    """Turn the database's errors into ours; the text names no path and no row."""
+    try:
+        yield
+    except DBAPIError as error:
+        reason = str(error.orig).split("\n")[0]
+        raise StoreUnavailable(f"the catalog does not answer: {reason}") from error

@@ -1,0 +1,212 @@
+"""What the catalog's transactions are made of: reading and changing rows on one connection."""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any, cast
+
+from sqlalchemy import ColumnElement, Connection, RowMapping, and_, delete, insert, select, update
+
+from quickchange_adapters.catalog_schema import (
+    adapters,
+    aliases,
+    blobs,
+    catalog_state,
+    events,
+    reservations,
+    version_files,
+    versions,
+)
+from quickchange_adapters.errors import NotInCatalog, RevisionChanged
+from quickchange_adapters.records import (
+    FILE_ORDER,
+    AdapterRecord,
+    EventRecord,
+    FileRecord,
+    VersionRecord,
+)
+
+
+def is_named(tenant: str, name: str) -> ColumnElement[bool]:
+    """Return the condition that an adapter's row is this name's, deleted or not."""
+    return and_(adapters.c.tenant == tenant, adapters.c.name == name)
+
+
+def is_live(tenant: str, name: str) -> ColumnElement[bool]:
+    """Return the condition that an adapter's row is this name's and not deleted."""
+    return and_(is_named(tenant, name), adapters.c.deleted_at.is_(None))
+
+
+def read_adapters(connection: Connection, where: ColumnElement[bool]) -> list[AdapterRecord]:
+    """Return the adapters that meet a condition on `adapters`, sorted by tenant and name."""
+    order = (adapters.c.tenant, adapters.c.name)
+    rows = connection.execute(select(adapters).where(where).order_by(*order)).mappings().all()
+    versions_of = _versions_by_adapter(connection, where)
+    aliases_of: dict[int, dict[str, int]] = defaultdict(dict)
+    query = (
+        select(aliases.c.adapter_id, aliases.c.alias, versions.c.number)
+        .join(versions, versions.c.id == aliases.c.version_id)
+        .join(adapters, adapters.c.id == aliases.c.adapter_id)
+        .where(where)
+        .order_by(aliases.c.alias)
+    )
+    for adapter_id, alias, number in connection.execute(query):
+        aliases_of[adapter_id][alias] = number
+    return [
+        AdapterRecord(
+            tenant=row["tenant"],
+            name=row["name"],
+            visibility=row["visibility"],
+            tags=tuple(json.loads(row["tags"])),
+            created_at=row["created_at"],
+            revision=row["revision"],
+            aliases=aliases_of[row["id"]],
+            versions=tuple(versions_of[row["id"]]),
+        )
+        for row in rows
+    ]
+
+
+def read_adapter(connection: Connection, tenant: str, name: str) -> AdapterRecord | None:
+    """Return one adapter that is not deleted."""
+    return next(iter(read_adapters(connection, is_live(tenant, name))), None)
+
+
+def adapter_id_of(
+    connection: Connection, tenant: str, name: str, revision: int | None = None
+) -> int:
+    """Return the id of an adapter that is not deleted.
+
+    Raises: NotInCatalog, RevisionChanged.
+    """
+    row = connection.execute(
+        select(adapters.c.id, adapters.c.revision).where(is_live(tenant, name))
+    ).one_or_none()
+    if row is None:
+        raise NotInCatalog("adapter", name)
+    if revision is not None and row.revision != revision:
+        raise RevisionChanged(name)
+    return cast(int, row.id)
+
+
+def version_row(connection: Connection, adapter_id: int, number: int) -> RowMapping | None:
+    """Return the id, digest and state of a version."""
+    return (
+        connection.execute(
+            select(versions.c.id, versions.c.digest, versions.c.state).where(
+                versions.c.adapter_id == adapter_id, versions.c.number == number
+            )
+        )
+        .mappings()
+        .one_or_none()
+    )
+
+
+def point_alias(connection: Connection, adapter_id: int, alias: str, version_id: int) -> None:
+    """Make an alias mean a version."""
+    connection.execute(
+        delete(aliases).where(aliases.c.adapter_id == adapter_id, aliases.c.alias == alias)
+    )
+    connection.execute(
+        insert(aliases).values(adapter_id=adapter_id, alias=alias, version_id=version_id)
+    )
+
+
+def add_blob(connection: Connection, sha256: str, num_bytes: int) -> None:
+    """Make sure that a blob has a row."""
+    if connection.scalar(select(blobs.c.sha256).where(blobs.c.sha256 == sha256)) is None:
+        connection.execute(insert(blobs).values(sha256=sha256, num_bytes=num_bytes, num_refs=0))
+
+
+def add_files(connection: Connection, version_id: int, files: Iterable[FileRecord]) -> None:
+    """Attach files to a version; each counts as one reference to its blob."""
+    for file in files:
+        add_blob(connection, file.sha256, file.num_bytes)
+        _count_reference(connection, file.sha256, 1)
+        connection.execute(
+            insert(version_files).values(version_id=version_id, file=file.file, sha256=file.sha256)
+        )
+
+
+def remove_version(connection: Connection, version_id: int) -> None:
+    """Remove a version's row, its files' rows, and their references to blobs."""
+    of_version = version_files.c.version_id == version_id
+    for sha256 in connection.scalars(select(version_files.c.sha256).where(of_version)).all():
+        _count_reference(connection, sha256, -1)
+    connection.execute(delete(version_files).where(of_version))
+    connection.execute(delete(versions).where(versions.c.id == version_id))
+
+
+def release_blobs(connection: Connection, upload_id: str) -> None:
+    """Remove the reservations of an upload."""
+    connection.execute(delete(reservations).where(reservations.c.upload_id == upload_id))
+
+
+def note(connection: Connection, event: EventRecord) -> None:
+    """Append to the audit log, and let the adapter's and the catalog's revision grow."""
+    connection.execute(insert(events).values(**asdict(event)))
+    connection.execute(
+        update(adapters)
+        .where(is_named(event.tenant, event.name))
+        .values(revision=adapters.c.revision + 1)
+    )
+    connection.execute(update(catalog_state).values(revision=catalog_state.c.revision + 1))
+
+
+def _count_reference(connection: Connection, sha256: str, change: int) -> None:
+    connection.execute(
+        update(blobs).where(blobs.c.sha256 == sha256).values(num_refs=blobs.c.num_refs + change)
+    )
+
+
+def _versions_by_adapter(
+    connection: Connection, where: ColumnElement[bool]
+) -> dict[int, list[VersionRecord]]:
+    columns = [column for column in versions.c if column.name != "report"]
+    query = (
+        select(*columns, adapters.c.tenant, adapters.c.name)
+        .join(adapters, adapters.c.id == versions.c.adapter_id)
+        .where(where)
+        .order_by(versions.c.number)
+    )
+    files_of = _files_by_version(connection, where)
+    found: dict[int, list[VersionRecord]] = defaultdict(list)
+    for row in connection.execute(query).mappings():
+        found[row["adapter_id"]].append(_version_record(row, files_of[row["id"]]))
+    return found
+
+
+def _files_by_version(
+    connection: Connection, where: ColumnElement[bool]
+) -> dict[int, list[FileRecord]]:
+    query = (
+        select(
+            version_files.c.version_id,
+            version_files.c.file,
+            version_files.c.sha256,
+            blobs.c.num_bytes,
+        )
+        .join(blobs, blobs.c.sha256 == version_files.c.sha256)
+        .join(versions, versions.c.id == version_files.c.version_id)
+        .join(adapters, adapters.c.id == versions.c.adapter_id)
+        .where(where)
+    )
+    found: dict[int, list[FileRecord]] = defaultdict(list)
+    for version_id, file, sha256, num_bytes in connection.execute(query):
+        found[version_id].append(FileRecord(file, sha256, num_bytes))
+    return found
+
+
+def _version_record(row: RowMapping, files: list[FileRecord]) -> VersionRecord:
+    values: dict[str, Any] = {
+        key: row[key]
+        for key in ("tenant", "name", "number", "digest", "state", "base_name", "peft_type")
+    }
+    return VersionRecord(
+        **values,
+        ranks=tuple(json.loads(row["ranks"])),
+        target_modules=tuple(json.loads(row["target_modules"])),
+        files=tuple(sorted(files, key=lambda file: FILE_ORDER.index(file.file))),
+        created_at=row["created_at"],
+    )
