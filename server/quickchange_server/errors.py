@@ -10,6 +10,7 @@ QuickchangeError                     500 internal_error
 ├── Forbidden                        403 forbidden
 ├── NotFound                         404 not_found (or per thing: model_not_found, …)
 ├── Conflict                         409 conflict (alias_in_use, merge_budget, …)
+├── PreconditionFailed               412 precondition_failed
 ├── TooLarge                         413 too_large
 ├── UnsupportedMediaType             415 unsupported_media_type
 ├── QueueFull                        429 queue_full
@@ -98,6 +99,14 @@ class Conflict(QuickchangeError):
     status = 409
     type = "conflict_error"
     code = "conflict"
+
+
+class PreconditionFailed(QuickchangeError):
+    """The thing was changed since the caller read it."""
+
+    status = 412
+    type = "invalid_request_error"
+    code = "precondition_failed"
 
 
 class TooLarge(QuickchangeError):
