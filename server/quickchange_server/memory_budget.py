@@ -6,8 +6,9 @@ and on the host half a GiB for the process itself, stay free):
 | part                 | share | at most                                   |
 |----------------------|-------|-------------------------------------------|
 | merged copies        | 25 %  | the base's own size; none if that is more |
-| KV cache             | 50 %  | max_batch_rows requests of full length    |
-| adapters on device   | 10 %  | 2 GiB                                     |
+| KV cache             | 50 %  | max_batch_rows requests of 2,048 tokens   |
+|                      |       | (but one request of full length)          |
+| adapters on device   | 10 %  | the base's own size, from 512 MiB to 2 GiB|
 | adapters in host RAM | 10 %  | 4 GiB                                     |
 
 Knows nothing of how the parts are used.
@@ -24,6 +25,7 @@ MIB = 1 << 20
 GIB = 1 << 30
 USABLE_SHARE = 0.9
 PROCESS_BYTES = GIB // 2
+TOKENS_PER_ROW = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,12 +121,14 @@ def format_bytes(size: int) -> str:
 
 def _device_parts(config: ServerConfig, base: BaseFootprint) -> list[_Part]:
     max_tokens = min(config.max_model_len or base.max_model_len, base.max_model_len)
-    most_kv = config.max_batch_rows * max_tokens * base.kv_bytes_per_token
+    kv_tokens = max(config.max_batch_rows * min(TOKENS_PER_ROW, max_tokens), max_tokens)
+    most_kv = kv_tokens * base.kv_bytes_per_token
+    most_pool = min(max(base.weight_bytes, GIB // 2), 2 * GIB)
     pool_bytes = _explicit(config.adapter_device_bytes, config.max_loras, config, base)
     return [
         _Part("merged_bytes", config.merged_bytes, 0.25, base.weight_bytes, is_whole=True),
         _Part("kv_cache_bytes", config.kv_cache_bytes, 0.5, most_kv),
-        _Part("adapter_device_bytes", pool_bytes, 0.1, 2 * GIB),
+        _Part("adapter_device_bytes", pool_bytes, 0.1, most_pool),
     ]
 
 

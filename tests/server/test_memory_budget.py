@@ -49,9 +49,15 @@ def test_merged_copies_get_the_base_s_size_or_nothing() -> None:
     assert on_cpu(1 * GIB).merged_bytes == 0
 
 
-def test_kv_cache_takes_no_more_than_full_rows_can_use() -> None:
-    config = ServerConfig(max_batch_rows=4, max_model_len=1024)
-    assert on_cpu(512 * GIB, config).kv_cache_bytes == 4 * 1024 * BASE.kv_bytes_per_token
+@pytest.mark.parametrize(
+    ("rows", "max_model_len", "tokens"),
+    [(4, 1024, 4 * 1024), (32, None, 32 * 2048), (1, None, 8192), (2, 1 << 20, 8192)],
+)
+def test_kv_cache_takes_no_more_than_rows_use(
+    rows: int, max_model_len: int | None, tokens: int
+) -> None:
+    config = ServerConfig(max_batch_rows=rows, max_model_len=max_model_len)
+    assert on_cpu(512 * GIB, config).kv_cache_bytes == tokens * BASE.kv_bytes_per_token
 
 
 def test_explicit_values_are_kept_and_auto_shares_the_rest() -> None:
@@ -87,7 +93,7 @@ def test_gpu_and_host_have_budgets_of_their_own() -> None:
     budget = resolve_budget(
         ServerConfig(), BASE, "cuda:0", limit(80 * GIB, "GPU"), limit(2 * GIB, "RAM")
     )
-    assert budget.adapter_device_bytes == 2 * GIB
+    assert budget.adapter_device_bytes == 512 * MIB
     assert budget.adapter_host_bytes < GIB
     with pytest.raises(ConfigInvalid, match=r"--adapter-host-bytes .*\(RAM\)"):
         resolve_budget(
