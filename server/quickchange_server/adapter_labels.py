@@ -1,0 +1,36 @@
+"""Which adapters have metric series of their own: a bounded set. Knows nothing of what is counted.
+
+The first `max_adapters` names get one each and keep it until they are deleted; all others share
+`_other`. Counts never move between series.
+"""
+
+import threading
+from collections.abc import Sequence
+
+from prometheus_client.metrics import MetricWrapperBase
+
+OTHER = "_other"
+
+
+class AdapterLabels:
+    """The label of each adapter's series, which may be asked for from any thread."""
+
+    def __init__(self, max_adapters: int, metrics: Sequence[MetricWrapperBase]) -> None:
+        self._max_adapters = max_adapters
+        self._metrics = metrics
+        self._names: set[str] = set()
+        self._lock = threading.Lock()
+
+    def label(self, name: str) -> str:
+        """Return the label value for a registered adapter's name."""
+        with self._lock:
+            if name not in self._names and len(self._names) < self._max_adapters:
+                self._names.add(name)
+            return name if name in self._names else OTHER
+
+    def forget(self, name: str) -> None:
+        """Remove the series of a deleted adapter and make room for another."""
+        with self._lock:
+            self._names.discard(name)
+            for metric in self._metrics:
+                metric.remove_by_labels({"adapter": name})

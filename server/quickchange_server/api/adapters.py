@@ -1,0 +1,192 @@
+"""`/v1/adapters`: upload, list, show, alias, load, merge, delete. The work is the service's."""
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Header, Path, Query, Request
+from starlette.responses import FileResponse, JSONResponse, Response
+
+from quickchange_server.adapter_service import FileName, UploadRefused
+from quickchange_server.adapter_views import AdapterView, DeletionView
+from quickchange_server.api.auth import Caller
+from quickchange_server.api.schemas import ActionBody, AliasBody
+from quickchange_server.api.services import Services
+from quickchange_server.api.upload import FILES, OPENAPI_BODY, UploadReader
+from quickchange_server.errors import NotFound, TooLarge
+
+Json = dict[str, Any]
+Version = Annotated[int, Path(ge=1, le=999_999_999)]
+Timeout = Annotated[float, Query(ge=0, le=3600, allow_inf_nan=False)]
+IfMatch = Annotated[str | None, Header()]
+
+router = APIRouter(prefix="/v1/adapters", tags=["adapters"])
+
+
+@router.post("", status_code=201, openapi_extra=OPENAPI_BODY)
+async def upload(
+    request: Request, services: Services, caller: Caller, dry_run: bool = False
+) -> Response:
+    """Check and keep an adapter; 201 with the version, 200 when these bytes were there.
+
+    With `dry_run=true` nothing is kept, and the report lists every problem.
+    """
+    reader = UploadReader(services.adapters, services.limits, caller.tenant)
+    try:
+        form = await reader.read(request)
+        if dry_run:
+            return JSONResponse(await services.adapters.check(form))
+        result = await services.adapters.upload(form)
+    except (UploadRefused, TooLarge) as error:
+        services.metrics.on_upload_refused(error.code)
+        raise
+    finally:
+        await reader.discard()
+    return JSONResponse(result.version.to_json(), 201 if result.created else 200)
+
+
+@router.get("")
+async def list_adapters(
+    services: Services,
+    caller: Caller,
+    after: str | None = None,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+) -> Json:
+    """List adapters by name."""
+    page = await services.adapters.list(after=after, limit=limit, tenant=caller.tenant)
+    return page.to_json()
+
+
+@router.get("/{name}")
+async def get_adapter(name: str, services: Services, caller: Caller) -> Response:
+    """Show an adapter with its versions and aliases; the ETag covers both."""
+    return _adapter(await services.adapters.get(name, tenant=caller.tenant))
+
+
+@router.get("/{name}/events")
+async def get_events(name: str, services: Services, caller: Caller) -> Json:
+    """Show what was done to a name, oldest first."""
+    events = await services.adapters.events(name, tenant=caller.tenant)
+    return {"object": "list", "data": list(events), "has_more": False}
+
+
+@router.get("/{name}/versions/{version}")
+async def get_version(name: str, version: Version, services: Services, caller: Caller) -> Json:
+    """Show one version with the report of its upload."""
+    view = await services.adapters.get_version(name, version, tenant=caller.tenant)
+    return view.to_json()
+
+
+@router.get("/{name}/versions/{version}/files/{file}", response_class=FileResponse)
+async def get_file(
+    name: str, version: Version, file: str, services: Services, caller: Caller
+) -> FileResponse:
+    """Download one file of a version, byte for byte as it was uploaded."""
+    known: dict[str, FileName] = {each: each for each in FILES.values()}
+    if file not in known:
+        raise NotFound(
+            f"{file[:80]!r} is not a file of an adapter; use {', '.join(known)}",
+            code="file_not_found",
+        )
+    path = await services.adapters.file_path(name, version, known[file], tenant=caller.tenant)
+    return FileResponse(path, filename=file)
+
+
+@router.delete("/{name}")
+async def delete_adapter(
+    name: str, services: Services, caller: Caller, timeout_s: Timeout = 30.0
+) -> Response:
+    """Delete an adapter: unknown at once, running requests finish; 202 when they still run."""
+    done = await services.adapters.delete_adapter(name, timeout_s=timeout_s, tenant=caller.tenant)
+    services.metrics.forget_adapter(name)
+    return _deletion(done)
+
+
+@router.delete("/{name}/versions/{version}")
+async def delete_version(
+    name: str, version: Version, services: Services, caller: Caller, timeout_s: Timeout = 30.0
+) -> Response:
+    """Delete one version that no alias points at."""
+    done = await services.adapters.delete_version(
+        name, version, timeout_s=timeout_s, tenant=caller.tenant
+    )
+    return _deletion(done)
+
+
+@router.put("/{name}/aliases/{alias}")
+async def put_alias(
+    name: str,
+    alias: str,
+    body: AliasBody,
+    services: Services,
+    caller: Caller,
+    if_match: IfMatch = None,
+) -> Response:
+    """Point an alias at a version, atomically; `If-Match` makes it compare-and-swap."""
+    view = await services.adapters.set_alias(
+        name, alias, body.version, if_match=if_match, tenant=caller.tenant
+    )
+    return _adapter(view)
+
+
+@router.delete("/{name}/aliases/{alias}")
+async def delete_alias(
+    name: str, alias: str, services: Services, caller: Caller, if_match: IfMatch = None
+) -> Response:
+    """Remove an alias; its version stays."""
+    view = await services.adapters.delete_alias(
+        name, alias, if_match=if_match, tenant=caller.tenant
+    )
+    return _adapter(view)
+
+
+@router.post("/{name}/load")
+async def load(
+    name: str, services: Services, caller: Caller, body: ActionBody | None = None
+) -> Json:
+    """Bring a version into host memory; the engine moves it to the device when it is used."""
+    view = await services.adapters.load(name, _version(body), tenant=caller.tenant)
+    return view.to_json()
+
+
+@router.post("/{name}/unload")
+async def unload(
+    name: str,
+    services: Services,
+    caller: Caller,
+    body: ActionBody | None = None,
+    timeout_s: Timeout = 30.0,
+) -> Json:
+    """Give device and host bytes back; the next request loads the version again."""
+    view = await services.adapters.unload(
+        name, _version(body), timeout_s=timeout_s, tenant=caller.tenant
+    )
+    return view.to_json()
+
+
+@router.post("/{name}/merge")
+async def merge(
+    name: str, services: Services, caller: Caller, body: ActionBody | None = None
+) -> Json:
+    """Make a merged copy beside the untouched base."""
+    view = await services.adapters.merge(name, _version(body), tenant=caller.tenant)
+    return view.to_json()
+
+
+@router.post("/{name}/unmerge")
+async def unmerge(
+    name: str, services: Services, caller: Caller, body: ActionBody | None = None
+) -> Json:
+    """Drop the merged copy."""
+    view = await services.adapters.unmerge(name, _version(body), tenant=caller.tenant)
+    return view.to_json()
+
+
+def _version(body: ActionBody | None) -> int | None:
+    return body.version if body else None
+
+
+def _adapter(view: AdapterView) -> Response:
+    return JSONResponse(view.to_json(), headers={"etag": view.etag})
+
+
+def _deletion(view: DeletionView) -> Response:
+    return JSONResponse(view.to_json(), 200 if view.done else 202)

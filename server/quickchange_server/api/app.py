@@ -1,0 +1,76 @@
+"""Put routes, middleware and error handlers together, and start and stop what is behind them."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import Scope
+
+from quickchange_server import __version__
+from quickchange_server.api import adapters, generation, models, operations
+from quickchange_server.api.error_handlers import add_error_handlers
+from quickchange_server.api.middleware import BodyLimit, HttpMetrics, LoopbackGuard, RequestContext
+from quickchange_server.api.services import AppServices, BodyLimits
+
+UPLOAD_PATH = "/v1/adapters"
+
+__all__ = ["AppServices", "BodyLimits", "create_app"]
+
+
+def create_app(services: AppServices) -> FastAPI:
+    """Return the app; its lifespan starts the engine and reads the catalog."""
+    app = FastAPI(
+        title="Quickchange",
+        summary="One base, many LoRA adapters, inside one running batch.",
+        version=__version__,
+        lifespan=_lifespan,
+        redirect_slashes=False,
+    )
+    app.state.services = services
+    app.state.is_ready = False
+    services.metrics.watch(services.engine.snapshot)
+    add_error_handlers(app)
+    for room in (generation, adapters, models, operations):
+        app.include_router(room.router)
+    _add_middleware(app, services)
+    return app
+
+
+def _add_middleware(app: FastAPI, services: AppServices) -> None:
+    """Add from the inside out: what is added last sees a request first."""
+    limits = services.limits
+
+    def limit_of(scope: Scope) -> int:
+        is_upload = scope["method"] == "POST" and scope["path"] == UPLOAD_PATH
+        return limits.upload_bytes if is_upload else limits.json_bytes
+
+    app.add_middleware(BodyLimit, limit=limit_of)
+    if services.is_loopback_only:
+        app.add_middleware(LoopbackGuard, cors_origins=services.cors_origins)
+    if services.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(services.cors_origins),
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["*"],
+        )
+    app.add_middleware(HttpMetrics, metrics=services.metrics)
+    app.add_middleware(RequestContext)
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    services: AppServices = app.state.services
+    await services.engine.start()
+    try:
+        await services.adapters.start()
+        for name, folder in services.static_adapters:
+            await services.adapters.add_static(name, folder)
+        app.state.is_ready = True
+        yield
+    finally:
+        app.state.is_ready = False
+        await services.adapters.stop()
+        await services.engine.stop()

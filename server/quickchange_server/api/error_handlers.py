@@ -1,0 +1,172 @@
+"""Every error as `{"error": {"message", "type", "param", "code"}}`; never FastAPI's `detail`."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from quickchange_adapters.errors import MergeBudgetExceeded, StoreUnavailable
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+
+from quickchange_server.adapter_service import UploadRefused
+from quickchange_server.errors import (
+    Conflict,
+    Forbidden,
+    GenerationFailed,
+    InvalidRequest,
+    NotFound,
+    QuickchangeError,
+    TooLarge,
+    Unavailable,
+    UnsupportedMediaType,
+)
+
+Json = dict[str, Any]
+CLIENT_LEFT = 499
+MAX_SHOWN_ERRORS = 5
+MAX_SHOWN_CHARS = 60
+_BY_STATUS: dict[int, type[QuickchangeError]] = {
+    400: InvalidRequest,
+    403: Forbidden,
+    404: NotFound,
+    413: TooLarge,
+    415: UnsupportedMediaType,
+}
+
+
+def error_body(error: QuickchangeError) -> Json:
+    """Return the body of an error; an upload's refusal lists all its problems."""
+    body: Json = {
+        "error": {
+            "message": error.message,
+            "type": error.type,
+            "param": error.param,
+            "code": error.code,
+        }
+    }
+    if isinstance(error, UploadRefused):
+        names = ("code", "where", "message", "hint")
+        body["problems"] = [
+            {name: getattr(problem, name) for name in names} for problem in error.problems
+        ]
+    return body
+
+
+def error_response(error: QuickchangeError, headers: Mapping[str, str] | None = None) -> Response:
+    """Return the answer that an error is."""
+    sent = dict(headers or {})
+    if error.retry_after_s is not None:
+        sent["retry-after"] = str(error.retry_after_s)
+    if isinstance(error, Conflict | GenerationFailed):
+        sent["x-should-retry"] = "false"
+    text = json.dumps(error_body(error))
+    return Response(text, error.status, sent, media_type="application/json")
+
+
+def internal_error() -> QuickchangeError:
+    """Return what a caller is told of our own mistake: nothing of its text."""
+    return QuickchangeError("the server made a mistake; its log has the details")
+
+
+def as_quickchange_error(error: Exception) -> QuickchangeError:
+    """Return the error of our tree that stands for any other."""
+    if isinstance(error, QuickchangeError):
+        return error
+    if isinstance(error, StoreUnavailable):
+        return Unavailable(str(error), code="store_unavailable")
+    if isinstance(error, MergeBudgetExceeded):
+        return Conflict(str(error), code="merge_budget")
+    return internal_error()
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Make an app answer every error in the contract's shape."""
+    app.add_exception_handler(QuickchangeError, _on_known)
+    app.add_exception_handler(StoreUnavailable, _on_known)
+    app.add_exception_handler(MergeBudgetExceeded, _on_known)
+    app.add_exception_handler(RequestValidationError, _on_invalid)
+    app.add_exception_handler(HTTPException, _on_http)
+    app.add_exception_handler(ClientDisconnect, _on_left)
+    app.add_exception_handler(Exception, _on_mistake)
+
+
+async def _on_known(request: Request, error: Exception) -> Response:
+    return error_response(as_quickchange_error(error))
+
+
+async def _on_left(request: Request, error: Exception) -> Response:
+    return Response(status_code=CLIENT_LEFT)
+
+
+async def _on_mistake(request: Request, error: Exception) -> Response:
+    """Answer from outside of our middleware, so name the request here."""
+    request_id = getattr(request.state, "request_id", "")
+    return error_response(internal_error(), {"x-request-id": request_id})
+
+
+async def _on_http(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    path = request.url.path[:200]
+    if error.status_code == 405:
+        allowed = (error.headers or {}).get("Allow", "")
+        answer = InvalidRequest(
+            f"{request.method} is not allowed on {path}; use {allowed}", code="method_not_allowed"
+        )
+        answer.status = 405
+        return error_response(answer, error.headers)
+    if error.status_code == 404:
+        return error_response(NotFound(f"there is no route {request.method} {path}"))
+    kind = _BY_STATUS.get(error.status_code, QuickchangeError)
+    answer_of_kind = kind(str(error.detail))
+    answer_of_kind.status = error.status_code
+    return error_response(answer_of_kind, error.headers)
+
+
+async def _on_invalid(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    content_type = request.headers.get("content-type", "")
+    problems = error.errors()
+    is_unread = any(p["loc"] == ("body",) and p["type"] != "missing" for p in problems)
+    if is_unread and "json" not in content_type:
+        return error_response(
+            UnsupportedMediaType(
+                f"the content type {content_type[:80]!r} is not read here; "
+                "send Content-Type: application/json"
+            )
+        )
+    return error_response(invalid_request(problems))
+
+
+def invalid_request(problems: Sequence[Mapping[str, Any]]) -> InvalidRequest:
+    """Return one error for what pydantic found; `param` is the first field."""
+    first = problems[0]
+    if first["type"] == "json_invalid":
+        why = first.get("ctx", {}).get("error", "it cannot be read")
+        return InvalidRequest(f"the body is not JSON: {why}", code="invalid_json")
+    sentences = dict.fromkeys(map(_sentence, problems))
+    message = "; ".join(list(sentences)[:MAX_SHOWN_ERRORS])
+    return InvalidRequest(message, param=_field(first["loc"]) or None)
+
+
+def _sentence(problem: Mapping[str, Any]) -> str:
+    field = _field(problem["loc"]) or "the body"
+    if problem["type"] == "missing":
+        return f"{field}: is missing"
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    value = problem.get("input")
+    if isinstance(value, int | float | str) and len(repr(value)) <= MAX_SHOWN_CHARS:
+        return f"{field}: {message}, not {value!r}"
+    return f"{field}: {message}"
+
+
+def _field(location: Sequence[str | int]) -> str:
+    """Spell a place as in `messages[0].content`."""
+    text = ""
+    for part in location:
+        if part in ("body", "query", "path", "header") and not text:
+            continue
+        text += f"[{part}]" if isinstance(part, int) else f".{part}"
+    return text.lstrip(".")[:200]

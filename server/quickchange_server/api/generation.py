@@ -1,0 +1,170 @@
+"""`POST /v1/chat/completions` and `/v1/completions`: from a body to an answer or a stream.
+
+Order matters: everything that can be refused is refused before the first header goes out.
+"""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Mapping
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from quickchange_server.api.answer_format import AnswerFormat, CollectedChoice, timing_ms
+from quickchange_server.api.auth import Caller
+from quickchange_server.api.chat_format import ChatFormat
+from quickchange_server.api.choice_reader import (
+    ChoiceDelta,
+    ChoiceReader,
+    OutputReader,
+    PromptReader,
+    read_choice,
+)
+from quickchange_server.api.completion_format import CompletionFormat
+from quickchange_server.api.error_handlers import CLIENT_LEFT
+from quickchange_server.api.field_policy import (
+    NEUTRAL_IN_CHAT,
+    NEUTRAL_IN_COMPLETIONS,
+    check_extra_fields,
+)
+from quickchange_server.api.generation_plan import GenerationPlan
+from quickchange_server.api.generation_planner import (
+    chat_top_logprobs,
+    plan_chat,
+    plan_completion,
+)
+from quickchange_server.api.generation_session import GenerationSession, SessionLabel
+from quickchange_server.api.schemas import ChatBody, CompletionBody, GenerationBody
+from quickchange_server.api.services import AppServices, Services
+from quickchange_server.api.streaming import EventStream, wait_for_disconnect
+from quickchange_server.errors import QuickchangeError
+from quickchange_server.metrics import RequestSummary
+from quickchange_server.stop_strings import StopStringFilter
+
+router = APIRouter(tags=["generation"])
+
+
+@router.post("/v1/chat/completions")
+async def chat_completions(
+    body: ChatBody, request: Request, services: Services, caller: Caller
+) -> Response:
+    """Answer a conversation, whole or as server-sent events."""
+    try:
+        headers = _ignored(body, NEUTRAL_IN_CHAT, services)
+        plan = await plan_chat(body, services, caller.tenant)
+        await _admit(plan, services)
+    except QuickchangeError:
+        services.metrics.on_request_end(RequestSummary("rejected"))
+        raise
+    answer = ChatFormat(plan.head, services.tokenizer, chat_top_logprobs(body), _has_usage(body))
+    return await _respond(request, services, plan, answer, body, headers)
+
+
+@router.post("/v1/completions")
+async def completions(
+    body: CompletionBody, request: Request, services: Services, caller: Caller
+) -> Response:
+    """Continue one or more prompts, whole or as server-sent events."""
+    try:
+        headers = _ignored(body, NEUTRAL_IN_COMPLETIONS, services)
+        plan = await plan_completion(body, services, caller.tenant)
+        await _admit(plan, services)
+    except QuickchangeError:
+        services.metrics.on_request_end(RequestSummary("rejected"))
+        raise
+    answer = CompletionFormat(plan, services.tokenizer, body.logprobs, _has_usage(body))
+    return await _respond(request, services, plan, answer, body, headers)
+
+
+def _ignored(
+    body: GenerationBody, neutral: Mapping[str, tuple[object, ...]], services: AppServices
+) -> dict[str, str]:
+    return check_extra_fields(body.model_extra or {}, neutral, body.n or 1, services.is_strict)
+
+
+def _has_usage(body: GenerationBody) -> bool:
+    return body.stream_options is not None and body.stream_options.include_usage
+
+
+async def _admit(plan: GenerationPlan, services: AppServices) -> None:
+    """Make sure that the plan may be submitted now. Raises: QueueFull, Unavailable, NotFound."""
+    services.engine.check_admission(len(plan.requests))
+    for resolved in plan.model.resolved:
+        await services.adapters.acquire(resolved)
+
+
+async def _respond(
+    request: Request,
+    services: AppServices,
+    plan: GenerationPlan,
+    answer: AnswerFormat,
+    body: GenerationBody,
+    headers: dict[str, str],
+) -> Response:
+    if plan.model.adapters:
+        digests = ",".join(ref.digest for ref in plan.model.adapters)
+        headers["x-quickchange-adapter-digest"] = digests
+    lengths = tuple(len(prompt.token_ids) for prompt in plan.prompts)
+    label = SessionLabel(lengths, plan.num_choices, plan.model.names, request.state.arrival_s)
+    session = GenerationSession(label, services.metrics)
+    try:
+        await session.start(_choices(plan, services))
+        if body.stream:
+            return EventStream(session, answer, _has_usage(body), services.ping_s, headers)
+        response = await _whole_answer(request, session, answer, headers)
+    except BaseException:
+        await session.close()
+        raise
+    await session.close()
+    return response
+
+
+def _choices(plan: GenerationPlan, services: AppServices) -> list[AsyncIterator[ChoiceDelta]]:
+    return [
+        read_choice(services.engine, each, _reader(index, plan, services))
+        for index, each in enumerate(plan.requests)
+    ]
+
+
+def _reader(index: int, plan: GenerationPlan, services: AppServices) -> OutputReader:
+    if plan.is_prompt_only:
+        return PromptReader(index)
+    return ChoiceReader(
+        index,
+        services.tokenizer.detokenizer(),
+        StopStringFilter(plan.stop),
+        plan.requests[index].min_tokens,
+    )
+
+
+async def _whole_answer(
+    request: Request,
+    session: GenerationSession,
+    answer: AnswerFormat,
+    headers: dict[str, str],
+) -> Response:
+    """Wait for all choices; when the client leaves first, nobody reads what is returned."""
+    collecting = asyncio.create_task(_collect(session))
+    leaving = asyncio.create_task(wait_for_disconnect(request.receive))
+    try:
+        await asyncio.wait((collecting, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not collecting.done():
+            return Response(status_code=CLIENT_LEFT)
+        choices = collecting.result()
+    finally:
+        collecting.cancel()
+        leaving.cancel()
+    for name, value in timing_ms(session.usage).items():
+        headers[f"x-quickchange-{name.replace('_', '-')}"] = str(value)
+    text = json.dumps(
+        answer.body(choices, session.usage), ensure_ascii=False, separators=(",", ":")
+    )
+    return Response(text, headers=headers, media_type="application/json")
+
+
+async def _collect(session: GenerationSession) -> list[CollectedChoice]:
+    choices: dict[int, CollectedChoice] = {}
+    while not session.is_complete:
+        for delta in await session.next_deltas():
+            choices.setdefault(delta.index, CollectedChoice(delta.index)).add(delta)
+    return [choices[index] for index in sorted(choices)]

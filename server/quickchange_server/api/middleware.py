@@ -1,0 +1,116 @@
+"""What every request passes, as plain ASGI: its id and clock, metrics, the guard, body limits."""
+
+import re
+import time
+import uuid
+from collections.abc import Callable, Sequence
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from quickchange_server.api.auth import check_loopback
+from quickchange_server.api.error_handlers import error_response
+from quickchange_server.errors import QuickchangeError, TooLarge
+from quickchange_server.metrics import ServerMetrics
+
+_SANE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/=+-]{0,127}")
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+UNMATCHED = "_unmatched"
+
+
+class RequestContext:
+    """Give each request an id (a sane incoming one is kept) and its time of arrival."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, and send its id back."""
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        incoming = Headers(scope=scope).get("x-request-id", "")
+        request_id = incoming if _SANE_ID.fullmatch(incoming) else uuid.uuid4().hex
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id
+        state["arrival_s"] = time.monotonic()
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        return await self._app(scope, receive, send_with_id)
+
+
+class HttpMetrics:
+    """Count requests by route template, method and status."""
+
+    def __init__(self, app: ASGIApp, metrics: ServerMetrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on and count it when it is over."""
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        status = 500
+
+        async def send_and_note(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_and_note)
+        finally:
+            route = getattr(scope.get("route"), "path", UNMATCHED)
+            method = scope["method"] if scope["method"] in _METHODS else "_other"
+            self._metrics.on_http(route, method, status)
+
+
+class LoopbackGuard:
+    """Refuse other hosts' names and other sites' pages while no key is configured."""
+
+    def __init__(self, app: ASGIApp, cors_origins: Sequence[str]) -> None:
+        self._app = app
+        self._cors_origins = cors_origins
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or answer 403."""
+        if scope["type"] == "http":
+            try:
+                check_loopback(Headers(scope=scope), self._cors_origins)
+            except QuickchangeError as error:
+                return await error_response(error)(scope, receive, send)
+        return await self._app(scope, receive, send)
+
+
+class BodyLimit:
+    """Stop reading a body at a limit that depends on the path, and answer 413."""
+
+    def __init__(self, app: ASGIApp, limit: Callable[[Scope], int]) -> None:
+        self._app = app
+        self._limit = limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on with a counted body."""
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        limit = self._limit(scope)
+        message = f"the body is larger than {limit} bytes, the limit of this route"
+        announced = Headers(scope=scope).get("content-length", "")
+        if announced.isdigit() and int(announced) > limit:
+            return await error_response(TooLarge(message))(scope, receive, send)
+        num_bytes = 0
+
+        async def receive_counted() -> Message:
+            nonlocal num_bytes
+            event = await receive()
+            num_bytes += len(event.get("body", b""))
+            if num_bytes > limit:
+                raise HTTPException(413, message)
+            return event
+
+        return await self._app(scope, receive_counted, send)

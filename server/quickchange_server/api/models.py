@@ -1,0 +1,74 @@
+"""`GET /v1/models`, and `/tokenize` and `/detokenize` in vLLM's shapes."""
+
+from typing import Any
+
+from fastapi import APIRouter
+
+from quickchange_server.api.auth import Caller
+from quickchange_server.api.generation_planner import vocab_size
+from quickchange_server.api.prompts import template_messages
+from quickchange_server.api.schemas import DetokenizeBody, TokenizeBody
+from quickchange_server.api.services import AppServices, Services
+from quickchange_server.errors import InvalidRequest
+
+Json = dict[str, Any]
+
+router = APIRouter(tags=["models"])
+
+
+@router.get("/v1/models")
+async def list_models(services: Services, caller: Caller) -> Json:
+    """List the base, the adapters, and their aliases."""
+    models = services.adapters.models(tenant=caller.tenant)
+    return {"object": "list", "data": [model.to_json() for model in models]}
+
+
+@router.get("/v1/models/{model_id:path}")
+async def get_model(model_id: str, services: Services, caller: Caller) -> Json:
+    """Show one model; any model string that a request may name."""
+    return services.adapters.model(model_id, tenant=caller.tenant).to_json()
+
+
+@router.post("/tokenize")
+async def tokenize(body: TokenizeBody, services: Services, caller: Caller) -> Json:
+    """Return the token ids of a prompt, or of messages in the base's chat template."""
+    _check_model(body.model, services, caller.tenant)
+    token_ids = await _token_ids(body, services)
+    pieces = None
+    if body.return_token_strs:
+        pieces = [services.tokenizer.token_piece(token_id) for token_id in token_ids]
+    return {
+        "count": len(token_ids),
+        "max_model_len": services.engine.max_model_len,
+        "tokens": token_ids,
+        "token_strs": pieces,
+    }
+
+
+@router.post("/detokenize")
+async def detokenize(body: DetokenizeBody, services: Services, caller: Caller) -> Json:
+    """Return the text of token ids, special tokens included."""
+    _check_model(body.model, services, caller.tenant)
+    limit = vocab_size(services)
+    for token_id in body.tokens:
+        if token_id >= limit:
+            raise InvalidRequest(
+                f"tokens: {token_id} is not a token id; they are below {limit}", param="tokens"
+            )
+    return {"prompt": services.tokenizer.decode(body.tokens, skip_special_tokens=False)}
+
+
+async def _token_ids(body: TokenizeBody, services: AppServices) -> list[int]:
+    if (body.prompt is None) == (body.messages is None):
+        raise InvalidRequest("send either prompt or messages", param="prompt")
+    if body.prompt is not None:
+        has_specials = body.add_special_tokens is not False
+        return await services.tokenizer.encode_async(body.prompt, has_specials)
+    messages = template_messages(body.messages or ())
+    return await services.tokenizer.encode_chat(messages, body.add_generation_prompt)
+
+
+def _check_model(model: str | None, services: AppServices, tenant: str) -> None:
+    """All models share the base's tokenizer; an unknown one is still a 404."""
+    if model is not None:
+        services.adapters.resolve(model, tenant=tenant)

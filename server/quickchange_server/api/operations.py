@@ -1,0 +1,79 @@
+"""What an operator and a probe ask: alive, ready, version, metrics, memory."""
+
+import asyncio
+import time
+from typing import Any
+
+import psutil
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from quickchange_server import __version__
+from quickchange_server.api.auth import Caller
+from quickchange_server.api.services import AppServices, Services
+from quickchange_server.errors import Unavailable
+
+Json = dict[str, Any]
+
+router = APIRouter(tags=["operations"])
+
+
+@router.get("/livez")
+async def livez(services: Services) -> Json:
+    """Say whether event loop and engine go on; 503 when the engine died or hangs."""
+    _check_engine(services)
+    return {"status": "alive"}
+
+
+@router.get("/health")
+@router.get("/readyz")
+async def readyz(request: Request, services: Services) -> Json:
+    """Say whether requests are served: base loaded, catalog read, not stopping."""
+    if not request.app.state.is_ready:
+        raise Unavailable("the server is starting or stopping", code="not_ready")
+    _check_engine(services)
+    return {"status": "ready"}
+
+
+def _check_engine(services: AppServices) -> None:
+    state = services.engine.snapshot()
+    if not state.is_alive:
+        raise Unavailable("the engine does not run", code="engine_dead")
+    silent_s = time.monotonic() - state.last_step_monotonic_s
+    if state.num_running and state.last_step_monotonic_s and silent_s > services.stall_s:
+        raise Unavailable(
+            f"the engine has made no step for {silent_s:.0f} s", code="engine_stalled"
+        )
+
+
+@router.get("/version")
+async def version(services: Services) -> Json:
+    """Show what is running."""
+    base = services.engine.base
+    return {"version": __version__, "base": base.name, "base_digest": base.digest}
+
+
+@router.get("/metrics", response_class=Response)
+async def metrics(request: Request, services: Services) -> Response:
+    """Show the metrics in Prometheus' text format, or OpenMetrics when asked for."""
+    accept = request.headers.get("accept", "")
+    text, content_type = await asyncio.to_thread(services.metrics.render, accept)
+    return Response(text, headers={"content-type": content_type})
+
+
+@router.get("/v1/memory")
+async def memory(services: Services, caller: Caller) -> Json:
+    """Show bytes by part, and by adapter version."""
+    state = services.engine.snapshot()
+    parts = {**state.memory_bytes, "process_rss": psutil.Process().memory_info().rss}
+    adapters = [
+        {
+            "digest": adapter.digest,
+            "host": adapter.host_bytes,
+            "device": adapter.device_bytes,
+            "merged": adapter.merged_bytes,
+            "num_running": adapter.num_running,
+        }
+        for adapter in state.adapters.values()
+    ]
+    return {"object": "memory", "bytes": parts, "adapters": adapters}

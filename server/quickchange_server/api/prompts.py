@@ -1,0 +1,143 @@
+"""From what a body says to token ids. Knows nothing of sampling."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from quickchange_server.api.schemas import MAX_PROMPTS, ChatMessage, Prompt
+from quickchange_server.errors import ContextLengthExceeded, InvalidRequest
+from quickchange_server.tokenizer import Tokenizer
+
+DEFAULT_COMPLETION_TOKENS = 16
+_TEMPLATE_ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "assistant": "assistant",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class PromptIds:
+    """One prompt. `text` is what the caller wrote; None when token ids were sent."""
+
+    token_ids: tuple[int, ...]
+    text: str | None = None
+
+
+async def read_prompts(
+    prompt: Prompt, tokenizer: Tokenizer, vocab_size: int
+) -> tuple[PromptIds, ...]:
+    """Return the prompts of a completion, tokenised; ids that were sent are below `vocab_size`.
+
+    Raises: InvalidRequest.
+    """
+    prompts = _as_list(prompt)
+    if not 1 <= len(prompts) <= MAX_PROMPTS:
+        raise InvalidRequest(
+            f"prompt: {len(prompts)} prompts; 1 to {MAX_PROMPTS} may be sent at once",
+            param="prompt",
+        )
+    return tuple([await _read_prompt(each, tokenizer, vocab_size) for each in prompts])
+
+
+def _as_list(prompt: Prompt) -> Sequence[str | list[int]]:
+    if isinstance(prompt, str):
+        return [prompt]
+    if prompt and isinstance(prompt[0], int):
+        return [[token_id for token_id in prompt if isinstance(token_id, int)]]
+    return [each for each in prompt if not isinstance(each, int)]
+
+
+async def _read_prompt(prompt: str | list[int], tokenizer: Tokenizer, vocab_size: int) -> PromptIds:
+    if isinstance(prompt, str):
+        token_ids = await tokenizer.encode_async(prompt)
+        return PromptIds(_some(token_ids), prompt)
+    for token_id in prompt:
+        if not 0 <= token_id < vocab_size:
+            raise InvalidRequest(
+                f"prompt: {token_id} is not a token id; they are below {vocab_size}",
+                param="prompt",
+            )
+    return PromptIds(_some(prompt))
+
+
+def _some(token_ids: Sequence[int]) -> tuple[int, ...]:
+    if not token_ids:
+        raise InvalidRequest("prompt: is empty; send at least one token", param="prompt")
+    return tuple(token_ids)
+
+
+async def read_chat(messages: Sequence[ChatMessage], tokenizer: Tokenizer) -> PromptIds:
+    """Return the prompt that the base's chat template makes of a conversation.
+
+    Raises: InvalidRequest.
+    """
+    return PromptIds(_some(await tokenizer.encode_chat(template_messages(messages))))
+
+
+def template_messages(messages: Sequence[ChatMessage]) -> list[Mapping[str, str]]:
+    """Return messages as a chat template reads them: a role it knows, and plain text.
+
+    Raises: InvalidRequest naming the place.
+    """
+    return [_template_message(f"messages[{i}]", each) for i, each in enumerate(messages)]
+
+
+def _template_message(place: str, message: ChatMessage) -> Mapping[str, str]:
+    role = _TEMPLATE_ROLES.get(message.role)
+    if role is None:
+        raise InvalidRequest(
+            f"{place}.role: {message.role[:40]!r} is not served; use {', '.join(_TEMPLATE_ROLES)}",
+            param=f"{place}.role",
+        )
+    for name in ("tool_calls", "function_call"):
+        if (message.model_extra or {}).get(name):
+            raise InvalidRequest(
+                f"{place}.{name}: is not supported", param=name, code="unsupported_field"
+            )
+    return {"role": role, "content": _content_text(place, message)}
+
+
+def _content_text(place: str, message: ChatMessage) -> str:
+    if isinstance(message.content, str):
+        return message.content
+    if message.content is None:
+        if message.role == "assistant":
+            return ""
+        raise InvalidRequest(f"{place}.content: is missing", param=f"{place}.content")
+    texts = []
+    for number, part in enumerate(message.content):
+        if part.type != "text" or part.text is None:
+            where = f"{place}.content[{number}]"
+            raise InvalidRequest(
+                f"{where}: a part of type {part.type[:40]!r} is not served; "
+                'send {"type": "text", "text": …}',
+                param=where,
+            )
+        texts.append(part.text)
+    return "\n".join(texts)
+
+
+def fit_max_tokens(
+    num_prompt_tokens: int, wanted: int | None, default: int | None, max_model_len: int
+) -> int:
+    """Return how many tokens may be generated: `wanted`, or `default` as far as there is room.
+
+    A default of None fills the context.
+
+    Raises: ContextLengthExceeded.
+    """
+    room = max_model_len - num_prompt_tokens
+    if room < 1:
+        raise ContextLengthExceeded(
+            f"the prompt has {num_prompt_tokens} tokens and the context holds {max_model_len}, "
+            "of which one must be left for the answer; shorten the prompt",
+        )
+    if wanted is None:
+        return room if default is None else min(default, room)
+    if wanted > room:
+        raise ContextLengthExceeded(
+            f"{num_prompt_tokens} prompt tokens and max_tokens {wanted} are more than the "
+            f"context's {max_model_len}; shorten the prompt or ask for at most {room}",
+        )
+    return wanted

@@ -1,0 +1,159 @@
+"""The bodies that requests may have. Bounds are here; what needs the engine is checked later."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
+from pydantic_core import PydanticCustomError
+
+MAX_CHOICES = 16
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARS = 256
+MAX_LOGPROBS = 20
+MAX_PROMPTS = 256
+MAX_MIX = 4
+MAX_BIASES = 1024
+MAX_MESSAGES = 4096
+INT64 = 1 << 63
+
+
+def _one_of(what: str) -> WrapValidator:
+    """Say in one sentence what a union accepts, not once per alternative."""
+
+    def validate(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return handler(value)
+        except ValidationError as error:
+            raise PydanticCustomError("not_one_of", "must be {what}", {"what": what}) from error
+
+    return WrapValidator(validate)
+
+
+Prompt = Annotated[
+    str | list[int] | list[str] | list[list[int]],
+    _one_of("a string, a list of strings, a list of token ids, or a list of such lists"),
+]
+Stop = Annotated[str | list[str], _one_of("a string or a list of strings")]
+
+
+class OpenModel(BaseModel):
+    """A body that keeps fields it does not know, so that they can be named."""
+
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+
+
+class StreamOptions(OpenModel):
+    """What a stream carries beside the answer."""
+
+    include_usage: bool = False
+
+
+class MixPart(BaseModel):
+    """One adapter of a mix."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    model: str = Field(min_length=1, max_length=256)
+    weight: float = Field(1.0, ge=-100, le=100)
+
+
+class ContentPart(OpenModel):
+    """One part of a message's content; only text is served."""
+
+    type: str
+    text: str | None = None
+
+
+class ChatMessage(OpenModel):
+    """One turn of a conversation."""
+
+    role: str
+    content: Annotated[
+        str | list[ContentPart] | None, _one_of("a string or a list of parts like {type, text}")
+    ] = None
+
+
+class GenerationBody(OpenModel):
+    """What chat and completions have in common."""
+
+    model: str = Field(min_length=1, max_length=256)
+    adapters: list[MixPart] | None = Field(None, min_length=1, max_length=MAX_MIX)
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1, lt=INT64)
+    min_p: float | None = Field(None, ge=0, le=1)
+    seed: int | None = Field(None, ge=-INT64, lt=INT64)
+    stop: Stop | None = None
+    stop_token_ids: list[int] | None = Field(None, max_length=MAX_STOP_STRINGS)
+    ignore_eos: bool | None = None
+    min_tokens: int | None = Field(None, ge=0, lt=INT64)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
+        None, max_length=MAX_BIASES
+    )
+    cache_salt: str | None = Field(None, min_length=1, max_length=256)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+
+class CompletionBody(GenerationBody):
+    """Body of `POST /v1/completions`."""
+
+    prompt: Prompt
+    max_tokens: int | None = Field(None, ge=0, lt=INT64)
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    echo: bool | None = None
+
+
+class ChatBody(GenerationBody):
+    """Body of `POST /v1/chat/completions`."""
+
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
+    max_tokens: int | None = Field(None, ge=1, lt=INT64)
+    max_completion_tokens: int | None = Field(None, ge=1, lt=INT64)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+
+
+class TokenizeBody(OpenModel):
+    """Body of `POST /tokenize`: `prompt` or `messages`."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = Field(None, min_length=1, max_length=MAX_MESSAGES)
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool = True
+    return_token_strs: bool | None = None
+
+
+class DetokenizeBody(OpenModel):
+    """Body of `POST /detokenize`."""
+
+    model: str | None = None
+    tokens: list[Annotated[int, Field(ge=0)]]
+
+
+class AliasBody(BaseModel):
+    """Body of `PUT /v1/adapters/{name}/aliases/{alias}`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    version: int = Field(ge=1, lt=INT64)
+
+
+class ActionBody(BaseModel):
+    """Body of load, unload, merge and unmerge; may be left out."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    version: int | None = Field(None, ge=1, lt=INT64)
+    tier: Literal["host"] | None = None

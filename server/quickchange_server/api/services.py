@@ -1,0 +1,65 @@
+"""What the routes work with, as one frozen object, and how a route gets at it."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from quickchange_server.adapter_service import AdapterService
+from quickchange_server.engine.interface import GenerationEngine
+from quickchange_server.metrics import ServerMetrics
+from quickchange_server.tokenizer import Tokenizer
+
+KIB = 1 << 10
+MIB = 1 << 20
+GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class BodyLimits:
+    """Largest bodies that are read, in bytes; the parts of an upload one by one."""
+
+    json_bytes: int = 8 * MIB
+    adapter_config_bytes: int = 64 * KIB
+    adapter_model_bytes: int = GIB
+    task_bytes: int = 16 * KIB
+
+    @property
+    def upload_bytes(self) -> int:
+        """All parts together, with room for text fields and the framing."""
+        return self.adapter_config_bytes + self.adapter_model_bytes + self.task_bytes + MIB
+
+
+@dataclass(frozen=True, slots=True)
+class AppServices:
+    """Everything behind the routes, and the settings they need.
+
+    Attributes:
+        static_adapters: (name, folder) pairs served by this process only.
+        is_strict: unknown request fields are refused, not named in a header.
+        is_loopback_only: no key is configured, so only this machine may call.
+        cors_origins: origins whose pages may call nevertheless.
+        ping_s: silence after which a stream gets a comment line.
+        stall_s: a step that takes longer than this means that the engine hangs.
+    """
+
+    engine: GenerationEngine
+    adapters: AdapterService
+    tokenizer: Tokenizer
+    metrics: ServerMetrics
+    static_adapters: tuple[tuple[str, Path], ...] = ()
+    is_strict: bool = False
+    is_loopback_only: bool = True
+    cors_origins: tuple[str, ...] = ()
+    limits: BodyLimits = field(default_factory=BodyLimits)
+    ping_s: float = 15.0
+    stall_s: float = 120.0
+
+
+async def _services_of(request: Request) -> AppServices:
+    services: AppServices = request.app.state.services
+    return services
+
+
+Services = Annotated[AppServices, Depends(_services_of)]

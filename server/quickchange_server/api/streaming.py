@@ -1,0 +1,106 @@
+"""Server-sent events, and noticing that a client has left. Knows no answer's shape."""
+
+import asyncio
+import json
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from quickchange_server.api.answer_format import AnswerFormat
+from quickchange_server.api.error_handlers import as_quickchange_error, error_body
+from quickchange_server.api.generation_session import GenerationSession
+from quickchange_server.errors import QuickchangeError
+
+PING = b": ping\n\n"
+DONE = b"data: [DONE]\n\n"
+_log = logging.getLogger(__name__)
+
+
+def event(data: Mapping[str, Any]) -> bytes:
+    """Return one event; JSON has no line breaks, so one `data:` line holds it."""
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return b"data: " + text.encode() + b"\n\n"
+
+
+async def wait_for_disconnect(receive: Receive) -> None:
+    """Return when the client has left; the body must have been read."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream(Response):
+    """The answer to a streaming request. Owns the session: it is closed whatever happens.
+
+    An error after the headers becomes `data: {"error": …}`, and the stream ends without `[DONE]`.
+    """
+
+    def __init__(
+        self,
+        session: GenerationSession,
+        answer: AnswerFormat,
+        has_usage: bool,
+        ping_s: float,
+        headers: Mapping[str, str],
+    ) -> None:
+        self.status_code = 200
+        self.background = None
+        self.media_type = "text/event-stream"
+        self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no", **headers})
+        self._session = session
+        self._answer = answer
+        self._has_usage = has_usage
+        self._ping_s = ping_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the stream until it ends or the client leaves."""
+        tasks = (
+            asyncio.create_task(self._send_all(send)),
+            asyncio.create_task(wait_for_disconnect(receive)),
+        )
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await self._session.close()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _send_all(self, send: Send) -> None:
+        await send(
+            {"type": "http.response.start", "status": 200, "headers": list(self.raw_headers)}
+        )
+        try:
+            await self._send_answer(send)
+        except OSError:
+            return
+        except Exception as error:
+            await _send_bytes(send, event(error_body(_told(error))))
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _send_answer(self, send: Send) -> None:
+        while not self._session.is_complete:
+            try:
+                async with asyncio.timeout(self._ping_s):
+                    deltas = await self._session.next_deltas()
+            except TimeoutError:
+                await _send_bytes(send, PING)
+                continue
+            chunks = [chunk for delta in deltas for chunk in self._answer.chunks(delta)]
+            if chunks:
+                await _send_bytes(send, b"".join(map(event, chunks)))
+        if self._has_usage:
+            await _send_bytes(send, event(self._answer.usage_chunk(self._session.usage)))
+        await _send_bytes(send, DONE)
+
+
+async def _send_bytes(send: Send, data: bytes) -> None:
+    await send({"type": "http.response.body", "body": data, "more_body": True})
+
+
+def _told(error: Exception) -> QuickchangeError:
+    if not isinstance(error, QuickchangeError):
+        _log.error("a stream failed", exc_info=error)
+    return as_quickchange_error(error)

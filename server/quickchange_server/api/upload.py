@@ -1,0 +1,145 @@
+"""The form of `POST /v1/adapters`: its parts in any order, files to the store as they arrive."""
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import Request
+from quickchange_adapters.store import StagedFile
+
+from quickchange_server.adapter_service import AdapterService, FileName, UploadForm
+from quickchange_server.api.multipart import MultipartReader, limited
+from quickchange_server.api.services import BodyLimits
+from quickchange_server.errors import InvalidRequest
+
+BLOCK_BYTES = 1 << 20
+MAX_FIELD_BYTES = 4096
+MAX_TAGS = 32
+FILES: dict[str, FileName] = {
+    "adapter_config": "adapter_config.json",
+    "adapter_model": "adapter_model.safetensors",
+    "task": "task.json",
+}
+SWITCHES = ("allow_noop", "strict_base")
+FIELDS = ("name", "alias", "tags", "visibility", *SWITCHES)
+_TRUTH = {"true": True, "1": True, "false": False, "0": False, "": False}
+
+
+class UploadReader:
+    """Collects the parts of one upload; `discard` forgets the staged files of a failed one."""
+
+    def __init__(self, service: AdapterService, limits: BodyLimits, tenant: str) -> None:
+        self._service = service
+        self._tenant = tenant
+        self._limits = {
+            "adapter_config": limits.adapter_config_bytes,
+            "adapter_model": limits.adapter_model_bytes,
+            "task": limits.task_bytes,
+        }
+        self._fields: dict[str, str] = {}
+        self._staged: dict[str, StagedFile] = {}
+
+    async def read(self, request: Request) -> UploadForm:
+        """Read the body to its end.
+
+        Raises: InvalidRequest, TooLarge, UnsupportedMediaType, Unavailable.
+        """
+        content_type = request.headers.get("content-type", "")
+        reader = MultipartReader(content_type, request.stream())
+        async for name, chunks in reader.parts():
+            await self._take(name, chunks)
+        return self._form()
+
+    async def discard(self) -> None:
+        """Forget what was staged."""
+        await self._service.discard(list(self._staged.values()))
+
+    async def _take(self, name: str, chunks: AsyncIterator[bytes]) -> None:
+        if name in self._fields or name in self._staged:
+            raise InvalidRequest(f"{name}: was sent twice", param=name)
+        if name in FILES:
+            counted = limited(chunks, name, self._limits[name], BLOCK_BYTES)
+            self._staged[name] = await self._service.stage(FILES[name], counted)
+        elif name in FIELDS:
+            self._fields[name] = await _text(name, chunks)
+        else:
+            raise InvalidRequest(
+                f"{name[:80]!r} is not a part of this form; use {', '.join((*FILES, *FIELDS))}",
+                code="unknown_field",
+            )
+
+    def _form(self) -> UploadForm:
+        name = self._fields.get("name", "").strip()
+        if not name:
+            raise InvalidRequest("name: is missing", param="name", code="invalid_name")
+        return UploadForm(
+            name=name,
+            adapter_config=self._staged.get("adapter_config"),
+            adapter_model=self._staged.get("adapter_model"),
+            task=self._staged.get("task"),
+            alias=self._fields.get("alias") or None,
+            tags=_tags(self._fields.get("tags", "")),
+            visibility=self._fields.get("visibility") or None,
+            allow_noop=_switch("allow_noop", self._fields),
+            strict_base=_switch("strict_base", self._fields),
+            tenant=self._tenant,
+        )
+
+
+async def _text(name: str, chunks: AsyncIterator[bytes]) -> str:
+    data = b"".join([each async for each in limited(chunks, name, MAX_FIELD_BYTES, BLOCK_BYTES)])
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"{name}: is not UTF-8", param=name) from error
+
+
+def _switch(name: str, fields: dict[str, str]) -> bool:
+    value = fields.get(name, "").strip().lower()
+    if value not in _TRUTH:
+        raise InvalidRequest(f"{name}: must be true or false, not {value[:20]!r}", param=name)
+    return _TRUTH[value]
+
+
+def _tags(text: str) -> tuple[str, ...]:
+    tags = tuple(dict.fromkeys(tag.strip() for tag in text.split(",") if tag.strip()))
+    if len(tags) > MAX_TAGS:
+        raise InvalidRequest(f"tags: {len(tags)}; at most {MAX_TAGS}", param="tags")
+    return tags
+
+
+def _file(description: str) -> dict[str, str]:
+    return {"type": "string", "format": "binary", "description": description}
+
+
+OPENAPI_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["name", "adapter_config", "adapter_model"],
+                    "properties": {
+                        "name": {
+                            "type": "string",
+                            "pattern": "^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$",
+                        },
+                        "adapter_config": _file("PEFT's adapter_config.json"),
+                        "adapter_model": _file("PEFT's adapter_model.safetensors"),
+                        "task": _file("task.json: prompt form and defaults"),
+                        "alias": {
+                            "type": "string",
+                            "pattern": "^[a-z][a-z0-9-]{0,31}$",
+                            "description": "moved to this version in the same transaction",
+                        },
+                        "tags": {"type": "string", "description": "separated by commas"},
+                        "visibility": {"type": "string", "enum": ["public", "private"]},
+                        "allow_noop": {"type": "boolean", "default": False},
+                        "strict_base": {"type": "boolean", "default": False},
+                    },
+                }
+            }
+        },
+    }
+}
+"""The form, by hand: the route reads the body itself, so FastAPI cannot see it."""

@@ -1,0 +1,63 @@
+"""Gauges read from the engine's snapshot at scrape time. Never waits for the engine."""
+
+import time
+from collections.abc import Callable, Iterator
+
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from quickchange_server.engine.interface import EngineSnapshot
+
+PREFIX = "quickchange_"
+
+
+class SnapshotCollector(Collector):
+    """Collector over a function that returns the engine's last snapshot."""
+
+    def __init__(self, snapshot: Callable[[], EngineSnapshot]) -> None:
+        self._snapshot = snapshot
+
+    def describe(self) -> list[GaugeMetricFamily]:
+        """Return no families: nothing is read while the collector is registered."""
+        return []
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """Yield the gauges of one snapshot."""
+        state = self._snapshot()
+        yield _gauge("requests_running", "Requests in the batch.", state.num_running)
+        yield _gauge("requests_waiting", "Requests that wait.", state.num_waiting)
+        yield _gauge(
+            "kv_cache_usage_ratio",
+            "Used part of the KV blocks, 0 to 1.",
+            state.kv_blocks_used / state.kv_blocks_total if state.kv_blocks_total else 0.0,
+        )
+        yield _gauge(
+            "engine_last_step_timestamp_seconds",
+            "When the last step ended, in Unix time; 0 before the first.",
+            _unix_time(state.last_step_monotonic_s),
+        )
+        yield _labelled("memory_bytes", "Bytes by part.", "part", dict(state.memory_bytes))
+        yield _labelled("adapters", "Adapters by tier.", "tier", _adapters_by_tier(state))
+
+
+def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:
+    return GaugeMetricFamily(PREFIX + name, text, value=value)
+
+
+def _labelled(name: str, text: str, label: str, values: dict[str, int]) -> GaugeMetricFamily:
+    family = GaugeMetricFamily(PREFIX + name, text, labels=[label])
+    for key, value in values.items():
+        family.add_metric([key], value)
+    return family
+
+
+def _adapters_by_tier(state: EngineSnapshot) -> dict[str, int]:
+    resident = state.adapters.values()
+    return {
+        "host": sum(adapter.host_bytes > 0 for adapter in resident),
+        "device": sum(adapter.device_bytes > 0 for adapter in resident),
+    }
+
+
+def _unix_time(monotonic_s: float) -> float:
+    return time.time() - (time.monotonic() - monotonic_s) if monotonic_s else 0.0
