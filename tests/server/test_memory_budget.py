@@ -61,9 +61,9 @@ def test_kv_cache_takes_no_more_than_rows_use(
 
 
 def test_explicit_values_are_kept_and_auto_shares_the_rest() -> None:
-    auto = on_cpu(8 * GIB)
-    fixed = on_cpu(8 * GIB, ServerConfig(adapter_host_bytes=3 * GIB, merged_bytes=0))
-    assert (fixed.adapter_host_bytes, fixed.merged_bytes) == (3 * GIB, 0)
+    auto = on_cpu(3 * GIB)
+    fixed = on_cpu(3 * GIB, ServerConfig(adapter_host_bytes=1 * GIB, merged_bytes=0))
+    assert (fixed.adapter_host_bytes, fixed.merged_bytes) == (1 * GIB, 0)
     assert 0 < fixed.kv_cache_bytes < auto.kv_cache_bytes
 
 
