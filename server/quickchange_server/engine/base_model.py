@@ -120,7 +120,8 @@ class BaseModel:
         digest = hashlib.sha256()
         for name, tensor in self._all_weights():
             digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+            flat = tensor.detach().cpu().reshape(-1).contiguous()
+            digest.update(flat.view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     def _all_weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -134,7 +135,8 @@ class BaseModel:
 
     def _plain_tensors(self) -> Iterator[tuple[str, Tensor]]:
         yield from sorted(self.model.named_parameters())
-        yield from sorted(self.model.named_buffers())
+        kept = self.model.state_dict().keys()
+        yield from sorted((n, b) for n, b in self.model.named_buffers() if n in kept)
 
     def _replace_linears(self, specs: dict[str, ModuleSpec]) -> AdapterLayout:
         families: dict[str, list[list[Linear]]] = {}
