@@ -3,6 +3,7 @@
 #
 # PYTHON  the interpreter that makes .venv (default: python3)
 # TORCH   auto, cpu or cuda (default: auto)
+# TORCH_CPU_INDEX  another address of PyTorch's index of CPU builds, such as a mirror
 #
 # A stamp in .venv remembers what was installed from which files, so that a second run is instant.
 set -euo pipefail
@@ -12,7 +13,7 @@ PYTHON=${PYTHON:-python3}
 TORCH=${TORCH:-auto}
 KIND=${1:-runtime}
 VENV=.venv
-CPU_INDEX=https://download.pytorch.org/whl/cpu
+CPU_INDEX=${TORCH_CPU_INDEX:-https://download.pytorch.org/whl/cpu}
 TORCH_VERSION=$(sed -n 's/^torch==//p' constraints.txt)
 
 say() { printf 'setup: %s\n' "$*" >&2; }
