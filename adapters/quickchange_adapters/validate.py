@@ -5,6 +5,7 @@ that never loads torch. Whether an update is worth anything is not judged; wheth
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from io import BufferedReader
 from pathlib import Path, PurePath
@@ -93,6 +94,34 @@ class Report:
             "probe": None,
             "probe_reason": PROBE_REASON,
         }
+
+
+@dataclass(frozen=True, slots=True)
+class ValidationJob:
+    """All that `validate_adapter` needs, as picklable data for a worker process."""
+
+    config_path: Path
+    weights_path: Path
+    spec: BaseSpec
+    limits: AdapterLimits
+    allow_noop: bool = False
+    strict_base: bool = False
+
+    def run(self) -> Report:
+        """Do the job here and now."""
+        return validate_adapter(
+            self.config_path,
+            self.weights_path,
+            self.spec,
+            self.limits,
+            allow_noop=self.allow_noop,
+            strict_base=self.strict_base,
+        )
+
+
+def refused(problems: Iterable[Problem], spec: BaseSpec) -> Report:
+    """Return the report of an upload whose files could not even be looked at."""
+    return Report(tuple(problems), (), (), (), (), True, False, 0, spec.name)
 
 
 def validate_adapter(

@@ -4,76 +4,136 @@ Sits between the routes and the engine, the store and the catalog. Lives on the 
 blocks runs in threads. Knows nothing of HTTP: views say what to show, errors carry their status.
 """
 
-from collections.abc import AsyncIterable, Sequence
-from dataclasses import dataclass
+import asyncio
+import platform
+import secrets
+import time
+from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
-from quickchange_adapters.errors import Problem
-from quickchange_adapters.names import DEFAULT_TENANT
-from quickchange_adapters.store import StagedFile
+import torch
+from quickchange_adapters.catalog import Catalog
+from quickchange_adapters.limits import AdapterLimits
+from quickchange_adapters.loading import load_weights
+from quickchange_adapters.names import (
+    DEFAULT_ALIAS,
+    DEFAULT_TENANT,
+    adapter_name_problem,
+    alias_problem,
+)
+from quickchange_adapters.records import (
+    CONFIG_FILE,
+    TASK_FILE,
+    WEIGHTS_FILE,
+    AdapterRecord,
+    NewVersion,
+    Published,
+    VersionRecord,
+)
+from quickchange_adapters.store import StagedFile, Store
+from quickchange_adapters.validate import Report, ValidationJob, refused
+from quickchange_adapters.weights import AdapterWeights
 
+from quickchange_server.adapter_directory import AdapterDirectory
+from quickchange_server.adapter_loader import AdapterLoader
+from quickchange_server.adapter_upload import (
+    FileName,
+    UploadForm,
+    UploadRefused,
+    file_records,
+    form_problems,
+    refusal,
+    stage_file,
+)
 from quickchange_server.adapter_views import (
+    ActionName,
     ActionView,
     AdapterPage,
     AdapterView,
     DeletionView,
+    FreedBytes,
     Json,
     ModelView,
     ResolvedModel,
     UploadResult,
     VersionView,
 )
-from quickchange_server.errors import InvalidRequest
+from quickchange_server.answers import as_answers
+from quickchange_server.engine.interface import GenerationEngine, ResidentAdapter
+from quickchange_server.errors import Conflict, Forbidden, NotFound, PreconditionFailed, Unavailable
+from quickchange_server.shared_tasks import SharedTasks
+from quickchange_server.static_folder import check_unchanged, read_folder, static_record
+from quickchange_server.view_builder import ViewBuilder, event_json
 
-FileName = Literal["adapter_config.json", "adapter_model.safetensors", "task.json"]
+__all__ = ["AdapterService", "FileName", "UploadForm", "UploadRefused"]
 
+INCOMING_S = 3600.0
+MAX_TASK_BYTES = 16 << 10
+SETTLE_S = 2.0
+SETTLE_POLL_S = 0.005
+NOTHING_FREED = FreedBytes()
 
-@dataclass(frozen=True, slots=True)
-class UploadForm:
-    """The fields of `POST /v1/adapters`; a missing file is reported, not raised by the caller."""
-
-    name: str
-    adapter_config: StagedFile | None
-    adapter_model: StagedFile | None
-    task: StagedFile | None = None
-    alias: str | None = None
-    tags: tuple[str, ...] = ()
-    visibility: str | None = None
-    allow_noop: bool = False
-    strict_base: bool = False
-    tenant: str = DEFAULT_TENANT
+Validate = Callable[[ValidationJob], Awaitable[Report]]
 
 
-class UploadRefused(InvalidRequest):
-    """An upload that cannot be served; `code` and `param` are the first problem's."""
-
-    def __init__(self, problems: Sequence[Problem]) -> None:
-        first = problems[0]
-        more = f" ({len(problems) - 1} more problems)" if len(problems) > 1 else ""
-        hint = f"; {first.hint}" if first.hint else ""
-        super().__init__(f"{first.message}{hint}{more}", code=first.code, param=first.where or None)
-        self.problems = tuple(problems)
+async def validate_in_thread(job: ValidationJob) -> Report:
+    """Check an upload in a thread of this process."""
+    return await asyncio.to_thread(job.run)
 
 
 class AdapterService:
     """Everything the routes may do with adapters.
 
     `version` arguments: a number, or None for what the bare name means (alias `default`).
+    `validate` may be replaced by one that runs the job in a worker process.
     """
 
-    base_names: tuple[str, ...]
+    def __init__(
+        self,
+        engine: GenerationEngine,
+        store: Store,
+        catalog: Catalog,
+        limits: AdapterLimits,
+        dtype: torch.dtype,
+        validate: Validate = validate_in_thread,
+    ) -> None:
+        self.base_names: tuple[str, ...] = (engine.base.name,)
+        self._engine = engine
+        self._store = store
+        self._catalog = catalog
+        self._limits = replace(limits, max_value=min(limits.max_value, torch.finfo(dtype).max))
+        self._dtype = dtype
+        self._validate = validate
+        self._created = int(time.time())
+        self._directory = AdapterDirectory()
+        self._loader = AdapterLoader(engine, self._read_weights, self._directory.is_served)
+        self._views = ViewBuilder(engine)
+        self._folders: dict[str, Path] = {}
+        self._static_reports: dict[str, Json] = {}
+        # One writer at a time, so that the directory takes the catalog's states in their order.
+        self._writing = asyncio.Lock()
+        self._uploads: SharedTasks[UploadResult] = SharedTasks()
+        self._deletions: SharedTasks[FreedBytes] = SharedTasks()
 
     async def start(self) -> None:
         """Read the catalog once, finish deletions that a crash cut short, sweep orphans.
 
         Raises: Unavailable.
         """
-        raise NotImplementedError
+        with as_answers():
+            for version in await asyncio.to_thread(self._catalog.list_deleting):
+                await asyncio.to_thread(self._catalog.purge, version)
+            await asyncio.to_thread(self._catalog.collect, self._store.delete)
+            await asyncio.to_thread(self._store.sweep_incoming, INCOMING_S)
+            self._directory.load(await asyncio.to_thread(self._catalog.list_adapters))
 
     async def stop(self) -> None:
-        """End background work and close the catalog."""
-        raise NotImplementedError
+        """End background work and close the catalog. Uploads under way are finished first."""
+        await self._uploads.join()
+        await self._deletions.stop()
+        await self._loader.stop()
+        await asyncio.to_thread(self._catalog.close)
 
     async def stage(self, file: FileName, chunks: AsyncIterable[bytes]) -> StagedFile:
         """Write one part of an upload to the store's incoming folder, hashing as it goes.
@@ -82,25 +142,47 @@ class AdapterService:
 
         Raises: TooLarge, Unavailable.
         """
-        raise NotImplementedError
+        limits = {
+            CONFIG_FILE: self._limits.max_config_bytes,
+            WEIGHTS_FILE: self._limits.max_weights_bytes,
+            TASK_FILE: MAX_TASK_BYTES,
+        }
+        return await stage_file(self._store, file, chunks, limits[file])
 
     async def discard(self, staged: Sequence[StagedFile | None]) -> None:
         """Forget staged files; None and what is already gone are skipped."""
-        raise NotImplementedError
+        with as_answers():
+            for file in staged:
+                if file is not None:
+                    await asyncio.to_thread(self._store.discard, file)
 
     async def upload(self, form: UploadForm) -> UploadResult:
         """Check, keep and publish an upload. When this returns, it survives `kill -9`.
 
         The staged files are used up, whatever happens. The same bytes under the same name give the
-        version that is there (`created` False); `alias` is moved in the same transaction.
+        version that is there (`created` False); `alias` is moved in the same transaction. A caller
+        that leaves while it is published may find it there or not, but never half.
 
         Raises: UploadRefused (400, all problems in it), TooLarge, Conflict, Unavailable.
         """
-        raise NotImplementedError
+        try:
+            report = await self._check(form)
+            if not report.ok:
+                raise refusal(report.problems)
+            upload_id = secrets.token_hex(16)
+            with as_answers():
+                return await self._uploads.run(
+                    upload_id, lambda: self._publish(form, report, upload_id)
+                )
+        finally:
+            await self.discard(form.staged)
 
     async def check(self, form: UploadForm) -> Json:
         """Dry run: return the `adapter.report` object with all problems; nothing is kept."""
-        raise NotImplementedError
+        try:
+            return (await self._check(form)).to_json()
+        finally:
+            await self.discard(form.staged)
 
     async def add_static(self, name: str, folder: Path) -> VersionView:
         """Serve a folder as `name` in this process only (`--adapter NAME=FOLDER`).
@@ -110,29 +192,45 @@ class AdapterService:
 
         Raises: UploadRefused, Conflict (other bytes under that name).
         """
-        raise NotImplementedError
+        problem = adapter_name_problem(name)
+        if problem is not None:
+            raise UploadRefused([problem])
+        if name in self.base_names:
+            raise Conflict(f"the base is called {name!r}; give the adapter another name")
+        files = await asyncio.to_thread(read_folder, name, folder)
+        paths = folder / CONFIG_FILE, folder / WEIGHTS_FILE
+        job = ValidationJob(*paths, self._engine.base, self._limits, allow_noop=True)
+        report = await self._validate(job)
+        if not report.ok:
+            raise refusal(report.problems)
+        return self._add_static(static_record(name, files, report), folder, report)
 
     async def list(
         self, *, after: str | None = None, limit: int = 20, tenant: str = DEFAULT_TENANT
     ) -> AdapterPage:
-        """Return adapters sorted by name, those behind `after`, at most `limit`."""
-        raise NotImplementedError
+        """Return adapters sorted by name, those behind `after`, at most `limit`; no reports."""
+        found = [a for a in self._directory.visible(tenant) if after is None or a.name > after]
+        views = tuple(self._adapter_view(record, {}) for record in found[:limit])
+        return AdapterPage(views, has_more=len(found) > limit)
 
     async def get(self, name: str, *, tenant: str = DEFAULT_TENANT) -> AdapterView:
-        """Return one adapter.
+        """Return one adapter with the reports of its versions.
 
-        Raises: NotFound (adapter_not_found).
+        Raises: NotFound (adapter_not_found), Unavailable.
         """
-        raise NotImplementedError
+        record = self._adapter(name, tenant)
+        reports = {v.number: await self._report(v) for v in record.versions}
+        return self._adapter_view(record, reports)
 
     async def get_version(
         self, name: str, version: int | None = None, *, tenant: str = DEFAULT_TENANT
     ) -> VersionView:
         """Return one version.
 
-        Raises: NotFound (adapter_not_found, version_not_found).
+        Raises: NotFound (adapter_not_found, version_not_found), Unavailable.
         """
-        raise NotImplementedError
+        record = self._version(name, version, tenant)
+        return self._views.version(record, await self._report(record))
 
     async def file_path(
         self, name: str, version: int, file: FileName, *, tenant: str = DEFAULT_TENANT
@@ -141,14 +239,24 @@ class AdapterService:
 
         Raises: NotFound (adapter_not_found, version_not_found, file_not_found), Unavailable.
         """
-        raise NotImplementedError
+        record = self._version(name, version, tenant)
+        if record.file(file) is None:
+            raise NotFound(f"{name}:{version} has no {file}", code="file_not_found")
+        with as_answers():
+            return (await asyncio.to_thread(self._paths, record))[file]
 
     async def events(self, name: str, *, tenant: str = DEFAULT_TENANT) -> Sequence[Json]:
         """Return the audit log of a name, oldest first; also of a name that was deleted.
 
-        Raises: NotFound (adapter_not_found).
+        Raises: NotFound (adapter_not_found), Unavailable.
         """
-        raise NotImplementedError
+        record = self._directory.get(name, tenant)
+        owner = tenant if record is None else record.tenant
+        with as_answers():
+            found = await asyncio.to_thread(self._catalog.list_events, name, owner)
+        if not found and record is None:
+            raise NotFound(f"there is no adapter {name[:80]!r}", code="adapter_not_found")
+        return [event_json(event) for event in found]
 
     async def set_alias(
         self,
@@ -161,9 +269,20 @@ class AdapterService:
     ) -> AdapterView:
         """Point an alias at a version; `if_match` is the ETag the caller saw.
 
-        Raises: InvalidRequest (invalid_name), NotFound, Conflict (static), PreconditionFailed.
+        Raises: UploadRefused (invalid_name), NotFound, Conflict (static), PreconditionFailed.
         """
-        raise NotImplementedError
+        problem = alias_problem(alias)
+        if problem is not None:
+            raise UploadRefused([problem])
+        revision = _revision_of(if_match, name)
+        target = self._version(name, version, self._owner(name, tenant))
+        async with self._writing:
+            with as_answers():
+                record = await asyncio.to_thread(
+                    self._catalog.set_alias, alias, target, revision=revision
+                )
+            self._directory.replace(record.tenant, name, record)
+        return self._adapter_view(record, {})
 
     async def delete_alias(
         self,
@@ -177,7 +296,15 @@ class AdapterService:
 
         Raises: NotFound (alias_not_found too), Conflict (static), PreconditionFailed.
         """
-        raise NotImplementedError
+        revision = _revision_of(if_match, name)
+        owner = self._owner(name, tenant)
+        async with self._writing:
+            with as_answers():
+                record = await asyncio.to_thread(
+                    self._catalog.delete_alias, name, alias, tenant=owner, revision=revision
+                )
+            self._directory.replace(owner, name, record)
+        return self._adapter_view(record, {})
 
     async def delete_version(
         self, name: str, version: int, *, timeout_s: float = 30.0, tenant: str = DEFAULT_TENANT
@@ -188,7 +315,14 @@ class AdapterService:
 
         Raises: NotFound, Conflict (alias_in_use, or static), Unavailable.
         """
-        raise NotImplementedError
+        owner = self._owner(name, tenant)
+        async with self._writing:
+            with as_answers():
+                gone = await asyncio.to_thread(
+                    self._catalog.begin_delete_version, name, version, tenant=owner
+                )
+            await self._refresh(owner, name)
+        return await self._finish_deletion(name, version, (gone,), timeout_s)
 
     async def delete_adapter(
         self, name: str, *, timeout_s: float = 30.0, tenant: str = DEFAULT_TENANT
@@ -197,7 +331,14 @@ class AdapterService:
 
         Raises: NotFound, Conflict (static), Unavailable.
         """
-        raise NotImplementedError
+        owner = self._owner(name, tenant)
+        async with self._writing:
+            with as_answers():
+                gone = await asyncio.to_thread(
+                    self._catalog.begin_delete_adapter, name, tenant=owner
+                )
+            await self._refresh(owner, name)
+        return await self._finish_deletion(name, None, gone, timeout_s)
 
     async def load(
         self, name: str, version: int | None = None, *, tenant: str = DEFAULT_TENANT
@@ -206,7 +347,10 @@ class AdapterService:
 
         Raises: NotFound, Conflict, Unavailable.
         """
-        raise NotImplementedError
+        started = time.monotonic()
+        record = self._ready_version(name, version, tenant)
+        await self._loader.load(record)
+        return await self._action("load", record, started)
 
     async def unload(
         self,
@@ -220,7 +364,17 @@ class AdapterService:
 
         Raises: NotFound, Unavailable (requests still run after `timeout_s`).
         """
-        raise NotImplementedError
+        started = time.monotonic()
+        record = self._ready_version(name, version, tenant)
+        try:
+            resident = await self._loader.unload(record.digest, timeout_s)
+        except TimeoutError as error:
+            raise Unavailable(
+                f"requests still run on {name}:{record.number} after {timeout_s:g} s; "
+                "it is unloaded when they end",
+                code="draining",
+            ) from error
+        return await self._action("unload", record, started, _freed(resident))
 
     async def merge(
         self, name: str, version: int | None = None, *, tenant: str = DEFAULT_TENANT
@@ -229,7 +383,11 @@ class AdapterService:
 
         Raises: NotFound, Conflict (merge_budget), Unavailable.
         """
-        raise NotImplementedError
+        started = time.monotonic()
+        record = self._ready_version(name, version, tenant)
+        with as_answers():
+            await self._loader.merge(record)
+        return await self._action("merge", record, started)
 
     async def unmerge(
         self, name: str, version: int | None = None, *, tenant: str = DEFAULT_TENANT
@@ -238,14 +396,26 @@ class AdapterService:
 
         Raises: NotFound.
         """
-        raise NotImplementedError
+        started = time.monotonic()
+        record = self._ready_version(name, version, tenant)
+        result = await self._loader.unmerge(record.digest)
+        return await self._action(
+            "unmerge", record, started, FreedBytes(merged=result.merged_bytes)
+        )
 
     def resolve(self, model: str, *, tenant: str = DEFAULT_TENANT) -> ResolvedModel:
         """Say what a model string means now. A look-up in memory: never waits.
 
         Raises: NotFound (model_not_found).
         """
-        raise NotImplementedError
+        if model in self.base_names:
+            return ResolvedModel("base", self.base_names[0], self._engine.base.digest, tenant)
+        version = self._directory.find(model, tenant)
+        if version is None:
+            raise _unknown_model(model)
+        return ResolvedModel(
+            "adapter", version.name, version.digest, version.tenant, version.number
+        )
 
     async def acquire(self, resolved: ResolvedModel) -> None:
         """Make sure that requests for `resolved` can be submitted; a no-op for the base.
@@ -254,15 +424,263 @@ class AdapterService:
 
         Raises: NotFound (deleted since), Conflict (it does not fit this base), Unavailable.
         """
-        raise NotImplementedError
+        if resolved.kind == "base":
+            return
+        adapter = self._directory.get(resolved.served_name, resolved.tenant)
+        version = adapter.version(resolved.version or 0) if adapter else None
+        if version is None or version.state != "ready" or version.digest != resolved.digest:
+            raise _unknown_model(resolved.served_name)
+        self._views.note_use(version, time.time())
+        await self._loader.load(version)
 
     def models(self, *, tenant: str = DEFAULT_TENANT) -> Sequence[ModelView]:
         """Return the entries of `GET /v1/models`: base names, bare names, `name@alias`."""
-        raise NotImplementedError
+        bases = [self._base_model(name) for name in self.base_names]
+        names = self._directory.model_names(tenant)
+        return bases + [self._model_view(name, version) for name, _, version in names]
 
     def model(self, model_id: str, *, tenant: str = DEFAULT_TENANT) -> ModelView:
         """Return one entry of `GET /v1/models`; any model string that resolves has one.
 
         Raises: NotFound (model_not_found).
         """
-        raise NotImplementedError
+        if model_id in self.base_names:
+            return self._base_model(model_id)
+        version = self._directory.find(model_id, tenant)
+        if version is None:
+            raise _unknown_model(model_id)
+        return self._model_view(model_id, version)
+
+    async def _check(self, form: UploadForm) -> Report:
+        """Return the report of an upload, with everything that is wrong with it."""
+        taken = (*self.base_names, *self._directory.static_names())
+        problems = form_problems(form, taken)
+        if form.adapter_config is None or form.adapter_model is None:
+            return refused(problems, self._engine.base)
+        job = ValidationJob(
+            form.adapter_config.path,
+            form.adapter_model.path,
+            self._engine.base,
+            self._limits,
+            form.allow_noop,
+            form.strict_base,
+        )
+        report = await self._validate(job)
+        return replace(report, problems=(*problems, *report.problems))
+
+    async def _publish(self, form: UploadForm, report: Report, upload_id: str) -> UploadResult:
+        """Put the files into the store and commit the version; see the catalog for the order."""
+        assert form.adapter_config is not None
+        assert form.adapter_model is not None
+        base = self._engine.base
+        new = NewVersion(
+            name=form.name,
+            files=file_records(form.adapter_config, form.adapter_model),
+            base_name=base.name,
+            base_digest=base.digest,
+            ranks=report.ranks,
+            target_modules=report.target_modules,
+            report=report.to_json(),
+            tenant=form.tenant,
+            alias=form.alias,
+            tags=form.tags or None,
+            visibility=form.visibility,
+            upload_id=upload_id,
+        )
+        async with self._writing:
+            published = await asyncio.to_thread(self._keep, new, form.staged)
+            self._directory.replace(form.tenant, form.name, published.adapter)
+        version = self._views.version(published.version, await self._report(published.version))
+        return UploadResult(published.created, version)
+
+    def _keep(self, new: NewVersion, staged: Iterable[StagedFile]) -> Published:
+        """Reserve, put, publish; a failure leaves no bytes behind. Runs in a thread."""
+        self._catalog.reserve(new.upload_id, new.files)
+        try:
+            for file in staged:
+                self._store.put(file)
+            return self._catalog.publish(new)
+        except BaseException:
+            self._catalog.release(new.upload_id)
+            self._catalog.collect(self._store.delete)
+            raise
+
+    def _add_static(self, record: AdapterRecord, folder: Path, report: Report) -> VersionView:
+        version = record.versions[0]
+        known = self._directory.get_static(record.name)
+        if known is None:
+            self._directory.add_static(record)
+            self._folders[record.name] = folder
+            self._static_reports[record.name] = report.to_json()
+        elif known.versions[0].digest != version.digest:
+            raise Conflict(f"--adapter {record.name!r} was given twice, with different files")
+        return self._views.version(version, self._static_reports[record.name])
+
+    async def _finish_deletion(
+        self, name: str, number: int | None, gone: Sequence[VersionRecord], timeout_s: float
+    ) -> DeletionView:
+        key = ",".join(f"{version.tenant}/{version.name}:{version.number}" for version in gone)
+        task = self._deletions.start(key, lambda: self._drain(gone))
+        try:
+            with as_answers():
+                freed = await asyncio.wait_for(asyncio.shield(task), timeout_s)
+        except TimeoutError:
+            return DeletionView(name, number, done=False)
+        return DeletionView(name, number, done=True, freed=freed)
+
+    async def _drain(self, gone: Iterable[VersionRecord]) -> FreedBytes:
+        """Unload versions when their last request ended, then remove their rows and bytes."""
+        freed = FreedBytes()
+        for version in gone:
+            if not self._directory.is_served(version.digest):
+                freed += _freed(await self._loader.unload(version.digest, None))
+            async with self._writing:
+                await asyncio.to_thread(self._catalog.purge, version)
+                await self._refresh(version.tenant, version.name)
+            self._views.forget(version)
+        disk_bytes = await asyncio.to_thread(self._catalog.collect, self._store.delete)
+        return freed + FreedBytes(disk=disk_bytes)
+
+    async def _refresh(self, tenant: str, name: str) -> None:
+        """Take an adapter's state from the catalog; the writing lock is held."""
+        with as_answers():
+            record = await asyncio.to_thread(self._catalog.get, name, tenant)
+        self._directory.replace(tenant, name, record)
+
+    def _adapter(self, name: str, tenant: str) -> AdapterRecord:
+        record = self._directory.get(name, tenant)
+        if record is None:
+            raise NotFound(f"there is no adapter {name[:80]!r}", code="adapter_not_found")
+        return record
+
+    def _owner(self, name: str, tenant: str) -> str:
+        """Return the tenant whose adapter is to be changed: the caller's own, and not static.
+
+        Raises: NotFound, Conflict, Forbidden.
+        """
+        record = self._adapter(name, tenant)
+        if self._directory.get_static(name) is not None:
+            raise Conflict(f"{name!r} is static (--adapter): it cannot be changed over REST")
+        if record.tenant != tenant:
+            raise Forbidden(f"{name!r} belongs to another tenant")
+        return record.tenant
+
+    def _version(self, name: str, number: int | None, tenant: str) -> VersionRecord:
+        adapter = self._adapter(name, tenant)
+        wanted = adapter.aliases.get(DEFAULT_ALIAS) if number is None else number
+        version = None if wanted is None else adapter.version(wanted)
+        if version is None:
+            what = f"{name}@{DEFAULT_ALIAS}" if number is None else f"{name}:{number}"
+            raise NotFound(f"there is no version {what}", code="version_not_found")
+        return version
+
+    def _ready_version(self, name: str, number: int | None, tenant: str) -> VersionRecord:
+        version = self._version(name, number, tenant)
+        if version.state != "ready":
+            raise NotFound(f"{name}:{version.number} is being deleted", code="version_not_found")
+        return version
+
+    async def _report(self, version: VersionRecord) -> Json:
+        if self._directory.get_static(version.name) is not None:
+            return self._static_reports[version.name]
+        with as_answers():
+            return await asyncio.to_thread(self._catalog.report, version)
+
+    def _adapter_view(self, record: AdapterRecord, reports: dict[int, Json]) -> AdapterView:
+        is_static = self._directory.get_static(record.name) is not None
+        return self._views.adapter(record, reports, is_static=is_static)
+
+    def _paths(self, version: VersionRecord) -> dict[str, Path]:
+        """Return where a version's files can be read. Runs in a thread.
+
+        Raises: BlobMissing, StoreUnavailable, Conflict (a static folder changed).
+        """
+        if self._directory.get_static(version.name) is not None:
+            folder = self._folders[version.name]
+            check_unchanged(version, folder)
+            return {file.file: folder / file.file for file in version.files}
+        return {file.file: self._store.path(file.sha256) for file in version.files}
+
+    def _read_weights(self, version: VersionRecord) -> AdapterWeights:
+        """Return a version's tensors. Runs in a loader thread."""
+        paths = self._paths(version)
+        return load_weights(
+            paths[CONFIG_FILE],
+            paths[WEIGHTS_FILE],
+            self._engine.base,
+            version.digest,
+            self._dtype,
+            self._limits,
+        )
+
+    async def _action(
+        self,
+        action: ActionName,
+        version: VersionRecord,
+        started: float,
+        freed: FreedBytes = NOTHING_FREED,
+    ) -> ActionView:
+        resident = await self._settled(action, version.digest)
+        return ActionView(
+            action=action,
+            version=self._views.version(version, None),
+            merged_bytes=resident.merged_bytes if resident else 0,
+            freed=freed,
+            seconds=time.monotonic() - started,
+            replica=platform.node(),
+        )
+
+    async def _settled(self, action: ActionName, digest: str) -> ResidentAdapter | None:
+        """Wait until the engine's snapshot, taken once a step, shows what an action did."""
+        deadline = time.monotonic() + SETTLE_S
+        while True:
+            resident = self._engine.snapshot().adapters.get(digest)
+            is_settled = {
+                "load": resident is not None,
+                "unload": resident is None,
+                "merge": resident is not None and resident.merged_bytes > 0,
+                "unmerge": resident is None or resident.merged_bytes == 0,
+            }[action]
+            if is_settled or time.monotonic() > deadline:
+                return resident
+            await asyncio.sleep(SETTLE_POLL_S)
+
+    def _base_model(self, name: str) -> ModelView:
+        base = self._engine.base.name
+        return ModelView(name, self._created, base, None, self._engine.max_model_len)
+
+    def _model_view(self, model_id: str, version: VersionRecord) -> ModelView:
+        return ModelView(
+            id=model_id,
+            created=version.created_at,
+            root=f"{version.name}:{version.number}",
+            parent=self._engine.base.name,
+            max_model_len=self._engine.max_model_len,
+        )
+
+
+def _freed(resident: ResidentAdapter | None) -> FreedBytes:
+    if resident is None:
+        return NOTHING_FREED
+    return FreedBytes(resident.device_bytes, resident.host_bytes, resident.merged_bytes)
+
+
+def _unknown_model(model: str) -> NotFound:
+    return NotFound(
+        f"there is no model {model[:80]!r}; GET /v1/models lists them",
+        code="model_not_found",
+        param="model",
+    )
+
+
+def _revision_of(if_match: str | None, name: str) -> int | None:
+    """Return the revision an ETag stands for; None when any will do.
+
+    Raises: PreconditionFailed.
+    """
+    if if_match is None or if_match.strip() == "*":
+        return None
+    text = if_match.strip().removeprefix("W/").strip('"')
+    if not (text.isascii() and text.isdigit() and len(text) < 19):
+        raise PreconditionFailed(f"adapter {name[:80]!r} has no such ETag: read it again")
+    return int(text)

@@ -6,13 +6,14 @@ from typing import Any, Literal
 Json = dict[str, Any]
 VersionState = Literal["ready", "quarantined", "disabled", "deleting"]
 Tier = Literal["disk", "host", "device"]
+ActionName = Literal["load", "unload", "merge", "unmerge"]
 
 
 @dataclass(frozen=True, slots=True)
 class VersionView:
     """One immutable upload: `adapter.version`.
 
-    Times are seconds since 1970. `report` is the report of its upload, without `problems`.
+    Times are seconds since 1970. `report` is the report of its upload; in lists it is None.
     """
 
     name: str
@@ -33,7 +34,7 @@ class VersionView:
     base: str
     created_at: int
     last_used_at: int | None
-    report: Json
+    report: Json | None
 
     def to_json(self) -> Json:
         """Return the contract's `adapter.version` object."""
@@ -178,7 +179,7 @@ class DeletionView:
 class ActionView:
     """What a load, unload, merge or unmerge did, and where the version is now."""
 
-    action: Literal["load", "unload", "merge", "unmerge"]
+    action: ActionName
     version: VersionView
     merged_bytes: int
     freed: FreedBytes

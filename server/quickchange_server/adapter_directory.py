@@ -1,0 +1,89 @@
+"""Which adapters exist now, in memory, so that a request never waits for the catalog.
+
+Holds the catalog's last known records and this process's static adapters, which shadow them. Lives
+on the event loop. Knows no bytes and no engine.
+"""
+
+from collections.abc import Iterable, Iterator
+
+from quickchange_adapters.names import DEFAULT_ALIAS, parse_model
+from quickchange_adapters.records import AdapterRecord, VersionRecord
+
+
+class AdapterDirectory:
+    """Records by name and tenant. A tenant sees its own, then those that are public."""
+
+    def __init__(self) -> None:
+        self._records: dict[str, dict[str, AdapterRecord]] = {}
+        self._static: dict[str, AdapterRecord] = {}
+
+    def load(self, records: Iterable[AdapterRecord]) -> None:
+        """Forget the catalog's records and take these."""
+        self._records = {}
+        for record in records:
+            self.replace(record.tenant, record.name, record)
+
+    def replace(self, tenant: str, name: str, record: AdapterRecord | None) -> None:
+        """Take one adapter's new record; None: it is gone."""
+        of_name = self._records.setdefault(name, {})
+        if record is not None:
+            of_name[tenant] = record
+        else:
+            of_name.pop(tenant, None)
+        if not of_name:
+            del self._records[name]
+
+    def add_static(self, record: AdapterRecord) -> None:
+        """Add an adapter that shadows the catalog's of that name."""
+        self._static[record.name] = record
+
+    def get_static(self, name: str) -> AdapterRecord | None:
+        """Return the static adapter of a name."""
+        return self._static.get(name)
+
+    def static_names(self) -> tuple[str, ...]:
+        """Return the names that are served from folders, and so not to be changed over REST."""
+        return tuple(self._static)
+
+    def get(self, name: str, tenant: str) -> AdapterRecord | None:
+        """Return what a tenant gets under a name."""
+        if name in self._static:
+            return self._static[name]
+        of_name = self._records.get(name, {})
+        public = (r for _, r in sorted(of_name.items()) if r.visibility == "public")
+        return of_name.get(tenant) or next(public, None)
+
+    def find(self, model: str, tenant: str) -> VersionRecord | None:
+        """Return the version that a model string means now, if it takes requests."""
+        ref = parse_model(model)
+        if ref is None:
+            return None
+        adapter = self.get(ref.name, tenant)
+        return None if adapter is None else adapter.find(ref)
+
+    def visible(self, tenant: str) -> list[AdapterRecord]:
+        """Return everything a tenant may see, sorted by name."""
+        names = sorted(self._records.keys() | self._static.keys())
+        found = (self.get(name, tenant) for name in names)
+        return [record for record in found if record is not None]
+
+    def is_served(self, digest: str) -> bool:
+        """Whether any adapter has a version with these bytes that takes requests."""
+        return any(v.digest == digest and v.state == "ready" for v in self._all_versions())
+
+    def model_names(self, tenant: str) -> Iterator[tuple[str, AdapterRecord, VersionRecord]]:
+        """Yield every bare name and `name@alias` with what it means."""
+        for adapter in self.visible(tenant):
+            for alias, number in sorted(adapter.aliases.items()):
+                version = adapter.version(number)
+                if version is not None:
+                    if alias == DEFAULT_ALIAS:
+                        yield adapter.name, adapter, version
+                    yield f"{adapter.name}@{alias}", adapter, version
+
+    def _all_versions(self) -> Iterator[VersionRecord]:
+        for adapter in self._static.values():
+            yield from adapter.versions
+        for of_name in self._records.values():
+            for adapter in of_name.values():
+                yield from adapter.versions

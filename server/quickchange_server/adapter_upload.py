@@ -1,0 +1,141 @@
+"""One upload before it is anybody's: its form, its staged files, and how it is refused."""
+
+import asyncio
+from collections.abc import AsyncIterable, AsyncIterator, Collection, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from quickchange_adapters.errors import BlobTooLarge, Problem, StoreUnavailable
+from quickchange_adapters.names import DEFAULT_TENANT, adapter_name_problem, alias_problem
+from quickchange_adapters.records import CONFIG_FILE, WEIGHTS_FILE, FileRecord
+from quickchange_adapters.store import StagedFile, Store
+
+from quickchange_server.errors import (
+    Conflict,
+    InvalidRequest,
+    QuickchangeError,
+    TooLarge,
+    Unavailable,
+)
+
+FileName = Literal["adapter_config.json", "adapter_model.safetensors", "task.json"]
+
+BLOCK_BYTES = 1 << 20
+VISIBILITIES = (None, "public", "private")
+
+
+@dataclass(frozen=True, slots=True)
+class UploadForm:
+    """The fields of `POST /v1/adapters`; a missing file is reported, not raised by the caller.
+
+    `tags` empty and `visibility` None leave those of an adapter that exists as they are.
+    """
+
+    name: str
+    adapter_config: StagedFile | None
+    adapter_model: StagedFile | None
+    task: StagedFile | None = None
+    alias: str | None = None
+    tags: tuple[str, ...] = ()
+    visibility: str | None = None
+    allow_noop: bool = False
+    strict_base: bool = False
+    tenant: str = DEFAULT_TENANT
+
+    @property
+    def staged(self) -> tuple[StagedFile, ...]:
+        """The files that came."""
+        files = (self.adapter_config, self.adapter_model, self.task)
+        return tuple(file for file in files if file is not None)
+
+
+class UploadRefused(InvalidRequest):
+    """An upload that cannot be served; `code` and `param` are the first problem's."""
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        first = problems[0]
+        super().__init__(_sentence(problems), code=first.code, param=first.where or None)
+        self.problems = tuple(problems)
+
+
+def refusal(problems: Sequence[Problem]) -> QuickchangeError:
+    """Return the error that refuses an upload; its status is that of the first problem's code."""
+    first = problems[0]
+    if first.code == "conflict":
+        return Conflict(_sentence(problems), param=first.where or None)
+    if first.code == "too_large":
+        return TooLarge(_sentence(problems), param=first.where or None)
+    return UploadRefused(problems)
+
+
+def form_problems(form: UploadForm, taken_names: Collection[str]) -> list[Problem]:
+    """Return what is wrong with an upload apart from what its two files hold."""
+    problems = [adapter_name_problem(form.name)]
+    if form.name in taken_names:
+        message = f"the name {form.name!r} is served by this process itself"
+        problems.append(Problem("conflict", "name", message, "take another name"))
+    if form.alias is not None:
+        problems.append(alias_problem(form.alias))
+    if form.visibility not in VISIBILITIES:
+        message = f"visibility is {form.visibility!r}, not public or private"
+        problems.append(Problem("config_invalid", "visibility", message))
+    if form.adapter_config is None:
+        problems.append(_missing("config_invalid", "adapter_config", CONFIG_FILE))
+    if form.adapter_model is None:
+        problems.append(_missing("weights_invalid", "adapter_model", WEIGHTS_FILE))
+    if form.task is not None:
+        message = "task.json is not served by this version"
+        problems.append(Problem("task_invalid", "task", message, "leave the part out"))
+    return [problem for problem in problems if problem is not None]
+
+
+def file_records(config: StagedFile, weights: StagedFile) -> tuple[FileRecord, ...]:
+    """Return the files of a version, in the digest's order."""
+    return (
+        FileRecord(CONFIG_FILE, config.sha256, config.num_bytes),
+        FileRecord(WEIGHTS_FILE, weights.sha256, weights.num_bytes),
+    )
+
+
+async def stage_file(
+    store: Store, file: FileName, chunks: AsyncIterable[bytes], max_bytes: int
+) -> StagedFile:
+    """Write one part to the store's incoming folder; a failure leaves nothing.
+
+    Raises: TooLarge, Unavailable.
+    """
+    try:
+        writer = await asyncio.to_thread(store.stage, max_bytes)
+        try:
+            async for block in _blocks(chunks):
+                await asyncio.to_thread(writer.write, block)
+            return await asyncio.to_thread(writer.finish)
+        finally:
+            writer.abort()
+    except BlobTooLarge as error:
+        raise TooLarge(f"{file} is larger than {max_bytes} bytes", param=file) from error
+    except StoreUnavailable as error:
+        raise Unavailable(str(error), code="store_unavailable") from error
+
+
+async def _blocks(chunks: AsyncIterable[bytes]) -> AsyncIterator[bytes]:
+    """Gather small chunks, so that a thread is asked once per megabyte."""
+    block = bytearray()
+    async for chunk in chunks:
+        block += chunk
+        if len(block) >= BLOCK_BYTES:
+            yield bytes(block)
+            block.clear()
+    if block:
+        yield bytes(block)
+
+
+def _missing(code: str, where: str, file: str) -> Problem:
+    return Problem(code, where, f"the part {where} ({file}) is missing")
+
+
+def _sentence(problems: Sequence[Problem]) -> str:
+    first = problems[0]
+    hint = f"; {first.hint}" if first.hint else ""
+    more = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""
+    return f"{first.message}{hint}{more}"

@@ -1,0 +1,49 @@
+"""What the adapters' own errors are to a caller of the server."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from quickchange_adapters.errors import (
+    AdapterError,
+    AliasInUse,
+    BlobMissing,
+    MergeBudgetExceeded,
+    NotInCatalog,
+    RevisionChanged,
+    StoreUnavailable,
+)
+
+from quickchange_server.errors import (
+    Conflict,
+    NotFound,
+    PreconditionFailed,
+    QuickchangeError,
+    Unavailable,
+)
+
+
+@contextmanager
+def as_answers() -> Iterator[None]:
+    """Raise what a block raises from the adapters' tree as its counterpart of the server's."""
+    try:
+        yield
+    except AdapterError as error:
+        answer = _answer(error)
+        if answer is None:
+            raise
+        raise answer from error
+
+
+def _answer(error: AdapterError) -> QuickchangeError | None:
+    message = str(error)
+    if isinstance(error, StoreUnavailable | BlobMissing):
+        return Unavailable(message, code="store_unavailable")
+    if isinstance(error, NotInCatalog):
+        return NotFound(message, code=f"{error.what}_not_found")
+    if isinstance(error, AliasInUse):
+        return Conflict(message, code="alias_in_use")
+    if isinstance(error, RevisionChanged):
+        return PreconditionFailed(message)
+    if isinstance(error, MergeBudgetExceeded):
+        return Conflict(message, code="merge_budget")
+    return None

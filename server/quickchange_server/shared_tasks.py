@@ -1,0 +1,49 @@
+"""Work that several callers may want at once, and that outlives a caller who leaves."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+class SharedTasks(Generic[T]):
+    """At most one running task per key."""
+
+    def __init__(self) -> None:
+        self._tasks: dict[str, asyncio.Task[T]] = {}
+
+    def start(self, key: str, work: Callable[[], Coroutine[Any, Any, T]]) -> "asyncio.Task[T]":
+        """Start work under a key, or return what runs under it already. Shield it when waiting."""
+        task = self._tasks.get(key)
+        if task is None:
+            task = self._tasks[key] = asyncio.create_task(work())
+            task.add_done_callback(lambda done: self._end(key, done))
+        return task
+
+    async def run(self, key: str, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Start or join work, and return its result.
+
+        A caller that is cancelled leaves; the work goes on.
+        """
+        return await asyncio.shield(self.start(key, work))
+
+    async def stop(self) -> None:
+        """Cancel everything that runs, and wait for it to end."""
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def join(self) -> None:
+        """Wait for everything that runs, whatever becomes of it."""
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+
+    def _end(self, key: str, task: "asyncio.Task[T]") -> None:
+        del self._tasks[key]
+        # Asking for the exception tells asyncio that somebody saw it, though all callers may have
+        # left by now.
+        if not task.cancelled() and task.exception() is not None:
+            log.info("%s ended with %r", key, task.exception())
