@@ -21,6 +21,7 @@ app = typer.Typer(
     help="Serve one resident base model and many LoRA adapters.",
     no_args_is_help=True,
     add_completion=False,
+    pretty_exceptions_enable=False,
 )
 base = typer.Typer(help="The base model that adapters are trained for.", no_args_is_help=True)
 app.add_typer(base, name="base")
@@ -52,9 +53,12 @@ def serve(**flags: Any) -> None:
         from quickchange_server.thread_affinity import prepare_threads
 
         prepare_threads()
+        from quickchange_server.base_folder import resolve_base
+
+        base_folder = resolve_base(config.model, config.revision, config.cache_folder)
         from quickchange_server.serving import run_server
 
-        run_server(config)
+        run_server(config, base_folder)
 
 
 @base.callback()

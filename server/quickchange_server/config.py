@@ -89,19 +89,19 @@ class ServerConfig:
         metavar="NAME=FOLDER",
         kind="list",
     )
-    store: str | None = option(
+    store: Path | None = option(
         None,
-        o.read_text,
+        o.read_store,
         "Where uploaded adapters are kept. Default: ~/.local/share/quickchange.",
         ADAPTERS,
-        metavar="FOLDER|URL",
+        metavar="FOLDER",
     )
     catalog: str | None = option(
         None,
-        o.read_text,
-        "Database of names and versions. Default: a SQLite file inside a folder store.",
+        o.read_catalog,
+        "SQLite database of names and versions. Default: catalog.sqlite in the store.",
         ADAPTERS,
-        metavar="URL",
+        metavar="sqlite:///PATH",
     )
     max_lora_rank: int = option(
         256, o.read_count(1, 4096), "Largest rank that is served.", ADAPTERS, metavar="RANK"
@@ -209,6 +209,16 @@ class ServerConfig:
     def cache_folder(self) -> Path:
         """Folder for what can be fetched or made again."""
         return self.cache or Path("~/.cache/quickchange").expanduser()
+
+    @property
+    def store_folder(self) -> Path:
+        """Folder where uploaded adapters are kept."""
+        return self.store or Path("~/.local/share/quickchange").expanduser()
+
+    @property
+    def catalog_url(self) -> str:
+        """Database of names and versions."""
+        return self.catalog or f"sqlite:///{self.store_folder / 'catalog.sqlite'}"
 
     @property
     def is_public(self) -> bool:

@@ -181,6 +181,22 @@ def read_bytes(value: object) -> int:
     return int(Decimal(match[1]) * BYTE_UNITS[match[2].lower()])
 
 
+def read_store(value: object) -> Path:
+    """Read a folder, also as a file:// URL."""
+    text = read_text(value).removeprefix("file://")
+    if "://" in text:
+        raise ValueError(f"is {value!r}, but this version keeps uploads only in a folder")
+    return Path(text).expanduser()
+
+
+def read_catalog(value: object) -> str:
+    """Read the URL of a SQLite database."""
+    text = read_text(value)
+    if not text.startswith("sqlite:///"):
+        raise ValueError(f"is {value!r}, but this version knows only sqlite:///PATH")
+    return text
+
+
 def read_list(value: object) -> tuple[str, ...]:
     """Read texts: a list, or one text with commas between."""
     parts = value.split(",") if isinstance(value, str) else value

@@ -26,7 +26,7 @@ SAMPLES: dict[str, tuple[str, str, object]] = {
     "max_model_len": ("512", "512", 512),
     "cache": ("/some/cache", '"/some/cache"', Path("/some/cache")),
     "adapter": ("a=/x", '["a=/x"]', (StaticAdapter("a", Path("/x")),)),
-    "store": ("/some/store", '"/some/store"', "/some/store"),
+    "store": ("/some/store", '"/some/store"', Path("/some/store")),
     "catalog": ("sqlite:///c.db", '"sqlite:///c.db"', "sqlite:///c.db"),
     "max_lora_rank": ("64", "64", 64),
     "kv_cache_bytes": ("2GiB", '"2GiB"', 2 << 30),
@@ -177,6 +177,8 @@ def test_what_this_version_does_not_do_is_refused_by_name(name: str, tmp_path: P
         ("lora_modules", ['{"name": "a"}']),
         ("lora_modules", ["{nonsense"]),
         ("cors_origin", 3),
+        ("store", "s3://bucket/prefix"),
+        ("catalog", "postgresql://host/db"),
     ],
 )
 def test_malformed_value_is_refused_by_its_flag(name: str, value: object) -> None:
@@ -228,6 +230,13 @@ def test_adapters_in_all_forms_that_callers_use() -> None:
 def test_folder_of_an_adapter_may_hold_commas_and_spaces() -> None:
     (adapter,) = load_config({"adapter": ["a=/x, y/z"]}, {}).adapter
     assert adapter.folder == Path("/x, y/z")
+
+
+def test_catalog_lies_in_the_store_unless_it_is_named() -> None:
+    config = load_config({"store": "file:///data"}, {})
+    assert config.store_folder == Path("/data")
+    assert config.catalog_url == "sqlite:////data/catalog.sqlite"
+    assert load_config({"catalog": "sqlite:///x.db"}, {}).catalog_url == "sqlite:///x.db"
 
 
 def test_one_name_for_two_adapters_is_refused() -> None:
