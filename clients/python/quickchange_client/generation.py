@@ -24,8 +24,8 @@ class MixPart(TypedDict, total=False):
 class GenerationOptions(TypedDict, total=False):
     """What chat and plain completions share.
 
-    `adapters` mixes up to four adapters; `model` must then be a base. `raw_prompt` bypasses the
-    adapter's task. `extra_body` adds fields that have no name here.
+    `adapters` mixes up to four adapters; `model` must then be a base. `extra_body` adds fields that
+    have no name here.
     """
 
     max_tokens: int | None
@@ -45,7 +45,6 @@ class GenerationOptions(TypedDict, total=False):
     logit_bias: Mapping[str, float] | None
     cache_salt: str | None
     adapters: Sequence[MixPart] | None
-    raw_prompt: bool | None
     extra_body: Mapping[str, Any] | None
 
 
@@ -70,12 +69,14 @@ class PromptTokensDetails(Part):
 
 
 class Usage(Part):
-    """Tokens of a request."""
+    """Tokens of a request; in a stream also its times, which come as headers otherwise."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
     total_tokens: int = 0
     prompt_tokens_details: PromptTokensDetails | None = None
+    queue_ms: float | None = None
+    ttft_ms: float | None = None
 
 
 class ChatMessage(Part):
