@@ -46,6 +46,7 @@ class ScriptedEngine:
         pause_after: tokens after which every request waits for `resume`.
         fail_after: tokens after which every request fails with `failure`.
         max_queue: requests that may live at once; 0 refuses all.
+        max_queue_at_submit: the same, but noticed only when a request is submitted.
         requests: all that were submitted.
         aborted: ids of requests whose iterator was closed before their end.
     """
@@ -60,6 +61,7 @@ class ScriptedEngine:
     fail_after: int | None = None
     failure: RequestFailure = RequestFailure("not_finite", "the logits of this row are not finite")
     max_queue: int = 10_000
+    max_queue_at_submit: int = 10_000
     num_cached_tokens: int = 0
     is_running: bool = False
     requests: list[GenerationRequest] = field(default_factory=list)
@@ -80,12 +82,16 @@ class ScriptedEngine:
         """Refuse what would pass `max_queue`."""
         if not self.is_running:
             raise Unavailable("the engine is not running")
-        if len(self.live) + num_requests > self.max_queue:
-            raise QueueFull(f"{self.max_queue} requests wait already; try again later")
+        self._check_room(num_requests, self.max_queue)
+
+    def _check_room(self, num_requests: int, limit: int) -> None:
+        if len(self.live) + num_requests > limit:
+            raise QueueFull(f"{limit} requests wait already; try again later")
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenOutput]:
         """Yield the script of one request."""
         self.check_admission()
+        self._check_room(1, self.max_queue_at_submit)
         if request.request_id in self.live:
             raise AssertionError(f"request id {request.request_id!r} is in use")
         self.requests.append(request)

@@ -3,6 +3,7 @@
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -30,16 +31,31 @@ def _one_of(what: str) -> WrapValidator:
         try:
             return handler(value)
         except ValidationError as error:
+            if any(each["type"] == NOT_TEXT.type for each in error.errors()):
+                raise NOT_TEXT from error
             raise PydanticCustomError("not_one_of", "must be {what}", {"what": what}) from error
 
     return WrapValidator(validate)
 
 
+NOT_TEXT = PydanticCustomError("not_text", "holds half of a surrogate pair, which is no character")
+
+
+def _check_text(value: str) -> str:
+    """Refuse what JSON can spell and UTF-8 cannot."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise NOT_TEXT from error
+    return value
+
+
+Text = Annotated[str, AfterValidator(_check_text)]
 Prompt = Annotated[
-    str | list[int] | list[str] | list[list[int]],
+    Text | list[int] | list[Text] | list[list[int]],
     _one_of("a string, a list of strings, a list of token ids, or a list of such lists"),
 ]
-Stop = Annotated[str | list[str], _one_of("a string or a list of strings")]
+Stop = Annotated[Text | list[Text], _one_of("a string or a list of strings")]
 
 
 class OpenModel(BaseModel):
@@ -66,16 +82,16 @@ class MixPart(BaseModel):
 class ContentPart(OpenModel):
     """One part of a message's content; only text is served."""
 
-    type: str
-    text: str | None = None
+    type: Text
+    text: Text | None = None
 
 
 class ChatMessage(OpenModel):
     """One turn of a conversation."""
 
-    role: str
+    role: Text
     content: Annotated[
-        str | list[ContentPart] | None, _one_of("a string or a list of parts like {type, text}")
+        Text | list[ContentPart] | None, _one_of("a string or a list of parts like {type, text}")
     ] = None
 
 
@@ -127,8 +143,8 @@ class ChatBody(GenerationBody):
 class TokenizeBody(OpenModel):
     """Body of `POST /tokenize`: `prompt` or `messages`."""
 
-    model: str | None = None
-    prompt: str | None = None
+    model: Text | None = None
+    prompt: Text | None = None
     messages: list[ChatMessage] | None = Field(None, min_length=1, max_length=MAX_MESSAGES)
     add_special_tokens: bool | None = None
     add_generation_prompt: bool = True
@@ -138,7 +154,7 @@ class TokenizeBody(OpenModel):
 class DetokenizeBody(OpenModel):
     """Body of `POST /detokenize`."""
 
-    model: str | None = None
+    model: Text | None = None
     tokens: list[Annotated[int, Field(ge=0)]]
 
 

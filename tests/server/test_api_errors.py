@@ -1,0 +1,153 @@
+"""No answer ever has FastAPI's `detail`; each has message, type, param and code."""
+
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Any
+
+import httpx
+import pytest
+import pytest_asyncio
+from quickchange_adapters.errors import MergeBudgetExceeded, StoreUnavailable
+from quickchange_server.adapter_views import ActionView, AdapterView
+from quickchange_server.api.app import AppServices, create_app
+
+from tests.server.conftest import serve_in_process
+from tests.server.scripted_adapters import ScriptedAdapters
+
+JSON = {"content-type": "application/json"}
+
+
+def error_of(answer: httpx.Response) -> dict[str, Any]:
+    body = answer.json()
+    assert set(body) <= {"error", "problems"}
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    error: dict[str, Any] = body["error"]
+    return error
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "code"),
+    [
+        ("GET", "/nope", 404, "not_found"),
+        ("GET", "/v1/models/nobody", 404, "model_not_found"),
+        ("PUT", "/v1/models", 405, "method_not_allowed"),
+        ("DELETE", "/v1/chat/completions", 405, "method_not_allowed"),
+        ("GET", "/v1/adapters/ada/versions/none", 400, "invalid_request"),
+        ("GET", "/v1/adapters/ada/versions/0", 400, "invalid_request"),
+        ("GET", "/v1/adapters/ada/versions/1/files/passwd", 404, "file_not_found"),
+        ("GET", "/v1/adapters?limit=0", 400, "invalid_request"),
+    ],
+)
+async def test_routes(
+    client: httpx.AsyncClient, method: str, path: str, status: int, code: str
+) -> None:
+    answer = await client.request(method, path)
+    assert answer.status_code == status
+    assert error_of(answer)["code"] == code
+
+
+@pytest.mark.parametrize(
+    ("content", "code"),
+    [
+        (b"{", "invalid_json"),
+        (b"", "invalid_request"),
+        (b"[1]", "invalid_request"),
+        (b'"text"', "invalid_request"),
+        (b"\xff\xfe", "invalid_json"),
+        (b"[" * 100_000, "invalid_request"),
+        (b'{"model": "tiny"}', "invalid_request"),
+        (b'{"model": "\\ud800", "prompt": "a"}', "invalid_request"),
+        (b'{"model": "tiny", "prompt": "\\ud800"}', "invalid_request"),
+        (b'{"model": "tiny", "prompt": ["\\ud800"]}', "invalid_request"),
+        (b'{"model": "tiny", "prompt": "a", "stop": "\\ud800"}', "invalid_request"),
+        (b'{"model": "tiny", "prompt": "a", "n": ' + b"9" * 5000 + b"}", "invalid_request"),
+    ],
+)
+async def test_bodies_that_cannot_be_read(
+    client: httpx.AsyncClient, content: bytes, code: str
+) -> None:
+    answer = await client.post("/v1/completions", content=content, headers=JSON)
+    assert answer.status_code == 400
+    assert error_of(answer)["code"] == code
+    assert (await client.get("/livez")).status_code == 200
+
+
+async def test_surrogate_in_a_field_name_is_survived(client: httpx.AsyncClient) -> None:
+    content = b'{"model": "tiny", "prompt": "a", "\\ud800": 1}'
+    answer = await client.post("/v1/completions", content=content, headers=JSON)
+    assert answer.status_code in (200, 400)
+
+
+async def test_other_content_type_is_415(client: httpx.AsyncClient) -> None:
+    answer = await client.post("/v1/completions", content=b"{}", headers={"content-type": "a/b"})
+    assert answer.status_code == 415
+    assert "application/json" in error_of(answer)["message"]
+
+
+async def test_missing_field_is_named(client: httpx.AsyncClient) -> None:
+    answer = await client.post("/v1/completions", json={"model": "tiny"})
+    assert error_of(answer)["param"] == "prompt"
+    assert error_of(answer)["message"] == "prompt: is missing"
+
+
+async def test_several_faults_are_said_at_once(client: httpx.AsyncClient) -> None:
+    answer = await client.post("/v1/completions", json={"model": "tiny", "prompt": 3, "n": 99})
+    message = error_of(answer)["message"]
+    assert "prompt: must be a string" in message
+    assert "n: " in message
+
+
+async def test_large_body_is_413(services: AppServices) -> None:
+    limits = replace(services.limits, json_bytes=1000)
+    async for client in serve_in_process(create_app(replace(services, limits=limits))):
+        announced = await client.post("/v1/completions", content=b"x" * 1001, headers=JSON)
+        chunked = await client.post("/v1/completions", content=_chunks(), headers=JSON)
+    for answer in (announced, chunked):
+        assert answer.status_code == 413
+        assert error_of(answer)["code"] == "too_large"
+        assert "1000 bytes" in error_of(answer)["message"]
+
+
+async def _chunks() -> AsyncIterator[bytes]:
+    for _ in range(20):
+        yield b"x" * 100
+
+
+class Failing(ScriptedAdapters):
+    async def merge(
+        self, name: str, version: int | None = None, *, tenant: str = "default"
+    ) -> ActionView:
+        raise MergeBudgetExceeded(10, 5, 12)
+
+    async def get(self, name: str, *, tenant: str = "default") -> AdapterView:
+        if name == "broken":
+            raise RuntimeError("secret text")
+        raise StoreUnavailable("the disk is gone")
+
+
+@pytest_asyncio.fixture
+async def failing_client(services: AppServices) -> AsyncIterator[httpx.AsyncClient]:
+    async for each in serve_in_process(create_app(replace(services, adapters=Failing()))):
+        yield each
+
+
+async def test_merge_budget_is_409_that_is_not_retried(failing_client: httpx.AsyncClient) -> None:
+    answer = await failing_client.post("/v1/adapters/ada/merge")
+    assert answer.status_code == 409
+    assert error_of(answer)["code"] == "merge_budget"
+    assert answer.headers["x-should-retry"] == "false"
+
+
+async def test_store_outage_is_503_with_retry_after(failing_client: httpx.AsyncClient) -> None:
+    answer = await failing_client.get("/v1/adapters/ada")
+    assert answer.status_code == 503
+    assert error_of(answer)["code"] == "store_unavailable"
+    assert int(answer.headers["retry-after"]) > 0
+
+
+async def test_our_own_mistake_is_500_and_says_nothing(failing_client: httpx.AsyncClient) -> None:
+    answer = await failing_client.get("/v1/adapters/broken", headers={"x-request-id": "r-1"})
+    assert answer.status_code == 500
+    assert error_of(answer)["code"] == "internal_error"
+    assert "secret" not in answer.text
+    assert answer.headers["x-request-id"] == "r-1"

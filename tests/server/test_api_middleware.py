@@ -1,0 +1,98 @@
+from collections.abc import AsyncIterator
+from dataclasses import replace
+
+import httpx
+import pytest
+import pytest_asyncio
+from quickchange_server.api.app import AppServices, create_app
+
+from tests.server.conftest import serve_in_process
+
+PAGE = "https://app.example"
+
+
+@pytest_asyncio.fixture
+async def open_client(services: AppServices) -> AsyncIterator[httpx.AsyncClient]:
+    async for each in serve_in_process(create_app(replace(services, is_loopback_only=False))):
+        yield each
+
+
+@pytest_asyncio.fixture
+async def cors_client(services: AppServices) -> AsyncIterator[httpx.AsyncClient]:
+    async for each in serve_in_process(create_app(replace(services, cors_origins=(PAGE,)))):
+        yield each
+
+
+async def test_sane_request_id_is_kept(client: httpx.AsyncClient) -> None:
+    answer = await client.get("/livez", headers={"x-request-id": "trace-1.2:3"})
+    assert answer.headers["x-request-id"] == "trace-1.2:3"
+
+
+@pytest.mark.parametrize("sent", [None, "", "a b", "x" * 129, "é", "<script>"])
+async def test_other_request_ids_are_replaced(client: httpx.AsyncClient, sent: str | None) -> None:
+    headers = {} if sent is None else {b"x-request-id": sent.encode()}
+    answers = [await client.get("/livez", headers=headers) for _ in range(2)]
+    ids = {answer.headers["x-request-id"] for answer in answers}
+    assert len(ids) == 2
+    assert sent not in ids
+
+
+@pytest.mark.parametrize(
+    "host", ["localhost:8000", "127.0.0.1", "127.1.2.3:80", "[::1]:8000", "a.localhost"]
+)
+async def test_loopback_names_are_answered(client: httpx.AsyncClient, host: str) -> None:
+    assert (await client.get("/livez", headers={"host": host})).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "10.0.0.1:8000", "", "localhost.evil.example", "[bad", "127.0.0.1@x"]
+)
+async def test_other_hosts_are_refused(client: httpx.AsyncClient, host: str) -> None:
+    answer = await client.get("/v1/models", headers={"host": host})
+    assert answer.status_code == 403
+    assert answer.json()["error"]["code"] == "foreign_host"
+    assert answer.headers["x-request-id"]
+
+
+@pytest.mark.parametrize(
+    ("origin", "status"),
+    [("http://localhost:3000", 200), (PAGE, 403), ("null", 403), ("http://[bad", 403)],
+)
+async def test_pages_of_other_sites_are_refused(
+    client: httpx.AsyncClient, origin: str, status: int
+) -> None:
+    answer = await client.get("/v1/models", headers={"origin": origin})
+    assert answer.status_code == status
+
+
+async def test_guard_is_off_when_the_server_is_public(open_client: httpx.AsyncClient) -> None:
+    headers = {"host": "models.example", "origin": PAGE}
+    assert (await open_client.get("/v1/models", headers=headers)).status_code == 200
+
+
+async def test_allowed_origin_gets_cors_headers(cors_client: httpx.AsyncClient) -> None:
+    answer = await cors_client.get("/v1/models", headers={"origin": PAGE})
+    assert answer.status_code == 200
+    assert answer.headers["access-control-allow-origin"] == PAGE
+    preflight = await cors_client.options(
+        "/v1/completions", headers={"origin": PAGE, "access-control-request-method": "POST"}
+    )
+    assert preflight.status_code == 200
+    other = await cors_client.get("/v1/models", headers={"origin": "https://evil.example"})
+    assert other.status_code == 403
+
+
+async def test_http_requests_are_counted_by_template(client: httpx.AsyncClient) -> None:
+    await client.get("/v1/models/ada")
+    await client.get("/v1/models/nobody")
+    await client.get("/some/path/of/mine")
+    await client.request("WIBBLE", "/livez")
+    text = (await client.get("/metrics")).text
+    route = 'route="/v1/models/{model_id:path}"'
+    for status in (200, 404):
+        line = f'quickchange_http_requests_total{{method="GET",{route},status="{status}"}} 1.0'
+        assert line in text
+    assert 'route="_unmatched",status="404"' in text
+    assert 'method="_other"' in text
+    assert "mine" not in text
+    assert "WIBBLE" not in text

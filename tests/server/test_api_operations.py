@@ -1,0 +1,137 @@
+from dataclasses import replace
+from typing import Any
+
+import httpx
+from quickchange_server.api.app import AppServices, create_app
+from quickchange_server.engine.interface import EngineSnapshot
+
+from tests.server.conftest import BASE_URL, serve_in_process
+from tests.server.scripted_engine import ScriptedEngine
+
+
+async def test_probes_of_a_running_server(client: httpx.AsyncClient) -> None:
+    for path in ("/livez", "/readyz", "/health"):
+        assert (await client.get(path)).status_code == 200
+
+
+async def test_not_ready_before_start_and_after_stop(services: AppServices) -> None:
+    app = create_app(services)
+    transport = httpx.ASGITransport(app=app)
+    async with httpx.AsyncClient(transport=transport, base_url=BASE_URL) as client:
+        assert (await client.get("/readyz")).status_code == 503
+        async with app.router.lifespan_context(app):
+            assert (await client.get("/readyz")).status_code == 200
+        answer = await client.get("/readyz")
+    assert answer.status_code == 503
+    assert "retry-after" in answer.headers
+
+
+async def test_dead_engine_is_not_alive(
+    client: httpx.AsyncClient, scripted_engine: ScriptedEngine
+) -> None:
+    scripted_engine.is_running = False
+    for path in ("/livez", "/readyz"):
+        answer = await client.get(path)
+        assert answer.status_code == 503
+        assert answer.json()["error"]["code"] == "engine_dead"
+
+
+class Hanging(ScriptedEngine):
+    num_running = 1
+
+    def snapshot(self) -> EngineSnapshot:
+        return replace(
+            super().snapshot(), num_running=self.num_running, last_step_monotonic_s=0.001
+        )
+
+
+async def test_engine_that_hangs_is_not_alive_but_an_idle_one_is(services: AppServices) -> None:
+    engine = Hanging()
+    async for client in serve_in_process(create_app(replace(services, engine=engine, stall_s=5))):
+        assert (await client.get("/livez")).json()["error"]["code"] == "engine_stalled"
+        engine.num_running = 0
+        assert (await client.get("/livez")).status_code == 200
+
+
+async def test_version_names_the_base(client: httpx.AsyncClient) -> None:
+    body = (await client.get("/version")).json()
+    assert body["base"] == "tiny"
+    assert body["base_digest"] == "ba5e" * 16
+    assert body["version"]
+
+
+async def test_memory_by_part(client: httpx.AsyncClient) -> None:
+    body = (await client.get("/v1/memory")).json()
+    assert body["bytes"]["base"] == 1000
+    assert body["bytes"]["process_rss"] > 1_000_000
+
+
+async def test_models_are_openai_s(client: httpx.AsyncClient) -> None:
+    body = (await client.get("/v1/models")).json()
+    assert body["object"] == "list"
+    by_id: dict[str, Any] = {model["id"]: model for model in body["data"]}
+    assert set(by_id) == {"tiny", "ada", "bob", "ada@blue"}
+    assert by_id["tiny"]["parent"] is None
+    assert by_id["ada"]["parent"] == "tiny"
+    assert isinstance(by_id["ada"]["created"], int)
+    assert by_id["ada"]["object"] == "model"
+
+
+async def test_one_model(client: httpx.AsyncClient) -> None:
+    assert (await client.get("/v1/models/ada@blue")).json()["id"] == "ada@blue"
+
+
+async def test_model_ids_may_hold_slashes(services: AppServices) -> None:
+    services.adapters.base_names = ("org/base",)
+    async for client in serve_in_process(create_app(services)):
+        assert (await client.get("/v1/models/org/base")).json()["id"] == "org/base"
+
+
+async def test_tokenize_and_back(client: httpx.AsyncClient) -> None:
+    text = "the lazy dog 🙂"
+    body = (await client.post("/tokenize", json={"model": "ada", "prompt": text})).json()
+    assert body["count"] == len(body["tokens"])
+    assert body["max_model_len"] == 512
+    assert body["token_strs"] is None
+    back = await client.post("/detokenize", json={"tokens": body["tokens"]})
+    assert back.json() == {"prompt": text}
+
+
+async def test_tokenize_messages_and_pieces(client: httpx.AsyncClient) -> None:
+    messages = [{"role": "user", "content": "the"}]
+    body = (
+        await client.post("/tokenize", json={"messages": messages, "return_token_strs": True})
+    ).json()
+    assert body["token_strs"][0] == "<|im_start|>"
+    back = await client.post("/detokenize", json={"tokens": body["tokens"]})
+    assert back.json()["prompt"] == ("<|im_start|>user\nthe<|im_end|>\n<|im_start|>assistant\n")
+
+
+async def test_tokenize_wants_one_of_two(client: httpx.AsyncClient) -> None:
+    assert (await client.post("/tokenize", json={})).status_code == 400
+    answer = await client.post("/tokenize", json={"model": "nobody", "prompt": "a"})
+    assert answer.status_code == 404
+
+
+async def test_detokenize_refuses_ids_outside_the_vocabulary(client: httpx.AsyncClient) -> None:
+    answer = await client.post("/detokenize", json={"tokens": [1, 99999]})
+    assert answer.status_code == 400
+    assert "99999" in answer.json()["error"]["message"]
+
+
+async def test_metrics_speak_both_formats(client: httpx.AsyncClient) -> None:
+    plain = await client.get("/metrics")
+    assert plain.headers["content-type"].startswith("text/plain")
+    accept = {"accept": "application/openmetrics-text; version=1.0.0"}
+    modern = await client.get("/metrics", headers=accept)
+    assert modern.headers["content-type"].startswith("application/openmetrics-text")
+    assert modern.text.endswith("# EOF\n")
+
+
+async def test_openapi_shows_the_upload_s_form(client: httpx.AsyncClient) -> None:
+    schema = (await client.get("/openapi.json")).json()
+    form = schema["paths"]["/v1/adapters"]["post"]["requestBody"]["content"]
+    properties = form["multipart/form-data"]["schema"]["properties"]
+    assert {"name", "adapter_config", "adapter_model", "task", "alias"} <= set(properties)
+    assert properties["adapter_model"]["format"] == "binary"
+    assert (await client.get("/docs")).status_code == 200
