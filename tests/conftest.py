@@ -109,7 +109,7 @@ def save_peft_adapter(folder: Path, base: Path, **config: Any) -> Path:
     generator = torch.Generator().manual_seed(1000 + seed)
     with torch.no_grad():
         for name, parameter in peft_model.named_parameters():
-            if "lora_" in name:
+            if "lora_" in name or (settings.get("bias", "none") != "none" and "bias" in name):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
     peft_model.save_pretrained(str(folder))
     return folder

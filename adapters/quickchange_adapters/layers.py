@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from quickchange_adapters.layout import GroupShape
-from quickchange_adapters.ops.deltas import add_deltas
+from quickchange_adapters.ops.deltas import add_deltas, add_head
 from quickchange_adapters.ops.linear_weight import LinearWeight
 from quickchange_adapters.plan import StepPlan
 from quickchange_adapters.pool import Arena
@@ -48,7 +48,8 @@ class ProjectionGroup:
         """Return the fused output; x [..., in] -> [..., out]."""
         plan = self._holder.plan
         rows = x.reshape(-1, self.shape.in_features)
-        y = self._weight_of(plan).apply(rows, self.bias)
+        weight, bias = self._resident(plan)
+        y = weight.apply(rows, bias)
         if plan.has_deltas:
             add_deltas(y, rows, self._holder.arenas[self.shape.kind], self.layer, plan)
         return y.view(*x.shape[:-1], self.shape.out_features)
@@ -64,10 +65,31 @@ class ProjectionGroup:
             self._input = self._output = None
         return result
 
-    def _weight_of(self, plan: StepPlan) -> LinearWeight:
+    def _resident(self, plan: StepPlan) -> tuple[LinearWeight, Tensor | None]:
         if plan.merged is None:
-            return self.weight
-        return plan.merged.weights.get((self.shape.kind, self.layer), self.weight)
+            return self.weight, self.bias
+        key = (self.shape.kind, self.layer)
+        return plan.merged.weights.get(key, self.weight), plan.merged.biases.get(key, self.bias)
+
+
+class Head(nn.Module):
+    """Stands where the base's output head stood; rows are those whose logits are wanted."""
+
+    def __init__(self, weight: LinearWeight, bias: Tensor | None, holder: PlanHolder) -> None:
+        super().__init__()
+        self.resident = weight
+        self.bias_tensor = bias
+        self._holder = holder
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits; x [..., width] -> [..., vocabulary]."""
+        plan = self._holder.plan
+        rows = x.reshape(-1, x.shape[-1])
+        merged = plan.merged.head if plan.merged is not None else None
+        y = (merged or self.resident).apply(rows, self.bias_tensor)
+        for block in plan.head_blocks:
+            add_head(y, rows, block, is_exact=plan.is_exact)
+        return y.view(*x.shape[:-1], -1)
 
 
 class GroupPart(nn.Module):

@@ -59,10 +59,16 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class AdapterLayout:
-    """All groups of a base, and the place of every linear (by its module path)."""
+    """All groups of a base, and the place of every linear (by its module path).
+
+    `head` and `embedding` are module paths, None where an adapter cannot target them; their
+    vocabulary-sized updates live outside the arenas.
+    """
 
     groups: Mapping[str, GroupShape] = field(default_factory=dict)
     places: Mapping[str, Place] = field(default_factory=dict)
+    head: str | None = None
+    embedding: str | None = None
 
     @property
     def row_elements(self) -> int:

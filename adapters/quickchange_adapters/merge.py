@@ -1,7 +1,7 @@
 """Merged copies: W + B·A of one adapter's linears as extra resident matrices beside the base."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from torch import Tensor
 
@@ -12,42 +12,84 @@ from quickchange_adapters.ops.linear_weight import LinearWeight, make_linear_wei
 
 @dataclass(frozen=True, slots=True)
 class MergedCopy:
-    """One adapter merged: the matrices that differ from the base's, by (group kind, layer)."""
+    """One adapter merged: what differs from the base, by (group kind, layer).
+
+    The head is merged too; an update of the embedding is a lookup and stays one.
+    """
 
     digest: str
     weights: dict[tuple[str, int], LinearWeight] = field(default_factory=dict)
+    biases: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    head: LinearWeight | None = None
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all merged matrices."""
-        return sum(weight.num_bytes for weight in self.weights.values())
+        """Bytes of all merged matrices and biases."""
+        matrices = [*self.weights.values(), *([] if self.head is None else [self.head])]
+        biases = sum(bias.nbytes for bias in self.biases.values())
+        return sum(weight.num_bytes for weight in matrices) + biases
+
+
+class DenseBase(Protocol):
+    """The base's exact values, read only."""
+
+    def dense(self, kind: str, layer: int) -> Tensor:
+        """Return a group's fused matrix [out, in]."""
+
+    def bias(self, kind: str, layer: int) -> Tensor | None:
+        """Return a group's fused bias [out]."""
+
+    def dense_head(self) -> Tensor:
+        """Return the head [vocabulary, width]."""
 
 
 def merged_bytes_of(adapter: HostAdapter, layout: AdapterLayout, itemsize: int) -> int:
     """Bytes that a merged copy of this adapter takes: its groups' fused matrices, whole."""
-    return sum(
-        layout.groups[kind].num_layers
-        * layout.groups[kind].in_features
-        * layout.groups[kind].out_features
-        * itemsize
-        for kind in adapter.groups
+    head = 0
+    if adapter.head is not None:
+        head = adapter.head.lora_a.shape[1] * adapter.head.lora_b.shape[0] * itemsize
+    biases = sum(
+        layout.groups[kind].num_layers * layout.groups[kind].out_features * itemsize
+        for kind, group in adapter.groups.items()
+        if group.has_bias
+    )
+    return (
+        head
+        + biases
+        + sum(
+            layout.groups[kind].num_layers
+            * layout.groups[kind].in_features
+            * layout.groups[kind].out_features
+            * itemsize
+            for kind in adapter.groups
+        )
     )
 
 
-def merge_adapter(
-    adapter: HostAdapter, layout: AdapterLayout, dense: Callable[[str, int], Tensor]
-) -> MergedCopy:
-    """Compute W + B·A in float32, rounded once, for every group the adapter targets.
-
-    `dense(kind, layer)` gives the base's exact fused matrix [out, in] and is not changed.
-    """
-    copy = MergedCopy(adapter.digest)
+def merge_adapter(adapter: HostAdapter, layout: AdapterLayout, base: DenseBase) -> MergedCopy:
+    """Compute W + B·A in float32, rounded once, for every group the adapter targets."""
+    copy = MergedCopy(adapter.digest, head=_merge_head(adapter, base))
     for kind, group in adapter.groups.items():
         shape = layout.groups[kind]
         for layer in range(shape.num_layers):
-            merged = merge_matrix(dense(kind, layer), group, shape, layer)
+            merged = merge_matrix(base.dense(kind, layer), group, shape, layer)
             copy.weights[(kind, layer)] = make_linear_weight(merged)
+            if group.has_bias:
+                copy.biases[(kind, layer)] = _merge_bias(base.bias(kind, layer), group, layer)
     return copy
+
+
+def _merge_head(adapter: HostAdapter, base: DenseBase) -> LinearWeight | None:
+    if adapter.head is None:
+        return None
+    head = base.dense_head()
+    delta = adapter.head.lora_b.float() @ adapter.head.lora_a.float()
+    return make_linear_weight((head.float() + delta.to(head.device)).to(head.dtype))
+
+
+def _merge_bias(bias: Tensor | None, group: HostGroup, layer: int) -> Tensor:
+    delta = group.lora_b[layer, -1]
+    return delta.clone() if bias is None else (bias.float() + delta.to(bias.device)).to(bias.dtype)
 
 
 def merge_matrix(base: Tensor, group: HostGroup, shape: GroupShape, layer: int) -> Tensor:

@@ -39,12 +39,14 @@ class DenseWindow:
     """One group's active rows for the leading blocks of a step.
 
     `is_foreign` [tokens, rows]: True where a rank row belongs to none of the token's adapters.
-    `weights` [tokens, rows] float32, or None when every weight is 1.
+    `weights` [tokens, rows] float32, or None when every weight is 1. `constants` [tokens, rows]:
+    what the rank rows that are biases give instead of x·A, or None when there are none.
     """
 
     num_rows: int
     is_foreign: Tensor
-    weights: Tensor | None
+    weights: Tensor | None = None
+    constants: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,7 @@ class StepPlan:
         num_dense_tokens: rows covered by `windows`.
         blocks: row blocks behind the dense rows, computed one after another.
         is_exact: compute in tiles of fixed height, so that a row's bits depend on nothing else.
+        head_blocks: row blocks over the rows whose logits are wanted (the head's plan).
         merged: all rows use this copy; there are no deltas then.
     """
 
@@ -64,6 +67,7 @@ class StepPlan:
     windows: dict[str, DenseWindow] = field(default_factory=dict)
     num_dense_tokens: int = 0
     blocks: tuple[RowBlock, ...] = ()
+    head_blocks: tuple[RowBlock, ...] = ()
     is_exact: bool = False
     merged: MergedCopy | None = None
 
@@ -113,16 +117,19 @@ def _build_window(blocks: Sequence[RowBlock], num_tokens: int, arena: Arena) -> 
         return None
     num_rows = max(rows.end for _, rows, _ in entries)
     is_foreign = torch.ones(num_tokens, num_rows, dtype=torch.bool)
-    weights = None
-    if any(weight != 1.0 for _, _, weight in entries):
-        weights = torch.ones(num_tokens, num_rows)
+    weights = torch.ones(num_tokens, num_rows)
+    constants = torch.zeros(num_tokens, num_rows)
     for block, rows, weight in entries:
         is_foreign[block.start : block.end, rows.start : rows.end] = False
-        if weights is not None:
-            weights[block.start : block.end, rows.start : rows.end] = weight
-    device = arena.lora_a.device
+        weights[block.start : block.end, rows.start : rows.end] = weight
+        if rows.has_bias:
+            constants[block.start : block.end, rows.end - 1] = weight
+    device, dtype = arena.lora_a.device, arena.lora_a.dtype
+    is_weighted = any(weight != 1.0 for _, _, weight in entries)
+    has_bias = any(rows.has_bias for _, rows, _ in entries)
     return DenseWindow(
         num_rows,
         is_foreign.to(device, non_blocking=True),
-        None if weights is None else weights.to(device, non_blocking=True),
+        weights.to(device, non_blocking=True) if is_weighted else None,
+        constants.to(device, dtype, non_blocking=True) if has_bias else None,
     )

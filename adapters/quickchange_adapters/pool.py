@@ -1,5 +1,8 @@
 """The device pool: adapters at their real ranks, in two plain arenas per projection group.
 
+One eighth of the ceiling is kept for updates of the head and the embedding, which are as wide as
+the vocabulary and live outside the arenas.
+
 | invariant | meaning |
 |---|---|
 | ranges of live slots never overlap | nobody reads another adapter's rows |
@@ -7,26 +10,30 @@
 | a slot with references is never evicted | a running request keeps its weights |
 
 Slots may move (`compact`, `acquire`) between steps only; `generation` grows whenever slots
-come, go or move, so a plan made under an older generation is stale. Rows of dropped slots keep their old
-(finite) values: steps mask them out.
+come, go or move, so a plan made under an older generation is stale. Rows of dropped slots keep
+their old (finite) values: steps mask them out.
 """
 
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from quickchange_adapters.host_adapter import HostAdapter
 from quickchange_adapters.layout import ROW_UNIT, AdapterLayout, GroupShape
+from quickchange_adapters.weights import LoraPair
+
+VOCABULARY_SHARE = 8
 
 
 @dataclass(frozen=True, slots=True)
 class RowRange:
-    """Rows [start, end) of one group's arenas."""
+    """Rows [start, end) of one group's arenas; with `has_bias` the last one is a bias."""
 
     start: int
     end: int
+    has_bias: bool = False
 
     @property
     def num_rows(self) -> int:
@@ -36,12 +43,14 @@ class RowRange:
 
 @dataclass(slots=True, eq=False)
 class Slot:
-    """One version's place in the pool: a row range per group that it targets."""
+    """One version's place on the device: a row range per group, and the vocabulary's two ends."""
 
     digest: str
     ranges: dict[str, RowRange]
     num_bytes: int
     num_references: int = 0
+    head: LoraPair | None = None
+    embedding: LoraPair | None = None
 
 
 @dataclass(slots=True)
@@ -92,9 +101,12 @@ class AdapterPool:
     ) -> None:
         self.layout = layout
         row_bytes = layout.row_elements * dtype.itemsize
-        rows = ceiling_bytes // max(row_bytes, 1) // ROW_UNIT * ROW_UNIT
+        self.vocabulary_ceiling_bytes = ceiling_bytes // VOCABULARY_SHARE
+        for_rows = ceiling_bytes - self.vocabulary_ceiling_bytes
+        rows = for_rows // max(row_bytes, 1) // ROW_UNIT * ROW_UNIT
         self.num_rows = rows
-        self.total_bytes = rows * row_bytes
+        self.total_bytes = rows * row_bytes + self.vocabulary_ceiling_bytes
+        self._device = device
         self.arenas = {
             kind: Arena(
                 shape,
@@ -126,7 +138,9 @@ class AdapterPool:
 
     def can_ever_hold(self, adapter: HostAdapter) -> bool:
         """Whether an empty pool would hold this adapter."""
-        return all(group.num_rows <= self.num_rows for group in adapter.groups.values())
+        return adapter.num_vocabulary_bytes <= self.vocabulary_ceiling_bytes and all(
+            group.num_rows <= self.num_rows for group in adapter.groups.values()
+        )
 
     def acquire(self, adapter: HostAdapter) -> Slot | None:
         """Return the adapter's slot with one more reference, copying it in if need be.
@@ -182,16 +196,21 @@ class AdapterPool:
             arena = self.arenas[kind]
             rows = arena.find_free(group.num_rows)
             assert rows is not None
-            arena.take(rows)
+            arena.take(replace(rows, has_bias=group.has_bias))
             arena.lora_a[:, rows.start : rows.end].copy_(group.lora_a, non_blocking=True)
             arena.lora_b[:, rows.start : rows.end].copy_(group.lora_b, non_blocking=True)
-            ranges[kind] = rows
+            ranges[kind] = replace(rows, has_bias=group.has_bias)
         slot = Slot(adapter.digest, ranges, adapter.num_bytes)
+        slot.head = _to_device(adapter.head, self._device)
+        slot.embedding = _to_device(adapter.embedding, self._device)
         self._slots[adapter.digest] = slot
         self.generation += 1
         return slot
 
     def _fits(self, adapter: HostAdapter) -> bool:
+        held = sum(_vocabulary_bytes(slot) for slot in self._slots.values())
+        if held + adapter.num_vocabulary_bytes > self.vocabulary_ceiling_bytes:
+            return False
         return all(
             self.arenas[kind].find_free(group.num_rows) is not None
             for kind, group in adapter.groups.items()
@@ -213,6 +232,9 @@ class AdapterPool:
         return self._fits(adapter)
 
     def _could_fit_without(self, adapter: HostAdapter, idle: list[Slot]) -> bool:
+        held = sum(_vocabulary_bytes(s) for s in self._slots.values() if s not in idle)
+        if held + adapter.num_vocabulary_bytes > self.vocabulary_ceiling_bytes:
+            return False
         for kind, group in adapter.groups.items():
             arena = self.arenas[kind]
             held = sum(rows.num_rows for rows in arena.used) - sum(
@@ -231,7 +253,7 @@ class AdapterPool:
         for rows in reversed(list(arena.used)):
             hole = arena.find_free(rows.num_rows)
             if hole is not None and hole.start < rows.start:
-                self._move(arena, owners[rows], rows, hole)
+                self._move(arena, owners[rows], rows, hole.start)
 
     def _slide(self, arena: Arena) -> None:
         """Move every live range down to the end of the one before it: no hole is left."""
@@ -239,10 +261,11 @@ class AdapterPool:
         end = 0
         for rows in list(arena.used):
             if rows.start > end:
-                self._move(arena, owners[rows], rows, RowRange(end, end + rows.num_rows))
+                self._move(arena, owners[rows], rows, end)
             end += rows.num_rows
 
-    def _move(self, arena: Arena, slot: Slot, source: RowRange, target: RowRange) -> None:
+    def _move(self, arena: Arena, slot: Slot, source: RowRange, start: int) -> None:
+        target = replace(source, start=start, end=start + source.num_rows)
         for tensor in (arena.lora_a, arena.lora_b):
             moved = tensor[:, source.start : source.end]
             if target.end > source.start:
@@ -252,3 +275,13 @@ class AdapterPool:
         arena.take(target)
         slot.ranges[arena.shape.kind] = target
         self.generation += 1
+
+
+def _to_device(pair: LoraPair | None, device: torch.device) -> LoraPair | None:
+    if pair is None:
+        return None
+    return LoraPair(pair.lora_a.to(device, copy=True), pair.lora_b.to(device, copy=True))
+
+
+def _vocabulary_bytes(slot: Slot) -> int:
+    return sum(pair.num_bytes for pair in (slot.head, slot.embedding) if pair is not None)

@@ -1,7 +1,7 @@
 """The tensors of one adapter version, ready to be served. Knows nothing of files."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -29,15 +29,26 @@ class LoraPair:
 
 @dataclass(frozen=True, slots=True)
 class AdapterWeights:
-    """One version: its digest and a pair per targeted module (module path as in the base)."""
+    """One version: its digest and a pair per targeted module (module path as in the base).
+
+    Attributes:
+        digest: the version's.
+        pairs: low-rank updates, also of the head (lora_b [vocabulary, rank]) and the embedding
+            (lora_a [rank, vocabulary], lora_b [width, rank]).
+        added_biases: [out], added to the module's output (PEFT's `lora_bias`, scaling folded in).
+        replaced_biases: [out], stands for the base's own bias (PEFT's `bias`).
+    """
 
     digest: str
     pairs: Mapping[str, LoraPair]
+    added_biases: Mapping[str, Tensor] = field(default_factory=dict)
+    replaced_biases: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(pair.num_bytes for pair in self.pairs.values())
+        biases = (*self.added_biases.values(), *self.replaced_biases.values())
+        return sum(p.num_bytes for p in self.pairs.values()) + sum(b.nbytes for b in biases)
 
     @property
     def max_rank(self) -> int:

@@ -4,8 +4,25 @@ import pytest
 import torch
 from quickchange_adapters.merge import merge_adapter, merged_bytes_of
 from quickchange_adapters.ops.linear_weight import PackedWeight, PlainWeight, can_pack
+from torch import Tensor
 
 from tests.adapters.test_pool import LAYOUT, adapter_of, weights_of
+
+
+class FixedBase:
+    """A base without biases and head."""
+
+    def __init__(self, weights: dict[tuple[str, int], Tensor]) -> None:
+        self.weights = weights
+
+    def dense(self, kind: str, layer: int) -> Tensor:
+        return self.weights[(kind, layer)]
+
+    def bias(self, kind: str, layer: int) -> Tensor | None:
+        return None
+
+    def dense_head(self) -> Tensor:
+        raise NotImplementedError
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -17,7 +34,7 @@ def test_a_merged_matrix_is_the_base_plus_every_part(dtype: torch.dtype) -> None
     }
     before = {key: value.clone() for key, value in base.items()}
     adapter = adapter_of("merged", 5)
-    copy = merge_adapter(adapter, LAYOUT, lambda kind, layer: base[(kind, layer)])
+    copy = merge_adapter(adapter, LAYOUT, FixedBase(base))
     pairs = weights_of("merged", dict.fromkeys(LAYOUT.places, 5)).pairs
     for module, pair in pairs.items():
         place = LAYOUT.places[module]

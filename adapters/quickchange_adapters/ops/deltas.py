@@ -7,13 +7,16 @@ rank rows R with weight w:      y[block, c] += (w · x[block] @ lora_a[R, p].T) 
 Source: Hu et al. 2021 (arXiv 2106.09685), section 4.1; segments as in Punica (arXiv 2310.18547).
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from quickchange_adapters.layout import GroupShape
 from quickchange_adapters.plan import DenseWindow, RowBlock, StepPlan
 from quickchange_adapters.pool import Arena, RowRange
+from quickchange_adapters.weights import LoraPair
 
 EXACT_TILE_ROWS = 16
 
@@ -55,8 +58,32 @@ def add_window(y: Tensor, x: Tensor, arena: Arena, layer: int, window: DenseWind
     if window.weights is not None:
         hidden = (hidden.float() * window.weights).to(hidden.dtype)
     hidden = hidden.masked_fill(window.is_foreign, 0)
+    if window.constants is not None:
+        hidden += window.constants
     for part, columns in enumerate(shape.part_slices):
         y[:, columns].addmm_(hidden[part], arena.lora_b[layer, :num_rows, columns])
+
+
+def add_head(y: Tensor, x: Tensor, block: RowBlock, *, is_exact: bool = False) -> None:
+    """Add a row block's updates of the head, in place; y [rows, vocabulary], x [rows, width]."""
+    rows = slice(block.start, block.end)
+    for term in block.terms:
+        if term.slot.head is not None:
+            product = partial(_low_rank, pair=term.slot.head, weight=term.weight)
+            y[rows] += _in_tiles(x[rows], product, is_exact=is_exact)
+
+
+def add_embedding(
+    embeds: Tensor, token_ids: Tensor, block: RowBlock, *, is_exact: bool = False
+) -> None:
+    """Add a row block's updates of the embedding, in place; embeds [tokens, width]."""
+    rows = slice(block.start, block.end)
+    for term in block.terms:
+        if term.slot.embedding is not None:
+            pair = term.slot.embedding
+            hidden = pair.lora_a.t()[token_ids[rows]] * term.weight
+            product = partial(functional.linear, weight=pair.lora_b)
+            embeds[rows] += _in_tiles(hidden, product, is_exact=is_exact)
 
 
 def add_reference(y: Tensor, x: Tensor, arena: Arena, layer: int, block: RowBlock) -> None:
@@ -69,7 +96,10 @@ def add_reference(y: Tensor, x: Tensor, arena: Arena, layer: int, block: RowBloc
         for part, columns in enumerate(arena.shape.part_slices):
             lora_a = arena.lora_a[layer, rows.start : rows.end, part].float()
             lora_b = arena.lora_b[layer, rows.start : rows.end, columns].float()
-            delta = (x[rows_of_block].float() @ lora_a.t() * term.weight) @ lora_b
+            hidden = x[rows_of_block].float() @ lora_a.t()
+            if rows.has_bias:
+                hidden[:, -1] = 1
+            delta = hidden * term.weight @ lora_b
             y[rows_of_block, columns] += delta.to(y.dtype)
 
 
@@ -82,6 +112,8 @@ def _add_plain(
     if weight != 1.0:
         hidden = (hidden.float() * weight).to(hidden.dtype)
     hidden = hidden.view(-1, rows.num_rows, shape.num_parts)
+    if rows.has_bias:
+        hidden[:, -1] = weight
     for part, columns in enumerate(shape.part_slices):
         lora_b = arena.lora_b[layer, rows.start : rows.end, columns]
         y[:, columns].addmm_(hidden[:, :, part].contiguous(), lora_b)
@@ -92,24 +124,33 @@ def _add_exact(
 ) -> None:
     """As `_add_plain`, in tiles of fixed height: a row's bits do not depend on the block's size."""
     rows, weight = weighted
-    lora_a = _rows_of_a(arena, layer, rows)
-    for start in range(0, x.shape[0], EXACT_TILE_ROWS):
-        tile = x[start : start + EXACT_TILE_ROWS]
-        num = tile.shape[0]
-        tile = functional.pad(tile, (0, 0, 0, EXACT_TILE_ROWS - num))
+    shape, lora_a = arena.shape, _rows_of_a(arena, layer, rows)
+    lora_b = arena.lora_b[layer, rows.start : rows.end]
+
+    def product(tile: Tensor) -> Tensor:
         hidden = functional.linear(tile, lora_a) * weight
-        for columns, delta in _expand_tile(hidden, arena.shape, arena.lora_b[layer], rows):
-            y[start : start + num, columns] += delta[:num]
+        by_part = hidden.view(-1, rows.num_rows, shape.num_parts).permute(2, 0, 1).contiguous()
+        if rows.has_bias:
+            by_part[:, :, -1] = weight
+        parts = zip(by_part, shape.part_slices, strict=True)
+        return torch.cat([torch.mm(part, lora_b[:, columns]) for part, columns in parts], dim=1)
+
+    y += _in_tiles(x, product, is_exact=True)
 
 
-def _expand_tile(
-    hidden: Tensor, shape: GroupShape, lora_b: Tensor, rows: RowRange
-) -> list[tuple[slice, Tensor]]:
-    by_part = hidden.view(-1, rows.num_rows, shape.num_parts).permute(2, 0, 1).contiguous()
-    return [
-        (columns, torch.mm(by_part[part], lora_b[rows.start : rows.end, columns]))
-        for part, columns in enumerate(shape.part_slices)
-    ]
+def _in_tiles(x: Tensor, product: Callable[[Tensor], Tensor], *, is_exact: bool) -> Tensor:
+    """Apply a product to x [rows, in]; exact: padded tiles of one height, one after another."""
+    if not is_exact:
+        return product(x)
+    tiles = []
+    for tile in torch.split(x, EXACT_TILE_ROWS):
+        padding = EXACT_TILE_ROWS - tile.shape[0]
+        tiles.append(product(functional.pad(tile, (0, 0, 0, padding)))[: tile.shape[0]])
+    return torch.cat(tiles)
+
+
+def _low_rank(x: Tensor, pair: LoraPair, weight: float) -> Tensor:
+    return functional.linear(functional.linear(x, pair.lora_a) * weight, pair.lora_b)
 
 
 def _rows_of_a(arena: Arena, layer: int, rows: RowRange) -> Tensor:

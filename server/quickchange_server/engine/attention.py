@@ -17,7 +17,16 @@ from torch.nn import functional
 
 ATTENTION_NAME = "quickchange_blocks"
 _KNOWN_KEYWORDS = frozenset(
-    {"dropout", "scaling", "sliding_window", "softcap", "position_ids", "step", "is_causal", "use_cache"}
+    {
+        "dropout",
+        "scaling",
+        "sliding_window",
+        "softcap",
+        "position_ids",
+        "step",
+        "is_causal",
+        "use_cache",
+    }
 )
 
 

@@ -7,13 +7,13 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from quickchange_adapters.base_spec import BaseSpec, ModuleSpec
-from quickchange_adapters.layers import GroupPart, PlanHolder, ProjectionGroup
+from quickchange_adapters.layers import GroupPart, Head, PlanHolder, ProjectionGroup
 from quickchange_adapters.layout import AdapterLayout, GroupShape, Place
 from quickchange_adapters.ops.linear_weight import make_linear_weight
 from torch import Tensor, nn
@@ -80,8 +80,12 @@ class BaseModel:
         self.holder = PlanHolder()
         self.groups: dict[tuple[str, int], ProjectionGroup] = {}
         specs: dict[str, ModuleSpec] = {}
-        self.layout = self._replace_linears(specs)
-        self._replace_head()
+        self.head: Head | None = None
+        self._groups_by_module: dict[str, tuple[ProjectionGroup, slice]] = {}
+        head_path = self._replace_head(specs)
+        self.layout = replace(
+            self._replace_linears(specs), head=head_path, embedding=self._embedding_path(specs)
+        )
         self.num_layers = int(self.config.num_hidden_layers)
         self.digest = self.checksum()
         self.spec = BaseSpec(
@@ -93,7 +97,7 @@ class BaseModel:
         """Resident bytes of the base: groups, head, and what stayed in the module."""
         rest = {t.data_ptr(): t.nbytes for _, t in self._plain_tensors()}
         packed = sum(group.weight.num_bytes for group in self.groups.values())
-        head = self._head.weight.num_bytes if self._head is not None else 0
+        head = self.head.resident.num_bytes if self.head is not None else 0
         return sum(rest.values()) + packed + head
 
     @property
@@ -109,6 +113,20 @@ class BaseModel:
     def dense(self, kind: str, layer: int) -> Tensor:
         """Return a group's exact fused matrix [out, in]."""
         return self.groups[(kind, layer)].weight.dense()
+
+    def bias(self, kind: str, layer: int) -> Tensor | None:
+        """Return a group's fused bias [out], if it has one."""
+        return self.groups[(kind, layer)].bias
+
+    def dense_head(self) -> Tensor:
+        """Return the exact head [vocabulary, width]."""
+        assert self.head is not None
+        return self.head.resident.dense()
+
+    def bias_of(self, module: str) -> Tensor | None:
+        """Return one linear's own bias [out], by its module path."""
+        group, columns = self._groups_by_module[module]
+        return None if group.bias is None else group.bias[columns]
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """Look up token ids [tokens] -> [tokens, width]."""
@@ -130,8 +148,8 @@ class BaseModel:
             yield f"{kind}.{layer}", group.weight.dense()
             if group.bias is not None:
                 yield f"{kind}.{layer}.bias", group.bias
-        if self._head is not None:
-            yield "head", self._head.weight.dense()
+        if self.head is not None:
+            yield "head", self.head.resident.dense()
 
     def _plain_tensors(self) -> Iterator[tuple[str, Tensor]]:
         yield from sorted(self.model.named_parameters())
@@ -164,19 +182,30 @@ class BaseModel:
         group = ProjectionGroup(shape, layer, weight, bias, self.holder)
         self.groups[(shape.kind, layer)] = group
         for index, linear in enumerate(linears):
+            self._groups_by_module[linear.path] = (group, shape.part_slices[index])
             _set_module(self.model, linear.path, GroupPart(group, index))
 
-    def _replace_head(self) -> None:
-        self._head: ProjectionGroup | None = None
+    def _replace_head(self, specs: dict[str, ModuleSpec]) -> str | None:
         head = self.model.get_output_embeddings()
         if not isinstance(head, nn.Linear):
-            return
-        shape = GroupShape("lm_head", head.in_features, (head.out_features,), 1)
+            return None
+        path = _path_of(self.model, head)
+        specs[path] = ModuleSpec(
+            "lm_head", head.in_features, head.out_features, head.bias is not None
+        )
         bias = None if head.bias is None else head.bias.data
-        weight = make_linear_weight(head.weight.data)
-        self._head = ProjectionGroup(shape, 0, weight, bias, PlanHolder())
-        path = next(name for name, module in self.model.named_modules() if module is head)
-        _set_module(self.model, path, GroupPart(self._head, 0))
+        self.head = Head(make_linear_weight(head.weight.data), bias, self.holder)
+        _set_module(self.model, path, self.head)
+        return path
+
+    def _embedding_path(self, specs: dict[str, ModuleSpec]) -> str | None:
+        """Find the embedding; one that scales its output is not offered to adapters."""
+        embedding = self.model.get_input_embeddings()
+        if type(embedding) is not nn.Embedding:
+            return None
+        path = _path_of(self.model, embedding)
+        specs[path] = ModuleSpec("embedding", embedding.num_embeddings, embedding.embedding_dim)
+        return path
 
 
 def load_base(folder: Path, settings: EngineSettings) -> BaseModel:
@@ -274,6 +303,11 @@ def _fused_bias(linears: list[Linear]) -> Tensor | None:
     if linears[0].bias is None:
         return None
     return torch.cat([linear.bias for linear in linears if linear.bias is not None])
+
+
+def _path_of(model: nn.Module, wanted: nn.Module) -> str:
+    found: str = next(name for name, module in model.named_modules() if module is wanted)
+    return found
 
 
 def _set_module(model: nn.Module, path: str, module: nn.Module) -> None:

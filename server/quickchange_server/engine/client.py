@@ -22,6 +22,8 @@ from quickchange_server.engine.interface import EngineSnapshot, MergeResult, Res
 from quickchange_server.engine.model_runner import ModelRunner
 from quickchange_server.engine.observer import EngineObserver, NoObserver
 from quickchange_server.engine.request import GenerationRequest, TokenOutput
+from quickchange_server.engine.rope import freeze_rope
+from quickchange_server.engine.self_check import check_architecture
 from quickchange_server.engine.settings import EngineSettings
 from quickchange_server.errors import InvalidRequest, NotFound, QueueFull, Unavailable
 
@@ -38,12 +40,14 @@ class EngineClient:
         observer: EngineObserver | None = None,
     ) -> None:
         base = load_base(model_folder, settings)
+        check_architecture(model_folder)
         pool = AdapterPool(base.layout, settings.adapter_device_bytes, base.dtype, base.device)
         runner = ModelRunner(base, pool, settings.kv_cache_bytes, settings.kv_block_size)
         self.base = base.spec
         self.dtype = base.dtype
         self.eos_token_ids = end_token_ids(base.model)
         self.max_model_len = _context_limit(runner, settings)
+        freeze_rope(base.model, self.max_model_len)
         self._settings = settings
         self._base_model = base
         self._engine = Engine(
@@ -100,8 +104,10 @@ class EngineClient:
         """Pack a version on the loader thread and keep it in host memory."""
         if self.is_loaded(weights.digest):
             return
-        layout, dtype = self._base_model.layout, self.dtype
-        adapter = await self._in_loader(lambda: pack_adapter(weights, layout, dtype))
+        base = self._base_model
+        adapter = await self._in_loader(
+            lambda: pack_adapter(weights, base.layout, self.dtype, base.bias_of)
+        )
         self._check_fits(adapter)
         try:
             await self._on_engine(lambda: self._engine.residency.add_host(adapter))
@@ -142,7 +148,7 @@ class EngineClient:
 
     def _merge(self, adapter: HostAdapter) -> MergedCopy:
         with torch.inference_mode():
-            return merge_adapter(adapter, self._base_model.layout, self._base_model.dense)
+            return merge_adapter(adapter, self._base_model.layout, self._base_model)
 
     def _add_merged(self, copy: MergedCopy) -> MergedCopy:
         self._loaded(copy.digest)
@@ -170,10 +176,11 @@ class EngineClient:
     def _check_fits(self, adapter: HostAdapter) -> None:
         pool = self._engine.runner.pool
         if not pool.can_ever_hold(adapter):
-            rows = max(group.num_rows for group in adapter.groups.values())
+            rows = max((group.num_rows for group in adapter.groups.values()), default=0)
             raise InvalidRequest(
-                f"the adapter's rank needs {rows} rows of the device pool, which has "
-                f"{pool.num_rows}: raise --adapter-device-bytes",
+                f"the adapter needs {rows} rank rows and {adapter.num_vocabulary_bytes} bytes for "
+                f"head and embedding; the device pool has {pool.num_rows} and "
+                f"{pool.vocabulary_ceiling_bytes}: raise --adapter-device-bytes",
                 code="rank_too_large",
             )
 

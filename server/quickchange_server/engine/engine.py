@@ -109,7 +109,7 @@ class Engine:
 
     def submit(self, request: GenerationRequest) -> None:
         """Queue a request from any thread; its outputs arrive through `publish`."""
-        self.call(lambda: self._add(request))
+        self.call(lambda: self.add(request))
 
     def abort(self, request_id: str) -> None:
         """End a request from any thread, before the next step."""
@@ -188,7 +188,8 @@ class Engine:
     def _live_sequences(self) -> list[Sequence]:
         return [*self.scheduler.running, *self.scheduler.waiting]
 
-    def _add(self, request: GenerationRequest) -> None:
+    def add(self, request: GenerationRequest) -> None:
+        """Queue a request; on the engine thread, or before it was started."""
         missing = [a.digest for a in request.adapters if not self.residency.host_copy(a.digest)]
         if missing or self._is_stopping:
             code = "adapter_not_loaded" if missing else "draining"

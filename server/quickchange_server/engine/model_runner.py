@@ -4,10 +4,11 @@ Knows the packed form of a step. Does not know queues, callers or adapters beyon
 """
 
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from quickchange_adapters.merge import MergedCopy
+from quickchange_adapters.ops.deltas import add_embedding
 from quickchange_adapters.plan import RowBlock, StepPlan, Term, build_plan
 from quickchange_adapters.pool import AdapterPool
 from torch import Tensor
@@ -61,8 +62,7 @@ class ModelRunner:
         packed = _Packing(rows)
         self.base.holder.plan = self._plan(packed, merged)
         try:
-            hidden_rows = packed.logit_rows()
-            logits = self._forward(packed, hidden_rows)
+            logits = self._forward(packed, packed.logit_rows())
         finally:
             self.base.holder.plan = StepPlan(0)
         return self._sample(packed, logits)
@@ -75,13 +75,17 @@ class ModelRunner:
     def _plan(self, packed: "_Packing", merged: MergedCopy | None) -> StepPlan:
         if merged is not None:
             return StepPlan(packed.num_tokens, merged=merged)
-        return build_plan(packed.row_blocks(), packed.num_tokens, self.pool, is_exact=self.is_exact)
+        plan = build_plan(packed.row_blocks(), packed.num_tokens, self.pool, is_exact=self.is_exact)
+        return replace(plan, head_blocks=packed.head_blocks())
 
     def _forward(self, packed: "_Packing", hidden_rows: list[int]) -> Tensor:
         """Return float32 logits of the wanted packed rows [wanted, vocabulary]."""
         device = self.base.device
         step = self._attention_step(packed)
-        embeds = self.base.embed(torch.tensor(packed.token_ids, device=device))
+        token_ids = torch.tensor(packed.token_ids, device=device)
+        embeds = self.base.embed(token_ids)
+        for block in packed.row_blocks():
+            add_embedding(embeds, token_ids, block, is_exact=self.is_exact)
         output = self.base.model(
             inputs_embeds=embeds.unsqueeze(0),
             position_ids=torch.tensor([packed.positions], device=device),
@@ -197,6 +201,18 @@ class _Packing:
             if terms:
                 blocks.append(RowBlock(start, start + row.num_tokens, terms))
         return blocks
+
+    def head_blocks(self) -> tuple[RowBlock, ...]:
+        """Blocks over the wanted logits' rows, of requests whose adapters change the head."""
+        blocks: list[RowBlock] = []
+        start = 0
+        for row in self.rows:
+            end = start + self.num_logits(row)
+            terms = _terms_of(row)
+            if end > start and any(term.slot.head is not None for term in terms):
+                blocks.append(RowBlock(start, end, terms))
+            start = end
+        return tuple(blocks)
 
     def kv_slots(self, block_size: int) -> list[int]:
         """Where each token's K and V go; padding goes to the scratch block."""

@@ -65,16 +65,27 @@ def peft_weights(folder: Path, digest: str | None = None) -> AdapterWeights:
     from peft.tuners.lora import LoraLayer
     from transformers import AutoModelForCausalLM
 
-    base = LoraConfig.from_pretrained(str(folder)).base_model_name_or_path
+    config = LoraConfig.from_pretrained(str(folder))
+    base = config.base_model_name_or_path
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     peft_model = PeftModel.from_pretrained(model, str(folder))
-    pairs = {}
+    pairs, added, replaced = {}, {}, {}
     for name, module in peft_model.get_base_model().named_modules():
-        if isinstance(module, LoraLayer):
+        if not isinstance(module, LoraLayer):
+            continue
+        scaling = module.scaling["default"]
+        if "default" in module.lora_embedding_A:
+            lora_a = module.lora_embedding_A["default"].detach()
+            lora_b = module.lora_embedding_B["default"].detach() * scaling
+        else:
             lora_a = module.lora_A["default"].weight.detach()
-            lora_b = module.lora_B["default"].weight.detach() * module.scaling["default"]
-            pairs[name] = LoraPair(lora_a, lora_b)
-    return AdapterWeights(digest or f"digest-of-{folder}", pairs)
+            lora_b = module.lora_B["default"].weight.detach() * scaling
+            if config.lora_bias:
+                added[name] = module.lora_B["default"].bias.detach() * scaling
+            if config.bias != "none" and module.get_base_layer().bias is not None:
+                replaced[name] = module.get_base_layer().bias.detach()
+        pairs[name] = LoraPair(lora_a, lora_b)
+    return AdapterWeights(digest or f"digest-of-{folder}", pairs, added, replaced)
 
 
 MakeEngine = Callable[..., EngineClient]

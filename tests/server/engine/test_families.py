@@ -107,6 +107,53 @@ async def test_a_family_answers_as_hugging_face_and_peft_do(base: Path, adapter:
     assert alone.token_ids == mixed[1].token_ids
 
 
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0] * 8,
+    "long_factor": [1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 9.0],
+    "original_max_position_embeddings": 64,
+}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "rope", "short_context"),
+    [("phi3", LONGROPE, 64), ("llama", DYNAMIC, 512)],
+)
+async def test_one_set_of_rotary_frequencies_serves_everybody(
+    tmp_path: Path, model_type: str, rope: dict[str, Any], short_context: int
+) -> None:
+    base = save_tiny_base(
+        tmp_path / "base",
+        model_type,
+        rope_parameters=rope,
+        **({"original_max_position_embeddings": 64} if model_type == "phi3" else {}),
+    )
+    oracle = Oracle(base, [])
+    short, long = prompt_of(20, 1), prompt_of(200, 2)
+    ask = request("short", short, None, 10, VOCAB)
+
+    async def answers(max_model_len: int, *, has_neighbour: bool) -> list[torch.Tensor]:
+        engine = make_engine(base, max_model_len=max_model_len)
+        await engine.start()
+        mates = [request("long", long, None, 10, VOCAB)] if has_neighbour else []
+        made = await run_all(engine, [ask, *mates])
+        await engine.stop()
+        return [full_logprobs(answer) for answer in made]
+
+    alone = await answers(512, has_neighbour=False)
+    beside = await answers(512, has_neighbour=True)
+    assert torch.equal(alone[0], beside[0])
+    tokens = [*long, *oracle.generate(None, long, 10)]
+    expected = oracle.logprobs(None, tokens[:-1])[len(long) - 1 :]
+    torch.testing.assert_close(beside[1], expected, atol=1e-4, rtol=0)
+    limited = await answers(short_context, has_neighbour=False)
+    tokens = [*short, *oracle.generate(None, short, 10)]
+    expected = oracle.logprobs(None, tokens[:-1])[len(short) - 1 :]
+    torch.testing.assert_close(limited[0], expected, atol=1e-4, rtol=0)
+
+
 def rewrite_config(folder: Path, **values: Any) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
@@ -126,6 +173,13 @@ def test_a_base_that_cannot_work_is_refused_with_the_reason(
     base = save_tiny_base(tmp_path / "base", "qwen2")
     rewrite_config(base, **changes)
     with pytest.raises(UnsupportedBase, match=reason):
+        make_engine(base)
+
+
+def test_a_family_that_computes_differently_here_is_found_out_at_start(tmp_path: Path) -> None:
+    """Attention sinks reach the attention function as a keyword that is not served."""
+    base = save_tiny_base(tmp_path / "base", "gpt_oss", num_local_experts=2, head_dim=16)
+    with pytest.raises(UnsupportedBase, match="gpt_oss"):
         make_engine(base)
 
 
