@@ -298,6 +298,7 @@ class FakeServer:
         stored = self.adapters[name]
         version = stored.versions[body.get("version", stored.aliases["default"])]
         version["merged"] = verb == "merge"
+        version["tier"] = "disk" if verb == "unload" else "host"
         return JSONResponse(
             {
                 "object": "adapter.action",
@@ -305,7 +306,7 @@ class FakeServer:
                 "name": name,
                 "version": version["version"],
                 "digest": version["digest"],
-                "tier": "device",
+                "tier": version["tier"],
                 "merged": version["merged"],
                 "bytes": {"host": 10, "device": 20, "merged": 3000 if version["merged"] else 0},
                 "freed_bytes": {"merged": 0 if version["merged"] else 3000},
@@ -320,7 +321,14 @@ class FakeServer:
         return JSONResponse({"status": "ok"})
 
     async def _memory(self, request: Request) -> Response:
-        return JSONResponse({"object": "memory", "base": 1_500_000, "kv": {"used": 0, "total": 64}})
+        held = {"host": 2048, "device": 4096, "merged": 0, "num_running": 1}
+        return JSONResponse(
+            {
+                "object": "memory",
+                "bytes": {"base": 1_500_000, "kv_used": 0},
+                "adapters": [{"digest": "sha256:" + "ab" * 32, **held}],
+            }
+        )
 
 
 def refusal(status: int, code: str, message: str, **more: Any) -> JSONResponse:

@@ -76,6 +76,8 @@ async def test_an_adapter_from_upload_to_deletion(
     assert (await adapters.delete_alias("x", "prod")).aliases == {"default": 1}
     assert (await adapters.merge("x")).merged
     assert not (await adapters.unmerge("x", 1)).merged
+    assert (await adapters.load("x")).tier == "host"
+    assert (await adapters.unload("x")).tier == "disk"
     assert (await adapters.get_version("x", 1)).name == (await adapters.get("x")).name
     assert (await adapters.delete("x")).deleted
     assert fake_server.adapters == {}
@@ -100,7 +102,7 @@ async def test_a_refused_upload_says_why(
 async def test_models_memory_and_health(async_client: AsyncQuickchange) -> None:
     assert [model.id for model in (await async_client.models.list()).data] == [BASE]
     assert (await async_client.models.get(BASE)).root == BASE
-    assert (await async_client.memory()).model_dump()["kv"] == {"used": 0, "total": 64}
+    assert (await async_client.memory()).bytes == {"base": 1_500_000, "kv_used": 0}
     assert (await async_client.health()).status == "ok"
 
 

@@ -18,7 +18,10 @@ from tests.clients.fake_server import BASE, WORDS, FakeServer, refusal
 SAID = "".join(WORDS)
 COMMANDS = sorted(str(command.name) for command in app.registered_commands)
 HEADINGS = ["NAME", "ALIASES", "VERSIONS", "TIER", "RANK", "BYTES", "LAST USED"]
-OWN = ["alias", "generate", "list", "memory", "merge", "push", "rm", "show", "unmerge"]
+OWN = sorted(
+    ("alias", "generate", "list", "load", "memory", "merge", "push", "rm", "show")
+    + ("unload", "unmerge")
+)
 
 
 @pytest.fixture
@@ -176,6 +179,11 @@ def test_merge_and_unmerge(run_command: RunCommand, fake_server: FakeServer, pus
     assert json.loads(unmerged.stdout)["merged"] is False
 
 
+def test_load_and_unload(run_command: RunCommand, pushed: str) -> None:
+    assert "host" in run_command("load", pushed).stdout
+    assert json.loads(run_command("unload", f"{pushed}:1", "--json").stdout)["tier"] == "disk"
+
+
 def test_rm(run_command: RunCommand, pushed: str, other_folder: Path) -> None:
     run_command("push", str(other_folder), "--name", pushed)
     in_use = run_command("rm", f"{pushed}:1")
@@ -232,12 +240,9 @@ def test_generate_that_fails_midway_is_1(run_command: RunCommand, prompt: str) -
 
 def test_memory(run_command: RunCommand) -> None:
     lines = [line.split() for line in run_command("memory").stdout.splitlines()]
-    assert lines[1:] == [
-        ["base", "1500000", "1.5", "MB"],
-        ["kv.used", "0", "0", "B"],
-        ["kv.total", "64", "64", "B"],
-    ]
-    assert json.loads(run_command("memory", "--json").stdout)["kv"]["total"] == 64
+    assert lines[1:3] == [["base", "1500000", "1.5", "MB"], ["kv_used", "0", "0", "B"]]
+    assert lines[-1] == ["sha256:abababababab", "2.0", "kB", "4.1", "kB", "0", "B", "1"]
+    assert json.loads(run_command("memory", "--json").stdout)["bytes"]["base"] == 1_500_000
 
 
 def test_a_missing_key_says_where_it_is_read(

@@ -167,12 +167,14 @@ def test_iterate_walks_all_pages(client: Quickchange, adapter_folder: Path) -> N
     assert ([adapter.name for adapter in page.data], page.has_more) == (["a2", "a3"], True)
 
 
-def test_merge_and_unmerge(client: Quickchange, adapter_folder: Path, other_folder: Path) -> None:
+def test_load_merge_and_back(client: Quickchange, adapter_folder: Path, other_folder: Path) -> None:
     client.adapters.upload(adapter_folder, name="x")
     client.adapters.upload(other_folder, name="x")
     merged = client.adapters.merge("x")
     assert (merged.version, merged.merged, merged.bytes["merged"]) == (1, True, 3000)
     assert client.adapters.merge("x", 2).version == 2
+    assert client.adapters.load("x").tier == "host"
+    assert client.adapters.unload("x", 2).tier == "disk"
     unmerged = client.adapters.unmerge("x")
     assert (unmerged.merged, unmerged.freed_bytes["merged"]) == (False, 3000)
 
@@ -182,7 +184,8 @@ def test_models_memory_and_health(client: Quickchange, adapter_folder: Path) -> 
     assert [model.id for model in client.models.list().data] == [BASE, "x"]
     model = client.models.get("x@default")
     assert (model.root, model.parent, model.max_model_len) == ("x:1", BASE, 512)
-    assert client.memory().model_dump()["base"] == 1_500_000
+    assert client.memory().bytes["base"] == 1_500_000
+    assert client.memory().adapters[0].device == 4096
     assert client.health().status == "ok"
 
 

@@ -109,7 +109,7 @@ class AdapterDeletion(Answer):
 
 
 class AdapterAction(Answer):
-    """What a merge or unmerge did, and where the version is now."""
+    """What a load, unload, merge or unmerge did, and where the version is now."""
 
     action: str
     name: str

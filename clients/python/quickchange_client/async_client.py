@@ -207,13 +207,21 @@ class AsyncAdapters:
         """Remove an alias; its version stays."""
         return await self._connection.send(call.delete_alias(name, alias, if_match))
 
+    async def load(self, name: str, version: int | None = None) -> AdapterAction:
+        """Bring a version into host memory before the first request needs it."""
+        return await self._connection.send(call.act("load", name, version))
+
+    async def unload(self, name: str, version: int | None = None) -> AdapterAction:
+        """Give device, host and merged bytes back; the next request loads it again."""
+        return await self._connection.send(call.act("unload", name, version))
+
     async def merge(self, name: str, version: int | None = None) -> AdapterAction:
         """Make a merged copy of the weights, beside the untouched base."""
-        return await self._connection.send(call.merge(name, version))
+        return await self._connection.send(call.act("merge", name, version))
 
     async def unmerge(self, name: str, version: int | None = None) -> AdapterAction:
         """Drop the merged copy."""
-        return await self._connection.send(call.unmerge(name, version))
+        return await self._connection.send(call.act("unmerge", name, version))
 
 
 class AsyncModels:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Generic
+from typing import Any, Generic, Literal
 from urllib.parse import quote
 
 from quickchange_client.adapter import (
@@ -21,6 +21,8 @@ from quickchange_client.server_state import Health, Memory, Model, ModelList
 
 JSON_TYPE = "application/json"
 WEIGHTS_TYPE = "application/octet-stream"
+
+Verb = Literal["load", "unload", "merge", "unmerge"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,14 +136,10 @@ def delete_alias(name: str, alias: str, if_match: str | None) -> Call[Adapter]:
     return Call("DELETE", path, Adapter, headers=_if_match(if_match), is_repeatable=False)
 
 
-def merge(name: str, version: int | None) -> Call[AdapterAction]:
-    """Make a merged copy of the weights for a version."""
-    return _action("merge", name, version)
-
-
-def unmerge(name: str, version: int | None) -> Call[AdapterAction]:
-    """Drop that copy."""
-    return _action("unmerge", name, version)
+def act(verb: Verb, name: str, version: int | None) -> Call[AdapterAction]:
+    """Load, unload, merge or unmerge a version; a repeat changes nothing."""
+    body = None if version is None else {"version": version}
+    return Call("POST", _adapter_path(name, verb), AdapterAction, body=body)
 
 
 def list_models() -> Call[ModelList]:
@@ -162,11 +160,6 @@ def memory() -> Call[Memory]:
 def health() -> Call[Health]:
     """Ask whether requests are taken."""
     return Call("GET", "/health", Health)
-
-
-def _action(verb: str, name: str, version: int | None) -> Call[AdapterAction]:
-    body = None if version is None else {"version": version}
-    return Call("POST", _adapter_path(name, verb), AdapterAction, body=body)
 
 
 def _upload_form(

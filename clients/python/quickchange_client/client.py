@@ -200,13 +200,21 @@ class Adapters:
         """Remove an alias; its version stays."""
         return self._connection.send(call.delete_alias(name, alias, if_match))
 
+    def load(self, name: str, version: int | None = None) -> AdapterAction:
+        """Bring a version into host memory before the first request needs it."""
+        return self._connection.send(call.act("load", name, version))
+
+    def unload(self, name: str, version: int | None = None) -> AdapterAction:
+        """Give device, host and merged bytes back; the next request loads it again."""
+        return self._connection.send(call.act("unload", name, version))
+
     def merge(self, name: str, version: int | None = None) -> AdapterAction:
         """Make a merged copy of the weights, beside the untouched base."""
-        return self._connection.send(call.merge(name, version))
+        return self._connection.send(call.act("merge", name, version))
 
     def unmerge(self, name: str, version: int | None = None) -> AdapterAction:
         """Drop the merged copy."""
-        return self._connection.send(call.unmerge(name, version))
+        return self._connection.send(call.act("unmerge", name, version))
 
 
 class Models:

@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from quickchange_client.answer import Answer
+from quickchange_client.answer import Answer, Part
 
 
 class Model(Answer):
@@ -24,8 +24,22 @@ class ModelList(Answer):
     data: list[Model] = Field(default_factory=list)
 
 
+class AdapterMemory(Part):
+    """What one version holds in memory, and how many requests run on it."""
+
+    digest: str
+    host: int = 0
+    device: int = 0
+    merged: int = 0
+    num_running: int = 0
+
+
 class Memory(Answer):
-    """Bytes by part, as further fields: base, merged copies, adapter pool, KV, process, device."""
+    """Bytes by part (base, merged, adapter pool, host cache, KV, process) and by version."""
+
+    object: str = "memory"
+    bytes: dict[str, int] = Field(default_factory=dict)
+    adapters: list[AdapterMemory] = Field(default_factory=list)
 
 
 class Health(Answer):

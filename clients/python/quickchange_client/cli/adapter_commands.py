@@ -1,10 +1,11 @@
-"""Commands about adapters: push, list, show, alias, rm, merge, unmerge."""
+"""Commands about adapters: what is there, what its names mean, and where its bytes are."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from quickchange_client.call import Verb
 from quickchange_client.cli.adapter_reference import AdapterReference
 from quickchange_client.cli.adapter_tables import (
     print_action,
@@ -166,8 +167,28 @@ def rm(
         print(f"{adapter} is closed to new requests and goes when the running ones have finished")
 
 
+def load(adapter: ReferenceArgument, url: UrlOption = None, as_json: JsonOption = False) -> None:
+    """Bring an adapter into host memory before the first request needs it.
+
+    Examples:
+        quickchange load sentiment
+
+        quickchange load sentiment:2
+    """
+    _act("load", adapter, url, as_json)
+
+
+def unload(adapter: ReferenceArgument, url: UrlOption = None, as_json: JsonOption = False) -> None:
+    """Give an adapter's memory back; the next request loads it again.
+
+    Examples:
+        quickchange unload sentiment
+    """
+    _act("unload", adapter, url, as_json)
+
+
 def merge(adapter: ReferenceArgument, url: UrlOption = None, as_json: JsonOption = False) -> None:
-    """Make a merged copy of the weights for an adapter, beside the untouched base.
+    """Make a merged copy of the weights for an adapter, beside the base.
 
     Steps that serve only this adapter then run at the base's speed.
 
@@ -176,10 +197,7 @@ def merge(adapter: ReferenceArgument, url: UrlOption = None, as_json: JsonOption
 
         quickchange merge sentiment:2 --json
     """
-    with session(url, as_json) as client:
-        target = AdapterReference.resolve(client, adapter)
-        action = client.adapters.merge(target.name, target.version)
-    print_json(action) if as_json else print_action(action)
+    _act("merge", adapter, url, as_json)
 
 
 def unmerge(adapter: ReferenceArgument, url: UrlOption = None, as_json: JsonOption = False) -> None:
@@ -188,9 +206,19 @@ def unmerge(adapter: ReferenceArgument, url: UrlOption = None, as_json: JsonOpti
     Examples:
         quickchange unmerge sentiment
     """
+    _act("unmerge", adapter, url, as_json)
+
+
+def _act(verb: Verb, adapter: str, url: str | None, as_json: bool) -> None:
     with session(url, as_json) as client:
         target = AdapterReference.resolve(client, adapter)
-        action = client.adapters.unmerge(target.name, target.version)
+        does = {
+            "load": client.adapters.load,
+            "unload": client.adapters.unload,
+            "merge": client.adapters.merge,
+            "unmerge": client.adapters.unmerge,
+        }
+        action = does[verb](target.name, target.version)
     print_json(action) if as_json else print_action(action)
 
 

@@ -69,7 +69,7 @@ def print_report(report: AdapterReport) -> None:
 
 
 def print_action(action: AdapterAction) -> None:
-    """Print what a merge or unmerge did."""
+    """Print what a load, unload, merge or unmerge did."""
     freed = sum(action.freed_bytes.values())
     print_pairs(
         [
@@ -111,11 +111,12 @@ def _version_row(adapter: Adapter, version: AdapterVersion) -> tuple[object, ...
         "yes" if version.merged else "no",
         version.rank,
         format_bytes(version.bytes.file),
-        _short_digest(version.digest),
+        short_digest(version.digest),
     )
 
 
-def _short_digest(digest: str) -> str:
+def short_digest(digest: str) -> str:
+    """Return as much of a digest as a model string needs."""
     return "sha256:" + digest.removeprefix("sha256:")[:DIGEST_CHARS]
 
 

@@ -1,14 +1,13 @@
 """The command `memory`: where the server's bytes are."""
 
-from collections.abc import Iterator, Mapping
-from typing import Any
-
+from quickchange_client.cli.adapter_tables import short_digest
 from quickchange_client.cli.output import format_bytes, print_json, print_table
 from quickchange_client.cli.session import JsonOption, UrlOption, session
+from quickchange_client.server_state import AdapterMemory, Memory
 
 
 def memory(url: UrlOption = None, as_json: JsonOption = False) -> None:
-    """Show the server's memory by part: base, merged copies, adapters, KV, process.
+    """Show the server's memory by part, and by adapter version.
 
     Examples:
         quickchange memory
@@ -17,17 +16,18 @@ def memory(url: UrlOption = None, as_json: JsonOption = False) -> None:
     """
     with session(url, as_json) as client:
         state = client.memory()
-    if as_json:
-        print_json(state)
-        return
-    parts = list(_parts(state.model_dump()))
-    print_table(("PART", ">BYTES", ">"), [(name, n, format_bytes(n)) for name, n in parts])
+    print_json(state) if as_json else _print(state)
 
 
-def _parts(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, int]]:
-    """Yield each number under its dotted name."""
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _parts(value, f"{prefix}{name}.")
-        elif isinstance(value, int) and not isinstance(value, bool):
-            yield prefix + name, value
+def _print(state: Memory) -> None:
+    parts = [(name, n, format_bytes(n)) for name, n in state.bytes.items()]
+    print_table(("PART", ">BYTES", ">"), parts)
+    if state.adapters:
+        print()
+        headings = ("VERSION", ">HOST", ">DEVICE", ">MERGED", ">RUNNING")
+        print_table(headings, [_adapter_row(adapter) for adapter in state.adapters])
+
+
+def _adapter_row(adapter: AdapterMemory) -> tuple[object, ...]:
+    held = (format_bytes(n) for n in (adapter.host, adapter.device, adapter.merged))
+    return (short_digest(adapter.digest), *held, adapter.num_running)
