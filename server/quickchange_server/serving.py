@@ -1,0 +1,216 @@
+"""Build one server from its settings, run it until a signal, and take it down in order.
+
+Start: bind the port (taken ports fail at once), resolve the memory budget, load the base, start
+the engine and the adapters, listen, say what to try. Stop (SIGTERM, SIGINT): accept nothing new,
+let running requests finish within the drain time, then stop the engine. A second SIGINT stops at
+once. The only module that knows all rooms.
+"""
+
+import asyncio
+import math
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import torch
+import uvicorn
+from fastapi import FastAPI
+from quickchange_adapters.catalog import Catalog
+from quickchange_adapters.errors import StoreUnavailable
+from quickchange_adapters.limits import AdapterLimits
+from quickchange_adapters.store import LocalStore
+
+from quickchange_server.adapter_service import AdapterService
+from quickchange_server.api.app import AppServices, create_app
+from quickchange_server.base_footprint import read_footprint
+from quickchange_server.config import ServerConfig
+from quickchange_server.engine.client import EngineClient
+from quickchange_server.engine.settings import EngineSettings
+from quickchange_server.errors import CannotStart, ConfigInvalid
+from quickchange_server.memory_budget import MemoryBudget, resolve_budget
+from quickchange_server.memory_limit import device_memory, host_memory
+from quickchange_server.metrics import ServerMetrics
+from quickchange_server.thread_affinity import restore_affinity
+from quickchange_server.tokenizer import Tokenizer
+
+KEEP_ALIVE_S = 75
+READY_POLL_S = 0.02
+
+
+def run_server(config: ServerConfig, base_folder: Path) -> None:
+    """Serve until a signal asks to stop.
+
+    Raises: CannotStart, and what an adapter named at start is refused with.
+    """
+    restore_affinity()
+    with bind(config.host, config.port) as listener:
+        services = build_services(config, base_folder)
+        restore_affinity()
+        app = create_app(services)
+        server = uvicorn.Server(_uvicorn_config(app, config))
+        with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
+            runner.run(_serve(app, server, listener))
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Take the port, without listening yet: until the server is ready, callers are refused.
+
+    Raises: CannotStart.
+    """
+    host = host.strip("[]")
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        raise CannotStart(
+            f"cannot listen on {host} port {port}: {error.strerror}; "
+            "choose others with --host and --port"
+        ) from error
+    return listener
+
+
+def build_services(config: ServerConfig, base_folder: Path) -> AppServices:
+    """Load the base and put together what the routes work with. Blocks for seconds.
+
+    Raises: CannotStart.
+    """
+    device = pick_device(config.device)
+    budget = resolve_budget(
+        config,
+        read_footprint(base_folder, config.dtype),
+        device,
+        device_memory(device),
+        host_memory(),
+    )
+    _say(budget.render())
+    metrics = ServerMetrics()
+    engine = EngineClient(base_folder, engine_settings(config, budget), metrics)
+    return AppServices(
+        engine=engine,
+        adapters=_adapter_service(config, engine),
+        tokenizer=Tokenizer.load(base_folder),
+        metrics=metrics,
+        static_adapters=tuple((each.name, each.folder) for each in config.static_adapters),
+        is_strict=config.strict_fields,
+        is_loopback_only=not config.is_public,
+        cors_origins=config.cors_origin,
+    )
+
+
+def _adapter_service(config: ServerConfig, engine: EngineClient) -> AdapterService:
+    limits = AdapterLimits(max_rank=config.max_lora_rank)
+    try:
+        store, catalog = LocalStore(config.store_folder), Catalog(config.catalog_url)
+    except StoreUnavailable as error:
+        raise CannotStart(
+            f"--store {config.store_folder}: {error}; name a folder that can be written"
+        ) from error
+    return AdapterService(engine, store, catalog, limits, engine.dtype)
+
+
+def pick_device(device: str) -> str:
+    """Return the device to serve on: `cpu` or `cuda:N`.
+
+    Raises: ConfigInvalid when torch cannot use the one that was asked for.
+    """
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "auto":
+        return "cuda:0" if num_gpus else "cpu"
+    if device == "cpu":
+        return device
+    index = int(device.partition(":")[2] or 0)
+    if index >= num_gpus:
+        raise ConfigInvalid(
+            f"--device {device}: torch {torch.__version__} can use {num_gpus} GPUs here; "
+            "use cpu, or install a build for GPUs: make setup TORCH=cuda"
+        )
+    return f"cuda:{index}"
+
+
+def engine_settings(config: ServerConfig, budget: MemoryBudget) -> EngineSettings:
+    """Translate the settings and the resolved budget for the engine."""
+    return EngineSettings(
+        served_name=config.base_name,
+        device=budget.device,
+        dtype=config.dtype,
+        kv_cache_bytes=budget.kv_cache_bytes,
+        max_model_len=config.max_model_len,
+        max_batch_rows=config.max_batch_rows,
+        max_step_tokens=config.max_step_tokens,
+        max_queue=config.max_queue,
+        adapter_device_bytes=budget.adapter_device_bytes,
+        adapter_host_bytes=budget.adapter_host_bytes,
+        merged_bytes=budget.merged_bytes,
+        max_lora_rank=config.max_lora_rank,
+    )
+
+
+def _uvicorn_config(app: FastAPI, config: ServerConfig) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        lifespan="off",  # entered in _serve, so that its errors are ours to tell
+        log_level="warning",
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        ws="none",
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=math.ceil(config.drain_timeout),
+    )
+
+
+async def _serve(app: FastAPI, server: uvicorn.Server, listener: socket.socket) -> None:
+    """Run the app's lifespan around the server. Signals end it with exit code 0."""
+    async with app.router.lifespan_context(app):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, _note_signal)  # uvicorn raises them again when it is done
+        announcement = asyncio.create_task(_announce(app, server, listener))
+        await server.serve(sockets=[listener])
+        announcement.cancel()
+        _say("stopped")
+
+
+def _note_signal(number: int, _frame: object) -> None:
+    """Take a signal that was already obeyed."""
+
+
+async def _announce(app: FastAPI, server: uvicorn.Server, listener: socket.socket) -> None:
+    while not server.started:
+        await asyncio.sleep(READY_POLL_S)
+    services: AppServices = app.state.services
+    seconds = time.time() - psutil.Process().create_time()
+    names = [name for name, _ in services.static_adapters]
+    _say(ready_text(_url(listener), services.engine.base.name, names, seconds))
+
+
+def ready_text(url: str, base: str, adapters: list[str], seconds: float) -> str:
+    """Return what is printed when the server is ready: what it serves and what to try."""
+    model = adapters[0] if adapters else base
+    prompt = "An hour of my life that I will never get back." if adapters else "Hello!"
+    message = f'{{"role": "user", "content": "{prompt}"}}'
+    body = f'{{"model": "{model}", "max_tokens": 32, "messages": [{message}]}}'
+    return f"""
+Ready after {seconds:.1f} s on {url}: {", ".join([base, *adapters])}
+
+Try in another terminal:
+  curl {url}/v1/models
+  curl {url}/v1/chat/completions -H 'content-type: application/json' \\
+    -d '{body}'
+  quickchange generate {model} "{prompt}"
+The API's page: {url}/docs    Measurements: {url}/metrics    Stop with Ctrl-C.
+"""
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    return f"http://{shown}:{port}"
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
