@@ -39,6 +39,10 @@ class ModuleReport:
     lora_b: tuple[int, ...]
     update_norm: float | None
 
+    def to_json(self) -> dict[str, Any]:
+        """Return the module's part of the report."""
+        return {**asdict(self), "lora_a": list(self.lora_a), "lora_b": list(self.lora_b)}
+
 
 @dataclass(frozen=True, slots=True)
 class Report:
@@ -82,7 +86,7 @@ class Report:
             "warnings": list(self.warnings),
             "base": self.base,
             "modules": {
-                "matched": [asdict(module) for module in self.modules],
+                "matched": [module.to_json() for module in self.modules],
                 "missed": list(self.missed),
                 "unexpected": list(self.unexpected),
             },
