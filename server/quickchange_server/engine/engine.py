@@ -10,7 +10,6 @@ import random
 import threading
 import time
 from collections.abc import Callable
-from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
 from typing import TypeVar
 
@@ -31,6 +30,7 @@ from quickchange_server.engine.sampler import Sample
 from quickchange_server.engine.scheduler import ScheduledRow, ScheduledStep, Scheduler
 from quickchange_server.engine.sequence import Sequence
 from quickchange_server.engine.settings import EngineSettings
+from quickchange_server.engine.step_budget import StepBudget, is_out_of_memory
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -61,10 +61,11 @@ class Engine:
             settings.adapter_host_bytes,
             runner.base.num_bytes if merged_bytes is None else merged_bytes,
         )
+        self._budget = StepBudget(settings.max_step_tokens)
         self.scheduler = Scheduler(
             self.blocks,
             settings.max_batch_rows,
-            settings.max_step_tokens,
+            self._budget,
             self.residency.take_slots,
             self.residency.give_slots,
         )
@@ -142,9 +143,9 @@ class Engine:
         try:
             samples = self.runner.run(step.rows, merged)
         except Exception as error:
-            log.exception("a step of %d rows failed", len(step.rows))
-            outputs = self._fail_rows(step.rows, error)
+            outputs = self._recover(step, error)
         else:
+            self._budget.note_success()
             advanced = [self._advance(*pair) for pair in zip(step.rows, samples, strict=True)]
             outputs = [output for output in advanced if output is not None]
         self._note_step(step, time.monotonic() - started, is_merged=merged is not None)
@@ -190,11 +191,8 @@ class Engine:
 
     def add(self, request: GenerationRequest) -> None:
         """Queue a request; on the engine thread, or before it was started."""
-        missing = [a.digest for a in request.adapters if not self.residency.host_copy(a.digest)]
-        if missing or self._is_stopping:
-            code = "adapter_not_loaded" if missing else "draining"
-            message = f"adapter {missing[0][:12]} was unloaded" if missing else "shutting down"
-            failure = RequestFailure(code, message)
+        failure = self._refusal(request)
+        if failure is not None:
             self._publish([TokenOutput(request.request_id, (), "error", failure=failure)])
             return
         seed = request.sampling.seed
@@ -206,6 +204,21 @@ class Engine:
         )
         self.residency.enter(request)
         self.scheduler.add(sequence)
+
+    def _refusal(self, request: GenerationRequest) -> RequestFailure | None:
+        if self._is_stopping:
+            return RequestFailure("draining", "the engine is shutting down")
+        for adapter in request.adapters:
+            if adapter.digest in self.residency.quarantined:
+                return RequestFailure(
+                    "adapter_quarantined",
+                    f"adapter {adapter.digest[:12]} produced non-finite values repeatedly",
+                )
+            if self.residency.host_copy(adapter.digest) is None:
+                return RequestFailure(
+                    "adapter_not_loaded", f"adapter {adapter.digest[:12]} was unloaded"
+                )
+        return None
 
     def _abort(self, request_id: str) -> None:
         sequence = self.scheduler.find(request_id)
@@ -221,6 +234,7 @@ class Engine:
         if sample is None:
             return None
         if sample.token_id is None:
+            self.residency.note_damage(sequence.request)
             failure = RequestFailure("non_finite", "the model produced non-finite values")
             return self._end(sequence, "error", failure=failure, is_damaged=True)
         is_first = sequence.first_token_s is None
@@ -256,10 +270,25 @@ class Engine:
             ttft_s=first - arrival if is_first else None,
         )
 
-    def _fail_rows(self, rows: SequenceOf[ScheduledRow], error: Exception) -> list[TokenOutput]:
-        failure = RequestFailure("step_failed", f"the step failed: {type(error).__name__}")
-        live = [row.sequence for row in rows if row.sequence in self.scheduler.running]
-        return [self._end(s, "error", failure=failure, is_damaged=True) for s in live]
+    def _recover(self, step: ScheduledStep, error: Exception) -> list[TokenOutput]:
+        """A failed step: out of memory is tried again smaller; else all its rows fail."""
+        rows = step.rows
+        if not is_out_of_memory(error):
+            log.exception("a step of %d rows failed", len(rows))
+            failure = RequestFailure("step_failed", f"the step failed: {type(error).__name__}")
+            return [
+                self._end(row.sequence, "error", failure=failure, is_damaged=True) for row in rows
+            ]
+        if self._budget.shrink(step.num_tokens):
+            log.warning("out of memory at %d tokens: trying fewer", step.num_tokens)
+            return []
+        largest = max((row.sequence for row in rows), key=lambda s: len(s.token_ids))
+        log.error("out of memory at a single token: giving up request %s", largest.request_id)
+        failure = RequestFailure(
+            "out_of_memory",
+            f"not enough memory to go on with {len(largest.token_ids)} tokens of context",
+        )
+        return [self._end(largest, "error", failure=failure, is_damaged=True)]
 
     def _end(
         self,
@@ -329,6 +358,7 @@ class Engine:
                 "kv_total": storage.num_bytes,
             },
             adapters=self.residency.describe_all(),
+            quarantined=frozenset(self.residency.quarantined),
         )
 
 

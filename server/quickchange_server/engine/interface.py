@@ -28,6 +28,7 @@ class ResidentAdapter:
 class EngineSnapshot:
     """The engine's state after its last step. Immutable; reading it never waits.
 
+    `quarantined` are digests that produced non-finite values twice; their requests are refused.
     The heartbeat is at most about a second old while the engine thread lives, idle or not.
     `memory_bytes` has parts: base, merged, adapter_pool_used, adapter_pool_total, adapter_host,
     kv_used, kv_total.
@@ -44,6 +45,7 @@ class EngineSnapshot:
     is_alive: bool = False
     memory_bytes: dict[str, int] = field(default_factory=dict)
     adapters: dict[str, ResidentAdapter] = field(default_factory=dict)
+    quarantined: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,8 @@ from quickchange_server.engine.interface import ResidentAdapter
 from quickchange_server.engine.request import GenerationRequest
 from quickchange_server.engine.sequence import Sequence
 
+MAX_DAMAGED = 2
+
 
 class AdapterResidency:
     """Host copies under a ceiling, slots in the pool, merged copies under a ceiling."""
@@ -26,7 +28,9 @@ class AdapterResidency:
         self._host: OrderedDict[str, HostAdapter] = OrderedDict()
         self._host_ceiling_bytes = host_ceiling_bytes
         self._users: Counter[str] = Counter()
+        self.quarantined: set[str] = set()
         self._leaving: set[str] = set()
+        self._num_damaged: Counter[str] = Counter()
         self._described: dict[str, ResidentAdapter] = {}
         self._changed: set[str] = set()
         self._described_generation = pool.generation
@@ -118,6 +122,17 @@ class AdapterResidency:
         self._changed.add(digest)
         return 0 if copy is None else copy.num_bytes
 
+    def note_damage(self, request: GenerationRequest) -> None:
+        """Count a non-finite result against the request's adapters; the second time they are out.
+
+        In a mix nobody can tell whose fault it was, so only a request with one adapter counts.
+        """
+        if len(request.adapters) == 1:
+            digest = request.adapters[0].digest
+            self._num_damaged[digest] += 1
+            if self._num_damaged[digest] >= MAX_DAMAGED:
+                self.quarantined.add(digest)
+
     def start_leaving(self, digest: str) -> None:
         """Refuse new requests for a version."""
         self._leaving.add(digest)
@@ -127,6 +142,8 @@ class AdapterResidency:
         state = self.describe(digest) if digest in self._host else None
         self._drop(digest)
         self._leaving.discard(digest)
+        self.quarantined.discard(digest)
+        self._num_damaged.pop(digest, None)
         return state
 
     def merged_for(self, sequences: Iterable[Sequence]) -> MergedCopy | None:

@@ -16,6 +16,7 @@ from quickchange_adapters.pool import Slot
 
 from quickchange_server.engine.kv_cache import BlockManager
 from quickchange_server.engine.sequence import Sequence
+from quickchange_server.engine.step_budget import StepBudget
 
 MAX_PASSED_OVER = 64
 TakeSlots = Callable[[Sequence], tuple[Slot, ...] | None]
@@ -63,7 +64,7 @@ class Scheduler:
         self,
         blocks: BlockManager,
         max_rows: int,
-        max_step_tokens: int,
+        budget: StepBudget,
         take_slots: TakeSlots,
         give_slots: GiveSlots,
     ) -> None:
@@ -71,7 +72,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self._max_rows = max_rows
-        self._max_step_tokens = max_step_tokens
+        self._budget = budget
         self._take_slots = take_slots
         self._give_slots = give_slots
 
@@ -117,7 +118,7 @@ class Scheduler:
     def _schedule_running(self, step: ScheduledStep, sequence: Sequence) -> None:
         if sequence not in self.running:
             return  # preempted for an older one in this very step
-        budget = self._max_step_tokens - step.num_tokens
+        budget = self._budget.num_tokens - step.num_tokens
         num_tokens = min(sequence.num_pending, budget)
         if num_tokens <= 0:
             return
@@ -144,7 +145,7 @@ class Scheduler:
             return
         passed_over: list[Sequence] = []
         while self.waiting and len(self.running) < self._max_rows:
-            budget = self._max_step_tokens - step.num_tokens
+            budget = self._budget.num_tokens - step.num_tokens
             if budget <= 0 or any(s.num_passed_over > MAX_PASSED_OVER for s in passed_over):
                 break
             sequence = self.waiting.popleft()

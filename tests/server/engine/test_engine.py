@@ -1,7 +1,7 @@
 """The engine thread: cancel, failures, merge, unload, limits, reproducible answers."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -9,14 +9,29 @@ from typing import Any
 import pytest
 import torch
 from quickchange_adapters.errors import MergeBudgetExceeded
+from quickchange_adapters.merge import MergedCopy
+from quickchange_adapters.pool import AdapterPool
 from quickchange_adapters.weights import AdapterWeights, LoraPair
+from quickchange_server.engine.base_model import load_base
 from quickchange_server.engine.client import EngineClient
-from quickchange_server.engine.request import AdapterRef, GenerationRequest, SamplingParams
+from quickchange_server.engine.engine import Engine
+from quickchange_server.engine.model_runner import ModelRunner
+from quickchange_server.engine.observer import NoObserver
+from quickchange_server.engine.request import (
+    AdapterRef,
+    GenerationRequest,
+    SamplingParams,
+    TokenOutput,
+)
+from quickchange_server.engine.sampler import Sample
+from quickchange_server.engine.scheduler import ScheduledRow
+from quickchange_server.engine.settings import EngineSettings
 from quickchange_server.errors import InvalidRequest, NotFound, QueueFull
 
 from tests.conftest import MakeAdapter
 from tests.server.engine.conftest import (
     MIB,
+    Answer,
     Recorder,
     collect,
     make_engine,
@@ -158,36 +173,122 @@ async def test_unload_waits_for_running_requests_and_gives_bytes_back(
     assert len((await collect(engine.generate(greedy("r2", "one")))).token_ids) == 8
 
 
-async def test_a_non_finite_row_fails_alone(engine: EngineClient, weights: AdapterWeights) -> None:
-    huge = {
-        module: LoraPair(pair.lora_a * 1e20, pair.lora_b * 1e18)
-        for module, pair in weights.pairs.items()
-    }
+def failure_code(answer: Answer) -> str | None:
+    assert answer.last is not None
+    return None if answer.last.failure is None else answer.last.failure.code
+
+
+def overflowing(weights: AdapterWeights) -> AdapterWeights:
+    """An adapter of finite numbers whose product is not."""
+    pairs = {m: LoraPair(p.lora_a * 1e20, p.lora_b * 1e18) for m, p in weights.pairs.items()}
+    return AdapterWeights("huge", pairs)
+
+
+async def test_a_non_finite_row_fails_alone_and_twice_is_quarantine(
+    engine: EngineClient, weights: AdapterWeights
+) -> None:
     await engine.load_adapter(weights)
-    await engine.load_adapter(AdapterWeights("huge", huge))
+    await engine.load_adapter(overflowing(weights))
     alone = await collect(engine.generate(greedy("alone", "one", num=20)))
-    for turn in range(3):
-        good = greedy(f"good{turn}", "one", num=20, cache_scope=str(turn))
-        bad = greedy(f"bad{turn}", "huge", num=20, cache_scope=str(turn))
-        base = greedy(f"base{turn}", num=20, cache_scope=str(turn))
-        answers = await run_all(engine, [bad, good, bad_copy(bad), base])
-        assert answers[1].token_ids == alone.token_ids
-        assert answers[3].finish_reason == "length"
-        for answer in (answers[0], answers[2]):
-            assert answer.last is not None
-            assert answer.last.failure is not None
-            assert answer.last.failure.code == "non_finite"
+    checksum = await engine.base_checksum()
+    codes = []
+    for turn in range(4):
+        asks = [
+            greedy(f"{name}{turn}", adapter, num=20, cache_scope=str(turn))
+            for name, adapter in (("bad", "huge"), ("good", "one"), ("base", None))
+        ]
+        bad, good, base = await run_all(engine, asks)
+        assert good.token_ids == alone.token_ids
+        assert base.finish_reason == "length"
+        codes.append(failure_code(bad))
+    assert codes == ["non_finite", "non_finite", "adapter_quarantined", "adapter_quarantined"]
+    assert engine.snapshot().quarantined == {"huge"}
     assert engine.snapshot().kv_blocks_used == 0
+    assert await engine.base_checksum() == checksum
+    await engine.unload_adapter("huge")
+    assert not engine.snapshot().quarantined
 
 
-def bad_copy(request: GenerationRequest) -> GenerationRequest:
-    return GenerationRequest(
-        request.request_id + "-again",
-        request.prompt_ids,
-        request.adapters,
-        request.sampling,
-        request.max_tokens,
-    )
+class FaultyRunner(ModelRunner):
+    """Runs out of memory above `max_tokens`, and fails outright on token `poison`."""
+
+    max_tokens = 1 << 30
+    poison = -1
+
+    def run(self, rows: Sequence[ScheduledRow], merged: MergedCopy | None) -> list[Sample | None]:
+        if sum(row.num_tokens for row in rows) > self.max_tokens:
+            raise MemoryError
+        if any(self.poison in row.sequence.token_ids for row in rows):
+            raise ValueError("poison")
+        return super().run(rows, merged)
+
+
+def faulty_engine(folder: Path) -> tuple[Engine, FaultyRunner, list[TokenOutput]]:
+    settings = EngineSettings(dtype="float32", max_step_tokens=64)
+    base = load_base(folder, settings)
+    pool = AdapterPool(base.layout, MIB, base.dtype, base.device)
+    runner = FaultyRunner(base, pool, MIB, 16)
+    outputs: list[TokenOutput] = []
+    engine = Engine(runner, settings, frozenset(), NoObserver(), outputs.extend)
+    return engine, runner, outputs
+
+
+def run_to_end(engine: Engine) -> None:
+    for _ in range(500):
+        if not (engine.scheduler.running or engine.scheduler.waiting):
+            return
+        engine.step()
+    raise AssertionError("requests did not end")
+
+
+def tokens_of(outputs: list[TokenOutput], name: str) -> list[int]:
+    return [token for o in outputs if o.request_id == name for token in o.token_ids]
+
+
+def test_out_of_memory_shrinks_steps_and_loses_nothing(tiny_base: Path) -> None:
+    answers = []
+    for max_tokens in (1 << 30, 9, 1):
+        engine, runner, outputs = faulty_engine(tiny_base)
+        runner.max_tokens = max_tokens
+        for index in range(3):
+            engine.add(greedy(f"r{index}", prompt_ids=PROMPT[index:]))
+        run_to_end(engine)
+        assert {o.finish_reason for o in outputs} == {None, "length"}
+        answers.append([tokens_of(outputs, f"r{index}") for index in range(3)])
+    assert answers[0] == answers[1] == answers[2]
+
+
+def test_out_of_memory_at_one_token_fails_the_largest_request(tiny_base: Path) -> None:
+    engine, runner, outputs = faulty_engine(tiny_base)
+    engine.add(greedy("long", num=30))
+    engine.add(greedy("short", num=30, prompt_ids=PROMPT[:5]))
+    engine.step()
+    runner.max_tokens = 0
+    for _ in range(10):
+        engine.step()
+        if any(o.failure for o in outputs):
+            break
+    failed = [o for o in outputs if o.failure]
+    assert [o.request_id for o in failed] == ["long"]
+    assert failed[0].failure is not None
+    assert failed[0].failure.code == "out_of_memory"
+    runner.max_tokens = 1 << 30
+    run_to_end(engine)
+    assert len(tokens_of(outputs, "short")) == 30
+    assert engine.blocks.num_used == 0
+
+
+def test_a_failed_step_fails_its_rows_and_the_engine_goes_on(tiny_base: Path) -> None:
+    engine, runner, outputs = faulty_engine(tiny_base)
+    runner.poison = 300
+    engine.add(greedy("bad", prompt_ids=(5, 300, 7)))
+    run_to_end(engine)
+    engine.add(greedy("good"))
+    run_to_end(engine)
+    assert outputs[0].failure is not None
+    assert outputs[0].failure.code == "step_failed"
+    assert len(tokens_of(outputs, "good")) == 8
+    assert engine.blocks.num_used == 0
 
 
 async def test_same_seed_same_text_whatever_the_batch(

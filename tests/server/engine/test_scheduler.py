@@ -11,6 +11,7 @@ from quickchange_server.engine.kv_cache import BlockManager, kv_root_key
 from quickchange_server.engine.request import AdapterRef, GenerationRequest
 from quickchange_server.engine.scheduler import Scheduler
 from quickchange_server.engine.sequence import Sequence
+from quickchange_server.engine.step_budget import StepBudget
 
 BLOCK = 4
 _ids = itertools.count()
@@ -59,7 +60,7 @@ def scheduler_of(
 ) -> tuple[Scheduler, Slots]:
     slots = Slots(num_slots)
     blocks = BlockManager(num_blocks + 1, BLOCK, "base")
-    return Scheduler(blocks, max_rows, max_step_tokens, slots.take, slots.give), slots
+    return Scheduler(blocks, max_rows, StepBudget(max_step_tokens), slots.take, slots.give), slots
 
 
 def advance(scheduler: Scheduler) -> list[str]:
