@@ -114,11 +114,9 @@ class Catalog:
 
     def list_deleting(self) -> list[VersionRecord]:
         """Return all versions whose deletion was begun and not ended by `purge`."""
-        is_deleting = exists().where(
-            versions.c.adapter_id == adapters.c.id, versions.c.state == "deleting"
-        )
+        ids = select(versions.c.adapter_id).where(versions.c.state == "deleting")
         with self._reading() as connection:
-            found = rows.read_adapters(connection, is_deleting)
+            found = rows.read_adapters(connection, adapters.c.id.in_(ids))
         return [v for adapter in found for v in adapter.versions if v.state == "deleting"]
 
     def reserve(self, upload_id: str, files: Iterable[FileRecord]) -> None:
