@@ -7,9 +7,9 @@ from typing import Any
 import httpx
 import pytest
 import pytest_asyncio
-from quickchange_adapters.errors import MergeBudgetExceeded, StoreUnavailable
 from quickchange_server.adapter_views import ActionView, AdapterView
 from quickchange_server.api.app import AppServices, create_app
+from quickchange_server.errors import Conflict, Unavailable
 
 from tests.server.conftest import serve_in_process
 from tests.server.scripted_adapters import ScriptedAdapters
@@ -117,12 +117,12 @@ class Failing(ScriptedAdapters):
     async def merge(
         self, name: str, version: int | None = None, *, tenant: str = "default"
     ) -> ActionView:
-        raise MergeBudgetExceeded(10, 5, 12)
+        raise Conflict("no room", code="merge_budget")
 
     async def get(self, name: str, *, tenant: str = "default") -> AdapterView:
         if name == "broken":
             raise RuntimeError("secret text")
-        raise StoreUnavailable("the disk is gone")
+        raise Unavailable("the disk is gone", code="store_unavailable")
 
 
 @pytest_asyncio.fixture

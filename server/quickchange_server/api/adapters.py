@@ -29,7 +29,7 @@ async def upload(
 
     With `dry_run=true` nothing is kept, and the report lists every problem.
     """
-    reader = UploadReader(services.adapters, services.limits, caller.tenant)
+    reader = UploadReader(services.adapters, caller.tenant)
     try:
         form = await reader.read(request)
         if dry_run:

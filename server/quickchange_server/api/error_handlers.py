@@ -6,7 +6,6 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from quickchange_adapters.errors import MergeBudgetExceeded, StoreUnavailable
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
@@ -20,7 +19,6 @@ from quickchange_server.errors import (
     NotFound,
     QuickchangeError,
     TooLarge,
-    Unavailable,
     UnsupportedMediaType,
 )
 
@@ -73,20 +71,12 @@ def internal_error() -> QuickchangeError:
 
 def as_quickchange_error(error: Exception) -> QuickchangeError:
     """Return the error of our tree that stands for any other."""
-    if isinstance(error, QuickchangeError):
-        return error
-    if isinstance(error, StoreUnavailable):
-        return Unavailable(str(error), code="store_unavailable")
-    if isinstance(error, MergeBudgetExceeded):
-        return Conflict(str(error), code="merge_budget")
-    return internal_error()
+    return error if isinstance(error, QuickchangeError) else internal_error()
 
 
 def add_error_handlers(app: FastAPI) -> None:
     """Make an app answer every error in the contract's shape."""
     app.add_exception_handler(QuickchangeError, _on_known)
-    app.add_exception_handler(StoreUnavailable, _on_known)
-    app.add_exception_handler(MergeBudgetExceeded, _on_known)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_http)
     app.add_exception_handler(ClientDisconnect, _on_left)

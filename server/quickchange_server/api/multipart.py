@@ -6,12 +6,15 @@ Source: RFC 7578. The syntax is python_multipart's job; what a part is for, the 
 from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from quickchange_server.errors import InvalidRequest, TooLarge, UnsupportedMediaType
+
+if TYPE_CHECKING:
+    from python_multipart.multipart import MultipartCallbacks
 
 MAX_PARTS = 32
 _PART_END: Final = None
@@ -31,19 +34,23 @@ class MultipartReader:
         self._headers: list[tuple[bytearray, bytearray]] = []
         self._num_parts = 0
         self._is_over = False
-        self._parser = MultipartParser(
-            _boundary(content_type),
-            {
-                "on_part_begin": self._headers.clear,
-                "on_header_begin": lambda: self._headers.append((bytearray(), bytearray())),
-                "on_header_field": lambda data, a, b: self._headers[-1][0].extend(data[a:b]),
-                "on_header_value": lambda data, a, b: self._headers[-1][1].extend(data[a:b]),
-                "on_headers_finished": self._begin_part,
-                "on_part_data": lambda data, a, b: self._events.append(data[a:b]),
-                "on_part_end": lambda: self._events.append(_PART_END),
-                "on_end": self._end,
-            },
-        )
+        self._parser = self._make_parser(_boundary(content_type))
+
+    def _make_parser(self, boundary: bytes) -> MultipartParser:
+        callbacks: MultipartCallbacks = {
+            "on_part_begin": self._headers.clear,
+            "on_header_begin": lambda: self._headers.append((bytearray(), bytearray())),
+            "on_header_field": lambda data, a, b: self._headers[-1][0].extend(data[a:b]),
+            "on_header_value": lambda data, a, b: self._headers[-1][1].extend(data[a:b]),
+            "on_headers_finished": self._begin_part,
+            "on_part_data": lambda data, a, b: self._events.append(data[a:b]),
+            "on_part_end": lambda: self._events.append(_PART_END),
+            "on_end": self._end,
+        }
+        try:
+            return MultipartParser(boundary, callbacks)
+        except FormParserError as error:
+            raise InvalidRequest(f"the form cannot be read: {error}", code=_INVALID) from error
 
     def _begin_part(self) -> None:
         self._num_parts += 1
@@ -108,22 +115,17 @@ def _part_name(headers: list[tuple[bytearray, bytearray]]) -> str:
     raise InvalidRequest("a part of the form has no Content-Disposition", code=_INVALID)
 
 
-async def limited(
-    chunks: AsyncIterator[bytes], name: str, max_bytes: int, block_bytes: int
-) -> AsyncIterator[bytes]:
-    """Pass a part's bytes on in blocks of about `block_bytes`, and count them.
+async def read_text(name: str, chunks: AsyncIterator[bytes], max_bytes: int) -> str:
+    """Return the text of a small part.
 
-    Raises: TooLarge as soon as there are more than `max_bytes`.
+    Raises: TooLarge, InvalidRequest when it is not UTF-8.
     """
-    num_bytes = 0
-    block = bytearray()
+    data = bytearray()
     async for chunk in chunks:
-        num_bytes += len(chunk)
-        if num_bytes > max_bytes:
+        data += chunk
+        if len(data) > max_bytes:
             raise TooLarge(f"{name}: is larger than {max_bytes} bytes", param=name)
-        block += chunk
-        if len(block) >= block_bytes:
-            yield bytes(block)
-            block.clear()
-    if block:
-        yield bytes(block)
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"{name}: is not UTF-8", param=name) from error

@@ -11,24 +11,16 @@ from quickchange_server.engine.interface import GenerationEngine
 from quickchange_server.metrics import ServerMetrics
 from quickchange_server.tokenizer import Tokenizer
 
-KIB = 1 << 10
 MIB = 1 << 20
 GIB = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
 class BodyLimits:
-    """Largest bodies that are read, in bytes; the parts of an upload one by one."""
+    """Largest bodies that are read, in bytes. The files of an upload have limits of their own."""
 
     json_bytes: int = 8 * MIB
-    adapter_config_bytes: int = 64 * KIB
-    adapter_model_bytes: int = GIB
-    task_bytes: int = 16 * KIB
-
-    @property
-    def upload_bytes(self) -> int:
-        """All parts together, with room for text fields and the framing."""
-        return self.adapter_config_bytes + self.adapter_model_bytes + self.task_bytes + MIB
+    upload_bytes: int = GIB + 2 * MIB
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,11 +7,9 @@ from fastapi import Request
 from quickchange_adapters.store import StagedFile
 
 from quickchange_server.adapter_service import AdapterService, FileName, UploadForm
-from quickchange_server.api.multipart import MultipartReader, limited
-from quickchange_server.api.services import BodyLimits
+from quickchange_server.api.multipart import MultipartReader, read_text
 from quickchange_server.errors import InvalidRequest
 
-BLOCK_BYTES = 1 << 20
 MAX_FIELD_BYTES = 4096
 MAX_TAGS = 32
 FILES: dict[str, FileName] = {
@@ -27,14 +25,9 @@ _TRUTH = {"true": True, "1": True, "false": False, "0": False, "": False}
 class UploadReader:
     """Collects the parts of one upload; `discard` forgets the staged files of a failed one."""
 
-    def __init__(self, service: AdapterService, limits: BodyLimits, tenant: str) -> None:
+    def __init__(self, service: AdapterService, tenant: str) -> None:
         self._service = service
         self._tenant = tenant
-        self._limits = {
-            "adapter_config": limits.adapter_config_bytes,
-            "adapter_model": limits.adapter_model_bytes,
-            "task": limits.task_bytes,
-        }
         self._fields: dict[str, str] = {}
         self._staged: dict[str, StagedFile] = {}
 
@@ -57,10 +50,9 @@ class UploadReader:
         if name in self._fields or name in self._staged:
             raise InvalidRequest(f"{name}: was sent twice", param=name)
         if name in FILES:
-            counted = limited(chunks, name, self._limits[name], BLOCK_BYTES)
-            self._staged[name] = await self._service.stage(FILES[name], counted)
+            self._staged[name] = await self._service.stage(FILES[name], chunks)
         elif name in FIELDS:
-            self._fields[name] = await _text(name, chunks)
+            self._fields[name] = await read_text(name, chunks, MAX_FIELD_BYTES)
         else:
             raise InvalidRequest(
                 f"{name[:80]!r} is not a part of this form; use {', '.join((*FILES, *FIELDS))}",
@@ -83,14 +75,6 @@ class UploadReader:
             strict_base=_switch("strict_base", self._fields),
             tenant=self._tenant,
         )
-
-
-async def _text(name: str, chunks: AsyncIterator[bytes]) -> str:
-    data = b"".join([each async for each in limited(chunks, name, MAX_FIELD_BYTES, BLOCK_BYTES)])
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise InvalidRequest(f"{name}: is not UTF-8", param=name) from error
 
 
 def _switch(name: str, fields: dict[str, str]) -> bool:

@@ -1,0 +1,34 @@
+"""The whole server over the tiny base, without a command line: engine, store, catalog, service."""
+
+from pathlib import Path
+
+from quickchange_adapters.catalog import Catalog
+from quickchange_adapters.limits import AdapterLimits
+from quickchange_adapters.store import LocalStore
+from quickchange_server.adapter_service import AdapterService
+from quickchange_server.api.app import AppServices
+from quickchange_server.engine.client import EngineClient
+from quickchange_server.engine.settings import EngineSettings
+from quickchange_server.metrics import ServerMetrics
+from quickchange_server.tokenizer import Tokenizer
+
+MIB = 1 << 20
+
+
+def real_services(base: Path, store: Path, limits: AdapterLimits | None = None) -> AppServices:
+    """Return services around a float32 engine; `store` is a folder for uploads."""
+    metrics = ServerMetrics()
+    settings = EngineSettings(
+        served_name="tiny",
+        kv_cache_bytes=4 * MIB,
+        adapter_device_bytes=4 * MIB,
+        adapter_host_bytes=16 * MIB,
+        max_queue=8,
+        max_batch_rows=8,
+    )
+    engine = EngineClient(base, settings, metrics)
+    catalog = Catalog(f"sqlite:///{store}/catalog.db")
+    service = AdapterService(
+        engine, LocalStore(store), catalog, limits or AdapterLimits(), engine.dtype
+    )
+    return AppServices(engine, service, Tokenizer.load(base), metrics)
