@@ -12,6 +12,7 @@ from typer.testing import CliRunner, Result
 
 from tests.clients.app_thread import AppSlot, serve_app
 from tests.clients.fake_server import FakeServer
+from tests.clients.real_server import real_server
 
 FAST_RETRIES = RetryPolicy(max_retries=2, base_wait_s=0.001)
 WEIGHTS = bytes(range(256)) * 4096
@@ -39,6 +40,14 @@ def server_url(app_socket: tuple[AppSlot, str], fake_server: FakeServer) -> str:
     slot, url = app_socket
     slot.app = fake_server.app
     return url
+
+
+@pytest.fixture(scope="session")
+def real_server_url(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Return the address of the real server, with a tiny base under the built-in one's name."""
+    store = tmp_path_factory.mktemp("real-server") / "store"
+    with real_server(tiny_base, store, "smollm2-135m") as url:
+        yield url
 
 
 @pytest.fixture

@@ -1,0 +1,53 @@
+"""The real server in a process of its own, started as people start it: `quickchange serve`."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from quickchange_client import NO_RETRIES, Quickchange, QuickchangeError
+
+START_TIMEOUT_S = 90.0
+STOP_TIMEOUT_S = 20.0
+COMMAND = str(Path(sys.executable).with_name("quickchange"))
+
+
+@contextmanager
+def real_server(base: Path, store: Path, served_name: str) -> Iterator[str]:
+    """Give the address of a server for `base` that keeps its adapters in `store`."""
+    url = f"http://127.0.0.1:{_free_port()}"
+    log = store.with_suffix(".log")
+    words = [COMMAND, "serve", "--model", str(base), "--served-model-name", served_name]
+    words += ["--store", str(store), "--port", url.rpartition(":")[2], "--device", "cpu"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with log.open("w") as output:
+        process = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT, env=env)
+    try:
+        _wait_until_healthy(url, process, log)
+        yield url
+    finally:
+        process.terminate()
+        process.wait(STOP_TIMEOUT_S)
+
+
+def _wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline_s = time.monotonic() + START_TIMEOUT_S
+    with Quickchange(url, retry=NO_RETRIES) as client:
+        while time.monotonic() < deadline_s and process.poll() is None:
+            try:
+                client.health()
+                return
+            except QuickchangeError:
+                time.sleep(0.1)
+    raise AssertionError(f"the server did not start:\n{log.read_text()}")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

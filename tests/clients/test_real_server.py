@@ -1,0 +1,178 @@
+"""The clients and the command against the real server: shapes, errors, cancel."""
+
+import json
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from quickchange_client import (
+    AsyncQuickchange,
+    Conflict,
+    ContextLengthExceeded,
+    InvalidRequest,
+    NotFound,
+    PreconditionFailed,
+    Quickchange,
+    UploadRefused,
+)
+
+from tests.clients.real_server import COMMAND
+from tests.conftest import MakeAdapter
+
+BASE = "smollm2-135m"
+
+
+@pytest.fixture
+def client(real_server_url: str) -> Iterator[Quickchange]:
+    """Return a client of the real server, and leave no adapter behind."""
+    with Quickchange(real_server_url) as client:
+        yield client
+        for adapter in list(client.adapters.iterate()):
+            client.adapters.delete(adapter.name)
+
+
+def test_generation(client: Quickchange) -> None:
+    answer = client.chat(BASE, "hello", max_tokens=6, temperature=0, ignore_eos=True)
+    assert answer.text
+    assert answer.model == BASE
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 6
+    assert answer.meta.ttft_ms is not None
+    assert answer.meta.ttft_ms > 0
+    assert answer.meta.request_id
+    completion = client.complete(BASE, ["a", "b"], max_tokens=3, temperature=0, logprobs=1)
+    assert len(completion.choices) == 2
+
+
+def test_a_stream_is_the_same_answer(client: Quickchange) -> None:
+    greedy = {"max_tokens": 12, "temperature": 0.0, "ignore_eos": True}
+    whole = client.complete(BASE, "the quick", **greedy)  # type: ignore[arg-type]
+    chunks = list(client.stream_complete(BASE, "the quick", **greedy))  # type: ignore[arg-type]
+    assert "".join(chunk.text for chunk in chunks) == whole.text
+    usage = chunks[-1].usage
+    assert usage is not None
+    assert usage.completion_tokens == 12
+    assert usage.ttft_ms is not None
+
+
+def test_misspelt_options_are_named(client: Quickchange) -> None:
+    answer = client.chat(BASE, "x", max_tokens=1, extra_body={"tempreature": 0})
+    assert answer.meta.ignored_fields == ("tempreature",)
+
+
+def test_refusals_are_the_errors_of_the_tree(client: Quickchange) -> None:
+    with pytest.raises(NotFound) as unknown:
+        client.chat("nobody", "x")
+    assert unknown.value.code == "model_not_found"
+    with pytest.raises(ContextLengthExceeded):
+        client.complete(BASE, "the quick brown fox " * 600)
+    with pytest.raises(InvalidRequest, match="temperature"):
+        client.chat(BASE, "x", temperature=-1)
+    with pytest.raises(NotFound) as absent:
+        client.adapters.get("nobody")
+    assert absent.value.code == "adapter_not_found"
+
+
+def test_an_adapter_from_upload_to_deletion(client: Quickchange, make_adapter: MakeAdapter) -> None:
+    first = client.adapters.upload(make_adapter(seed=1), name="sentiment")
+    assert (first.version, first.meta.status, first.rank) == (1, 201, 8)
+    assert first.report is not None
+    assert len(first.report.modules.matched) == 14
+    assert all(module.update_norm for module in first.report.modules.matched)
+    assert client.adapters.upload(make_adapter(seed=1), name="sentiment").meta.status == 200
+    second = client.adapters.upload(make_adapter(seed=2), name="sentiment", alias="canary")
+    adapter = client.adapters.get("sentiment")
+    assert adapter.aliases == {"default": 1, "canary": 2}
+    assert client.models.get("sentiment@canary").root == "sentiment:2"
+    assert client.adapters.get_version("sentiment", 2).digest == second.digest
+    assert client.chat("sentiment:2", "x", max_tokens=1).meta.adapter_digest == second.digest
+    client.adapters.set_alias("sentiment", "default", 2, if_match=adapter.meta.etag)
+    with pytest.raises(PreconditionFailed):
+        client.adapters.set_alias("sentiment", "default", 1, if_match=adapter.meta.etag)
+    with pytest.raises(Conflict) as in_use:
+        client.adapters.delete("sentiment", 2)
+    assert in_use.value.code == "alias_in_use"
+    assert client.adapters.delete_alias("sentiment", "canary").aliases == {"default": 2}
+    assert client.adapters.delete("sentiment", 1).deleted
+    gone = client.adapters.delete("sentiment")
+    assert gone.deleted
+    assert gone.freed_bytes["disk"] > 0
+    with pytest.raises(NotFound):
+        client.chat("sentiment", "x")
+
+
+def test_merged_and_unmerged_answer_alike(client: Quickchange, make_adapter: MakeAdapter) -> None:
+    client.adapters.upload(make_adapter(seed=3), name="m")
+    unmerged = client.complete("m", "the quick", max_tokens=8, temperature=0)
+    action = client.adapters.merge("m")
+    assert action.merged
+    assert action.bytes["merged"] > 0
+    assert client.memory().bytes["merged"] == action.bytes["merged"]
+    assert client.complete("m", "the quick", max_tokens=8, temperature=0).text == unmerged.text
+    assert client.adapters.unmerge("m").freed_bytes["merged"] == action.bytes["merged"]
+    assert client.adapters.load("m").tier in ("host", "device")
+    assert client.adapters.unload("m").tier == "disk"
+
+
+def test_a_refused_upload_lists_its_problems(
+    client: Quickchange, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(make_adapter(seed=1), tmp_path / "bad")
+    (folder / "adapter_model.safetensors").write_bytes(b"\x80\x04pickle")
+    with pytest.raises(UploadRefused) as refused:
+        client.adapters.upload(folder, name="bad")
+    assert refused.value.problems[0].code == "weights_not_safetensors"
+    report = client.adapters.dry_run(folder, name="bad")
+    assert (report.ok, report.problems[0].code) == (False, "weights_not_safetensors")
+    assert client.adapters.dry_run(make_adapter(seed=1), name="good").ok
+    assert list(client.adapters.iterate()) == []
+
+
+def test_iterate_walks_all_pages(client: Quickchange, make_adapter: MakeAdapter) -> None:
+    names = [f"a{number:02}" for number in range(22)]
+    for name in names:
+        client.adapters.upload(make_adapter(seed=1), name=name)
+    assert client.adapters.list().has_more
+    assert [adapter.name for adapter in client.adapters.iterate()] == names
+
+
+def test_leaving_a_stream_frees_what_it_held(client: Quickchange) -> None:
+    with client.stream_complete(BASE, "x", max_tokens=400, ignore_eos=True) as stream:
+        next(iter(stream))
+    deadline_s = time.monotonic() + 5.0
+    while client.memory().bytes["kv_used"] and time.monotonic() < deadline_s:
+        time.sleep(0.02)
+    assert client.memory().bytes["kv_used"] == 0
+
+
+async def test_the_async_client(real_server_url: str, make_adapter: MakeAdapter) -> None:
+    async with AsyncQuickchange(real_server_url) as client:
+        seen: list[int] = []
+        await client.adapters.upload(
+            make_adapter(seed=4), name="y", progress=lambda sent, total: seen.append(total - sent)
+        )
+        assert seen[-1] == 0
+        async with await client.stream_chat("y", "hello", max_tokens=5) as stream:
+            chunks = [chunk async for chunk in stream]
+        assert chunks[-1].usage is not None
+        assert (await client.adapters.delete("y")).deleted
+
+
+def test_the_command(client: Quickchange, real_server_url: str, make_adapter: MakeAdapter) -> None:
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        words = (COMMAND, *words, "--url", real_server_url)
+        return subprocess.run(words, capture_output=True, text=True)
+
+    pushed = run("push", str(make_adapter(seed=5)), "--name", "z")
+    assert (pushed.returncode, "uploaded z:1; aliases: default" in pushed.stdout) == (0, True)
+    assert "14 modules" in pushed.stdout
+    assert json.loads(run("list", "--json").stdout)[0]["name"] == "z"
+    assert run("generate", "z", "hello", "--max-tokens", "4").returncode == 0
+    assert "merged" in run("merge", "z@default").stdout
+    assert "kv_total" in run("memory").stdout
+    assert run("rm", "z").stdout.startswith("deleted z; freed")
+    assert run("show", "z").returncode == 1
