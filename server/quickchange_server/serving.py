@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import psutil
@@ -22,6 +23,7 @@ from quickchange_adapters.catalog import Catalog
 from quickchange_adapters.errors import StoreUnavailable
 from quickchange_adapters.limits import AdapterLimits
 from quickchange_adapters.store import LocalStore
+from transformers.utils.logging import disable_progress_bar
 
 from quickchange_server.adapter_service import AdapterService
 from quickchange_server.api.app import AppServices, create_app
@@ -29,10 +31,11 @@ from quickchange_server.base_footprint import read_footprint
 from quickchange_server.config import ServerConfig
 from quickchange_server.engine.client import EngineClient
 from quickchange_server.engine.settings import EngineSettings
-from quickchange_server.errors import CannotStart, ConfigInvalid
+from quickchange_server.errors import CannotStart, ConfigInvalid, QuickchangeError
 from quickchange_server.memory_budget import MemoryBudget, resolve_budget
 from quickchange_server.memory_limit import device_memory, host_memory
 from quickchange_server.metrics import ServerMetrics
+from quickchange_server.option import StaticAdapter
 from quickchange_server.thread_affinity import restore_affinity
 from quickchange_server.tokenizer import Tokenizer
 
@@ -43,16 +46,31 @@ READY_POLL_S = 0.02
 def run_server(config: ServerConfig, base_folder: Path) -> None:
     """Serve until a signal asks to stop.
 
-    Raises: CannotStart, and what an adapter named at start is refused with.
+    Raises: CannotStart.
     """
     restore_affinity()
+    disable_progress_bar()
+    check_adapter_folders(config.static_adapters)
     with bind(config.host, config.port) as listener:
         services = build_services(config, base_folder)
         restore_affinity()
         app = create_app(services)
         server = uvicorn.Server(_uvicorn_config(app, config))
         with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
-            runner.run(_serve(app, server, listener))
+            runner.run(_serve(app, server, listener, config))
+
+
+def check_adapter_folders(adapters: Iterable[StaticAdapter]) -> None:
+    """Refuse folders that hold no adapter, before seconds are spent on loading the base.
+
+    Raises: CannotStart.
+    """
+    for each in adapters:
+        if not (each.folder / "adapter_config.json").is_file():
+            raise CannotStart(
+                f"{_spelling(each)}: there is no adapter_config.json in that folder; "
+                "give one that PEFT's save_pretrained wrote"
+            )
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -79,38 +97,36 @@ def build_services(config: ServerConfig, base_folder: Path) -> AppServices:
 
     Raises: CannotStart.
     """
-    device = pick_device(config.device)
-    budget = resolve_budget(
-        config,
-        read_footprint(base_folder, config.dtype),
-        device,
-        device_memory(device),
-        host_memory(),
-    )
+    store, catalog = _open_store(config)
+    budget = _budget(config, base_folder)
     _say(budget.render())
     metrics = ServerMetrics()
     engine = EngineClient(base_folder, engine_settings(config, budget), metrics)
+    limits = AdapterLimits(max_rank=config.max_lora_rank)
     return AppServices(
         engine=engine,
-        adapters=_adapter_service(config, engine),
+        adapters=AdapterService(engine, store, catalog, limits, engine.dtype),
         tokenizer=Tokenizer.load(base_folder),
         metrics=metrics,
-        static_adapters=tuple((each.name, each.folder) for each in config.static_adapters),
         is_strict=config.strict_fields,
         is_loopback_only=not config.is_public,
         cors_origins=config.cors_origin,
     )
 
 
-def _adapter_service(config: ServerConfig, engine: EngineClient) -> AdapterService:
-    limits = AdapterLimits(max_rank=config.max_lora_rank)
+def _open_store(config: ServerConfig) -> tuple[LocalStore, Catalog]:
     try:
-        store, catalog = LocalStore(config.store_folder), Catalog(config.catalog_url)
+        return LocalStore(config.store_folder), Catalog(config.catalog_url)
     except StoreUnavailable as error:
         raise CannotStart(
             f"--store {config.store_folder}: {error}; name a folder that can be written"
         ) from error
-    return AdapterService(engine, store, catalog, limits, engine.dtype)
+
+
+def _budget(config: ServerConfig, base_folder: Path) -> MemoryBudget:
+    device = pick_device(config.device)
+    footprint = read_footprint(base_folder, config.dtype)
+    return resolve_budget(config, footprint, device, device_memory(device), host_memory())
 
 
 def pick_device(device: str) -> str:
@@ -164,28 +180,43 @@ def _uvicorn_config(app: FastAPI, config: ServerConfig) -> uvicorn.Config:
     )
 
 
-async def _serve(app: FastAPI, server: uvicorn.Server, listener: socket.socket) -> None:
+async def _serve(
+    app: FastAPI, server: uvicorn.Server, listener: socket.socket, config: ServerConfig
+) -> None:
     """Run the app's lifespan around the server. Signals end it with exit code 0."""
+    services: AppServices = app.state.services
     async with app.router.lifespan_context(app):
+        await _add_static(services.adapters, config.static_adapters)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, _note_signal)  # uvicorn raises them again when it is done
-        announcement = asyncio.create_task(_announce(app, server, listener))
+        announcement = asyncio.create_task(_announce(server, listener, config))
         await server.serve(sockets=[listener])
         announcement.cancel()
-        _say("stopped")
+    _say("stopped")
+
+
+async def _add_static(service: AdapterService, adapters: Iterable[StaticAdapter]) -> None:
+    for each in adapters:
+        try:
+            await service.add_static(each.name, each.folder)
+        except QuickchangeError as error:
+            raise CannotStart(f"{_spelling(each)}: {error}") from error
+
+
+def _spelling(adapter: StaticAdapter) -> str:
+    return f"--adapter {adapter.name}={adapter.folder}"
 
 
 def _note_signal(number: int, _frame: object) -> None:
     """Take a signal that was already obeyed."""
 
 
-async def _announce(app: FastAPI, server: uvicorn.Server, listener: socket.socket) -> None:
+async def _announce(server: uvicorn.Server, listener: socket.socket, config: ServerConfig) -> None:
     while not server.started:
         await asyncio.sleep(READY_POLL_S)
-    services: AppServices = app.state.services
     seconds = time.time() - psutil.Process().create_time()
-    names = [name for name, _ in services.static_adapters]
-    _say(ready_text(_url(listener), services.engine.base.name, names, seconds))
+    names = [each.name for each in config.static_adapters]
+    _say(ready_text(_url(listener), config.base_name, names, seconds))
 
 
 def ready_text(url: str, base: str, adapters: list[str], seconds: float) -> str:

@@ -1,0 +1,173 @@
+"""A whole server in a process of its own: start, answers, refusals, a stop that loses nothing."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from quickchange_server.errors import ConfigInvalid
+from quickchange_server.serving import pick_device, ready_text
+
+from tests.conftest import MakeAdapter, save_tiny_base
+
+START_S = 60
+
+
+class Server:
+    """A `quickchange-server serve` process; `url` is known once it says that it is ready."""
+
+    def __init__(self, arguments: list[str], folder: Path) -> None:
+        command = [sys.executable, "-m", "quickchange_server.cli", "serve", "--port", "0"]
+        store = ["--store", str(folder / "store"), "--cache", str(folder / "cache")]
+        self.log = folder / "log"
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [*command, *store, *arguments],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+            )
+
+    def wait_ready(self) -> "Server":
+        """Wait for the line that says where it listens."""
+        for _ in range(START_S * 20):
+            found = re.search(r"Ready after .* on (http://\S+):", self.log.read_text())
+            if found:
+                self.url = found[1]
+                return self
+            assert self.process.poll() is None, self.log.read_text()
+            time.sleep(0.05)
+        raise TimeoutError(self.log.read_text())
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """Send a signal; return the exit code."""
+        self.process.send_signal(number)
+        return self.process.wait(30)
+
+    def generate(self, model: str, **fields: object) -> httpx.Response:
+        """Ask for a greedy completion."""
+        body = {"model": model, "prompt": "the quick", "temperature": 0, **fields}
+        return httpx.post(f"{self.url}/v1/completions", json=body, timeout=30)
+
+
+StartServer = Callable[..., Server]
+
+
+@pytest.fixture
+def start_server(tmp_path: Path, tiny_base: Path) -> Iterator[StartServer]:
+    """Return a function that starts a server on the tiny base; they are gone after the test."""
+    servers: list[Server] = []
+
+    def start(*arguments: str) -> Server:
+        folder = tmp_path / f"server-{len(servers)}"
+        folder.mkdir()
+        servers.append(Server(["--model", str(tiny_base), *arguments], folder))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.process.kill()
+        server.process.wait()
+
+
+def test_base_and_adapter_answer_and_sigterm_ends_with_0(
+    start_server: StartServer, make_adapter: MakeAdapter
+) -> None:
+    adapter = make_adapter(std=0.3)
+    server = start_server("--adapter", f"bold={adapter}", "--served-model-name", "tiny")
+    server.wait_ready()
+    assert httpx.get(f"{server.url}/readyz").status_code == 200
+    models = httpx.get(f"{server.url}/v1/models").json()["data"]
+    assert [model["id"] for model in models][:2] == ["tiny", "bold"]
+    texts = {name: server.generate(name).json()["choices"][0]["text"] for name in ("tiny", "bold")}
+    assert texts["tiny"] != texts["bold"]
+    log = server.log.read_text()
+    for words in ("KV cache", "merged copies", f"curl {server.url}/v1/models", '"model": "bold"'):
+        assert words in log
+    assert server.stop() == 0
+    assert server.log.read_text().endswith("stopped\n")
+    assert "Traceback" not in server.log.read_text()
+
+
+def test_stop_lets_a_running_stream_finish(start_server: StartServer, tiny_base: Path) -> None:
+    server = start_server().wait_ready()
+    lines: list[str] = []
+    body = {"model": "tiny-llama", "prompt": "the", "stream": True, "ignore_eos": True}
+    with httpx.stream(
+        "POST", f"{server.url}/v1/completions", json={**body, "max_tokens": 400}, timeout=60
+    ) as stream:
+        for line in stream.iter_lines():
+            if not lines:
+                server.process.send_signal(signal.SIGTERM)
+            lines.append(line)
+    chunks = [line for line in lines if line.startswith("data: {")]
+    assert '"finish_reason":"length"' in chunks[-1].replace(": ", ":")
+    assert "data: [DONE]" in lines
+    assert server.process.wait(30) == 0
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{server.url}/livez")
+
+
+def test_ctrl_c_ends_with_0(start_server: StartServer) -> None:
+    assert start_server().wait_ready().stop(signal.SIGINT) == 0
+
+
+def read_refusal(server: Server) -> str:
+    """Wait for a server that cannot start; return its last line."""
+    assert server.process.wait(START_S) == 1
+    log = server.log.read_text()
+    assert "Traceback" not in log
+    return log.splitlines()[-1]
+
+
+def test_taken_port_is_one_sentence_before_anything_is_loaded(start_server: StartServer) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        sentence = read_refusal(start_server("--port", str(port)))
+    assert sentence.startswith(f"error: cannot listen on 127.0.0.1 port {port}: ")
+    assert "--port" in sentence
+
+
+def test_adapter_that_does_not_fit_is_one_sentence(
+    start_server: StartServer, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    wider = save_tiny_base(tmp_path / "wider", hidden_size=96)
+    adapter = make_adapter(base=wider)
+    sentence = read_refusal(start_server("--adapter", f"wide={adapter}"))
+    assert sentence.startswith("error: --adapter wide=")
+    assert "shape" in sentence
+
+
+def test_adapter_folder_that_is_not_there_is_one_sentence(start_server: StartServer) -> None:
+    sentence = read_refusal(start_server("--adapter", "gone=/no/such/folder"))
+    assert sentence.startswith("error: --adapter gone=/no/such/folder")
+
+
+def test_store_that_cannot_be_written_is_one_sentence(start_server: StartServer) -> None:
+    sentence = read_refusal(start_server("--store", "/proc/no-store"))
+    assert sentence.startswith("error: --store /proc/no-store: ")
+
+
+def test_gpu_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ConfigInvalid, match="TORCH=cuda"):
+        pick_device("cuda:99")
+
+
+def test_ready_text_offers_the_first_adapter_or_the_base() -> None:
+    assert '"model": "sentiment"' in ready_text("http://x:1", "base", ["sentiment"], 1.0)
+    assert '"model": "base"' in ready_text("http://x:1", "base", [], 1.0)
+
+
+def test_what_the_ready_text_says_to_run_is_valid_json() -> None:
+    text = ready_text("http://x:1", "base", ["sentiment"], 1.0)
+    body = re.search(r"-d '(.*)'", text)
+    assert body is not None
+    assert json.loads(body[1])["messages"][0]["role"] == "user"
