@@ -37,7 +37,7 @@ format: setup-dev ## Put the code into the house's format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: setup ## Measure a running server's throughput and latency
+bench: setup ## Measure throughput and latency of a server that it starts
 	$(BIN)/python benchmarks/throughput.py $(ARGS)
 
 clean: ## Remove .venv and everything that was built (not the downloaded base)
