@@ -1,7 +1,7 @@
 """Which adapters have metric series of their own: a bounded set. Knows nothing of what is counted.
 
 The first `max_adapters` names get one each and keep it until they are deleted; all others share
-`_other`. Counts never move between series.
+`_other`, and so do requests that outlive their adapter. Counts never move between series.
 """
 
 import threading
@@ -21,12 +21,15 @@ class AdapterLabels:
         self._names: set[str] = set()
         self._lock = threading.Lock()
 
-    def label(self, name: str) -> str:
-        """Return the label value for a registered adapter's name."""
+    def register(self, name: str) -> None:
+        """Give a registered adapter a series if there is room; call it when a request begins."""
         with self._lock:
-            if name not in self._names and len(self._names) < self._max_adapters:
+            if len(self._names) < self._max_adapters:
                 self._names.add(name)
-            return name if name in self._names else OTHER
+
+    def label(self, name: str) -> str:
+        """Return the label value of an adapter: its name if it has a series."""
+        return name if name in self._names else OTHER
 
     def forget(self, name: str) -> None:
         """Remove the series of a deleted adapter and make room for another."""

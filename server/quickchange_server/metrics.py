@@ -147,6 +147,11 @@ class ServerMetrics:
         """Count one HTTP request; `route` is a template, never a path."""
         self._http.labels(route, method, str(status)).inc()
 
+    def on_request_start(self, adapters: Sequence[str]) -> None:
+        """Make room for the series of the adapters that a request uses."""
+        for name in adapters:
+            self._labels.register(name)
+
     def on_first_token(self, seconds: float, adapters: Sequence[str]) -> None:
         """Take note of a choice's first token, `seconds` after the request arrived."""
         self._ttft.observe(seconds)

@@ -48,6 +48,7 @@ class ScriptedEngine:
         max_queue: requests that may live at once; 0 refuses all.
         max_queue_at_submit: the same, but noticed only when a request is submitted.
         requests: all that were submitted.
+        quarantined: digests shown as out of service.
         aborted: ids of requests whose iterator was closed before their end.
     """
 
@@ -69,6 +70,7 @@ class ScriptedEngine:
     live: set[str] = field(default_factory=set)
     loaded: dict[str, AdapterWeights] = field(default_factory=dict)
     merged: dict[str, int] = field(default_factory=dict)
+    quarantined: set[str] = field(default_factory=set)
 
     async def start(self) -> None:
         """Become alive."""
@@ -209,6 +211,8 @@ class ScriptedEngine:
             kv_block_size=16,
             num_steps=len(self.requests),
             last_step_monotonic_s=monotonic(),
+            heartbeat_monotonic_s=monotonic(),
+            quarantined=frozenset(self.quarantined),
             is_alive=self.is_running,
             memory_bytes={"base": 1000, "merged": sum(self.merged.values()), "kv_total": 6400},
             adapters=adapters,

@@ -170,6 +170,31 @@ async def test_failed_row_is_a_500_that_is_not_retried(
     assert answer.json()["error"]["code"] == "not_finite"
 
 
+@pytest.mark.parametrize(
+    ("code", "status"),
+    [("draining", 503), ("out_of_memory", 503), ("adapter_quarantined", 409), ("x", 500)],
+)
+async def test_failures_of_the_engine_have_their_status(
+    client: httpx.AsyncClient, scripted_engine: ScriptedEngine, code: str, status: int
+) -> None:
+    scripted_engine.fail_after = 0
+    scripted_engine.failure = RequestFailure(code, "why")
+    answer = await client.post(PATH, json={"model": "ada", "prompt": "the"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
+    assert ("retry-after" in answer.headers) == (status == 503)
+
+
+async def test_quarantined_adapter_is_409_also_for_a_stream(
+    client: httpx.AsyncClient, scripted_engine: ScriptedEngine, adapters: ScriptedAdapters
+) -> None:
+    scripted_engine.quarantined.add(adapters.digests["ada"])
+    answer = await client.post(PATH, json={"model": "ada", "prompt": "the", "stream": True})
+    assert answer.status_code == 409
+    assert answer.json()["error"]["code"] == "adapter_quarantined"
+    assert answer.headers["x-should-retry"] == "false"
+    assert (await client.post(PATH, json={"model": "bob", "prompt": "the"})).status_code == 200
+
+
 async def test_one_failed_choice_ends_its_siblings(
     client: httpx.AsyncClient, scripted_engine: ScriptedEngine
 ) -> None:

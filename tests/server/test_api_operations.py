@@ -1,3 +1,4 @@
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -37,19 +38,18 @@ async def test_dead_engine_is_not_alive(
 
 
 class Hanging(ScriptedEngine):
-    num_running = 1
+    silent_s = 60.0
 
     def snapshot(self) -> EngineSnapshot:
-        return replace(
-            super().snapshot(), num_running=self.num_running, last_step_monotonic_s=0.001
-        )
+        heard_s = time.monotonic() - self.silent_s
+        return replace(super().snapshot(), heartbeat_monotonic_s=heard_s)
 
 
-async def test_engine_that_hangs_is_not_alive_but_an_idle_one_is(services: AppServices) -> None:
+async def test_engine_that_hangs_is_not_alive(services: AppServices) -> None:
     engine = Hanging()
     async for client in serve_in_process(create_app(replace(services, engine=engine, stall_s=5))):
         assert (await client.get("/livez")).json()["error"]["code"] == "engine_stalled"
-        engine.num_running = 0
+        engine.silent_s = 1.0
         assert (await client.get("/livez")).status_code == 200
 
 

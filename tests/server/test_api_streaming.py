@@ -96,6 +96,17 @@ async def test_no_part_of_a_stop_string_is_sent(client: httpx.AsyncClient, say: 
     assert text == "the quick bro"
 
 
+async def test_text_with_unicode_line_marks_stays_on_its_line(
+    client: httpx.AsyncClient, say: Say
+) -> None:
+    text = "a\u2028b\u2029c\u0085d\ne\rf\x0bg"
+    say(text)
+    answer = await stream_completion(client)
+    lines = [line for line in answer.text.splitlines() if line]
+    assert all(line.startswith("data: ") for line in lines)
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks_of(answer.text)) == text
+
+
 async def test_echo_begins_the_stream(client: httpx.AsyncClient, say: Say) -> None:
     say(" fox")
     chunks = chunks_of((await stream_completion(client, echo=True)).text)

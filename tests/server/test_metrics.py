@@ -20,6 +20,11 @@ def step(seconds: float = 0.01, num_adapters: int = 2) -> StepStats:
     return StepStats("decode", "unmerged", seconds, 4, 4, num_adapters)
 
 
+def end(metrics: ServerMetrics, *adapters: str, outcome: str = "ok") -> None:
+    metrics.on_request_start(adapters)
+    metrics.on_request_end(ended(outcome, adapters))
+
+
 def ended(outcome: str = "ok", adapters: Sequence[str] = ()) -> RequestSummary:
     return RequestSummary(outcome, adapters, 0.5, 0.1, 7, 3)  # type: ignore[arg-type]
 
@@ -55,9 +60,9 @@ def test_buckets_start_at_a_millisecond(name: str) -> None:
 
 def test_requests_are_counted_by_outcome_and_adapter() -> None:
     metrics = ServerMetrics()
-    metrics.on_request_end(ended(adapters=["ada", "bob"]))
-    metrics.on_request_end(ended("error", ["ada"]))
-    metrics.on_request_end(ended())
+    end(metrics, "ada", "bob")
+    end(metrics, "ada", outcome="error")
+    end(metrics)
     assert value(metrics, "requests_total", outcome="ok") == 2
     assert value(metrics, "requests_total", outcome="cancelled") == 0
     assert value(metrics, "generation_tokens_total") == 9
@@ -68,18 +73,28 @@ def test_requests_are_counted_by_outcome_and_adapter() -> None:
 def test_adapters_beyond_the_bound_share_a_series_and_never_move() -> None:
     metrics = ServerMetrics(max_adapters=2)
     for name in ("a", "b", "c", "d", "a"):
-        metrics.on_request_end(ended(adapters=[name]))
+        end(metrics, name)
     assert value(metrics, "adapter_requests_total", adapter="a", outcome="ok") == 2
     assert value(metrics, "adapter_requests_total", adapter="_other", outcome="ok") == 2
     metrics.forget_adapter("a")
     assert value(metrics, "adapter_requests_total", adapter="a", outcome="ok") is None
-    metrics.on_request_end(ended(adapters=["c"]))
+    end(metrics, "c")
     assert value(metrics, "adapter_requests_total", adapter="c", outcome="ok") == 1
     assert value(metrics, "adapter_requests_total", adapter="_other", outcome="ok") == 2
 
 
+def test_request_that_outlives_its_adapter_makes_no_series() -> None:
+    metrics = ServerMetrics()
+    metrics.on_request_start(["ada"])
+    metrics.forget_adapter("ada")
+    metrics.on_request_end(ended(adapters=["ada"]))
+    assert value(metrics, "adapter_requests_total", adapter="ada", outcome="ok") is None
+    assert value(metrics, "adapter_requests_total", adapter="_other", outcome="ok") == 1
+
+
 def test_per_adapter_histograms_have_eight_buckets() -> None:
     metrics = ServerMetrics()
+    metrics.on_request_start(["ada"])
     metrics.on_first_token(0.02, ["ada"])
     text = metrics.render()[0].decode()
     lines = [
@@ -136,7 +151,7 @@ def test_engine_thread_and_event_loop_may_count_at_once() -> None:
     def count() -> None:
         for number in range(500):
             metrics.on_step(step())
-            metrics.on_request_end(ended(adapters=[f"a{number % 50}"]))
+            end(metrics, f"a{number % 50}")
 
     threads = [threading.Thread(target=count) for _ in range(4)]
     for thread in threads:

@@ -8,7 +8,12 @@ from typing import Literal, Protocol
 from quickchange_server.detokenizer import Detokenizer
 from quickchange_server.engine.interface import GenerationEngine
 from quickchange_server.engine.request import GenerationRequest, TokenLogprobs, TokenOutput
-from quickchange_server.errors import GenerationFailed, Unavailable
+from quickchange_server.errors import (
+    Conflict,
+    GenerationFailed,
+    QuickchangeError,
+    Unavailable,
+)
 from quickchange_server.stop_strings import StopStringFilter
 
 ShownFinish = Literal["stop", "length"]
@@ -136,6 +141,15 @@ async def read_choice(
             await close()
 
 
+_FAILURES: dict[str, type[QuickchangeError]] = {
+    "draining": Unavailable,
+    "adapter_not_loaded": Unavailable,
+    "out_of_memory": Unavailable,
+    "adapter_quarantined": Conflict,
+}
+"""Engine failures that are not the server's own: others are 500."""
+
+
 def _raise_for_failure(output: TokenOutput) -> None:
     if output.finish_reason == "abort":
         raise Unavailable("the engine stopped before the answer was complete; try again")
@@ -143,4 +157,5 @@ def _raise_for_failure(output: TokenOutput) -> None:
         failure = output.failure
         if failure is None:
             raise GenerationFailed("the engine gave up on this request")
-        raise GenerationFailed(failure.message, code=failure.code)
+        kind = _FAILURES.get(failure.code, GenerationFailed)
+        raise kind(failure.message, code=failure.code)

@@ -4,10 +4,10 @@ Order matters: everything that can be refused is refused before the first header
 """
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Mapping
 
 from fastapi import APIRouter, Request
+from pydantic_core import to_json
 from starlette.responses import Response
 
 from quickchange_server.api.answer_format import AnswerFormat, CollectedChoice, timing_ms
@@ -37,7 +37,7 @@ from quickchange_server.api.generation_session import GenerationSession, Session
 from quickchange_server.api.schemas import ChatBody, CompletionBody, GenerationBody
 from quickchange_server.api.services import AppServices, Services
 from quickchange_server.api.streaming import EventStream, wait_for_disconnect
-from quickchange_server.errors import QuickchangeError
+from quickchange_server.errors import Conflict, QuickchangeError
 from quickchange_server.metrics import RequestSummary
 from quickchange_server.stop_strings import StopStringFilter
 
@@ -87,8 +87,19 @@ def _has_usage(body: GenerationBody) -> bool:
 
 
 async def _admit(plan: GenerationPlan, services: AppServices) -> None:
-    """Make sure that the plan may be submitted now. Raises: QueueFull, Unavailable, NotFound."""
+    """Make sure that the plan may be submitted now.
+
+    Raises: QueueFull, Unavailable, NotFound, Conflict when an adapter is quarantined.
+    """
     services.engine.check_admission(len(plan.requests))
+    quarantined = services.engine.snapshot().quarantined
+    for resolved in plan.model.resolved:
+        if resolved.kind == "adapter" and resolved.digest in quarantined:
+            raise Conflict(
+                f"the adapter {resolved.served_name!r} gave non-finite values repeatedly and is "
+                "out of service; upload a sound version",
+                code="adapter_quarantined",
+            )
     for resolved in plan.model.resolved:
         await services.adapters.acquire(resolved)
 
@@ -156,10 +167,8 @@ async def _whole_answer(
         leaving.cancel()
     for name, value in timing_ms(session.usage).items():
         headers[f"x-quickchange-{name.replace('_', '-')}"] = str(value)
-    text = json.dumps(
-        answer.body(choices, session.usage), ensure_ascii=False, separators=(",", ":")
-    )
-    return Response(text, headers=headers, media_type="application/json")
+    body = to_json(answer.body(choices, session.usage), inf_nan_mode="null")
+    return Response(body, headers=headers, media_type="application/json")
 
 
 async def _collect(session: GenerationSession) -> list[CollectedChoice]:

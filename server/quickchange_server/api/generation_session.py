@@ -66,6 +66,7 @@ class GenerationSession:
 
         Raises: QueueFull, Unavailable.
         """
+        self._metrics.on_request_start(self._label.adapters)
         self._tasks = [asyncio.create_task(self._pump(choice)) for choice in choices]
         await asyncio.sleep(0)
         if self._failure is not None:

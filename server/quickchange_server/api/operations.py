@@ -39,10 +39,10 @@ def _check_engine(services: AppServices) -> None:
     state = services.engine.snapshot()
     if not state.is_alive:
         raise Unavailable("the engine does not run", code="engine_dead")
-    silent_s = time.monotonic() - state.last_step_monotonic_s
-    if state.num_running and state.last_step_monotonic_s and silent_s > services.stall_s:
+    silent_s = time.monotonic() - state.heartbeat_monotonic_s
+    if silent_s > services.stall_s:
         raise Unavailable(
-            f"the engine has made no step for {silent_s:.0f} s", code="engine_stalled"
+            f"the engine has given no sign of life for {silent_s:.0f} s", code="engine_stalled"
         )
 
 

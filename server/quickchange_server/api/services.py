@@ -33,7 +33,7 @@ class AppServices:
         is_loopback_only: no key is configured, so only this machine may call.
         cors_origins: origins whose pages may call nevertheless.
         ping_s: silence after which a stream gets a comment line.
-        stall_s: a step that takes longer than this means that the engine hangs.
+        stall_s: an engine that gives no sign of life for longer than this hangs.
     """
 
     engine: GenerationEngine

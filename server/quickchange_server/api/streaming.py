@@ -1,11 +1,11 @@
 """Server-sent events, and noticing that a client has left. Knows no answer's shape."""
 
 import asyncio
-import json
 import logging
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic_core import to_json
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -16,13 +16,18 @@ from quickchange_server.errors import QuickchangeError
 
 PING = b": ping\n\n"
 DONE = b"data: [DONE]\n\n"
+_LINE_MARKS = {
+    mark.encode(): f"\\u{ord(mark):04x}".encode() for mark in ("\u0085", "\u2028", "\u2029")
+}
 _log = logging.getLogger(__name__)
 
 
 def event(data: Mapping[str, Any]) -> bytes:
-    """Return one event; JSON has no line breaks, so one `data:` line holds it."""
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return b"data: " + text.encode() + b"\n\n"
+    """Return one event on one line, also for readers that break lines at Unicode's marks."""
+    text = to_json(data, inf_nan_mode="null")
+    for mark, escaped in _LINE_MARKS.items():
+        text = text.replace(mark, escaped)
+    return b"data: " + text + b"\n\n"
 
 
 async def wait_for_disconnect(receive: Receive) -> None:
