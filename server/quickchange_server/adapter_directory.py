@@ -71,15 +71,15 @@ class AdapterDirectory:
         """Whether any adapter has a version with these bytes that takes requests."""
         return any(v.digest == digest and v.state == "ready" for v in self._all_versions())
 
-    def model_names(self, tenant: str) -> Iterator[tuple[str, AdapterRecord, VersionRecord]]:
+    def model_names(self, tenant: str) -> Iterator[tuple[str, VersionRecord]]:
         """Yield every bare name and `name@alias` with what it means."""
         for adapter in self.visible(tenant):
             for alias, number in sorted(adapter.aliases.items()):
                 version = adapter.version(number)
                 if version is not None:
                     if alias == DEFAULT_ALIAS:
-                        yield adapter.name, adapter, version
-                    yield f"{adapter.name}@{alias}", adapter, version
+                        yield adapter.name, version
+                    yield f"{adapter.name}@{alias}", version
 
     def _all_versions(self) -> Iterator[VersionRecord]:
         for adapter in self._static.values():

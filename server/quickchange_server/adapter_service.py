@@ -5,17 +5,14 @@ blocks runs in threads. Knows nothing of HTTP: views say what to show, errors ca
 """
 
 import asyncio
-import platform
-import secrets
 import time
-from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from quickchange_adapters.catalog import Catalog
 from quickchange_adapters.limits import AdapterLimits
-from quickchange_adapters.loading import load_weights
 from quickchange_adapters.names import (
     DEFAULT_ALIAS,
     DEFAULT_TENANT,
@@ -27,27 +24,23 @@ from quickchange_adapters.records import (
     TASK_FILE,
     WEIGHTS_FILE,
     AdapterRecord,
-    NewVersion,
-    Published,
     VersionRecord,
 )
 from quickchange_adapters.store import StagedFile, Store
-from quickchange_adapters.validate import Report, ValidationJob, refused
-from quickchange_adapters.weights import AdapterWeights
+from quickchange_adapters.validate import Report, ValidationJob
 
 from quickchange_server.adapter_directory import AdapterDirectory
 from quickchange_server.adapter_loader import AdapterLoader
+from quickchange_server.adapter_remover import AdapterRemover
 from quickchange_server.adapter_upload import (
     FileName,
     UploadForm,
     UploadRefused,
-    file_records,
-    form_problems,
     refusal,
     stage_file,
 )
+from quickchange_server.adapter_uploader import AdapterUploader, Validate, validate_in_thread
 from quickchange_server.adapter_views import (
-    ActionName,
     ActionView,
     AdapterPage,
     AdapterView,
@@ -60,26 +53,17 @@ from quickchange_server.adapter_views import (
     VersionView,
 )
 from quickchange_server.answers import as_answers
-from quickchange_server.engine.interface import GenerationEngine, ResidentAdapter
+from quickchange_server.engine.interface import GenerationEngine
 from quickchange_server.errors import Conflict, Forbidden, NotFound, PreconditionFailed, Unavailable
-from quickchange_server.shared_tasks import SharedTasks
-from quickchange_server.static_folder import check_unchanged, read_folder, static_record
-from quickchange_server.view_builder import ViewBuilder, event_json
+from quickchange_server.live_catalog import LiveCatalog
+from quickchange_server.static_folder import read_folder, static_record
+from quickchange_server.version_files import VersionFiles
+from quickchange_server.view_builder import ViewBuilder, event_json, freed_bytes
 
 __all__ = ["AdapterService", "FileName", "UploadForm", "UploadRefused"]
 
 INCOMING_S = 3600.0
 MAX_TASK_BYTES = 16 << 10
-SETTLE_S = 2.0
-SETTLE_POLL_S = 0.005
-NOTHING_FREED = FreedBytes()
-
-Validate = Callable[[ValidationJob], Awaitable[Report]]
-
-
-async def validate_in_thread(job: ValidationJob) -> Report:
-    """Check an upload in a thread of this process."""
-    return await asyncio.to_thread(job.run)
 
 
 class AdapterService:
@@ -99,39 +83,34 @@ class AdapterService:
         validate: Validate = validate_in_thread,
     ) -> None:
         self.base_names: tuple[str, ...] = (engine.base.name,)
+        limits = replace(limits, max_value=min(limits.max_value, torch.finfo(dtype).max))
         self._engine = engine
         self._store = store
+        self._limits = limits
         self._catalog = catalog
-        self._limits = replace(limits, max_value=min(limits.max_value, torch.finfo(dtype).max))
-        self._dtype = dtype
-        self._validate = validate
-        self._created = int(time.time())
         self._directory = AdapterDirectory()
-        self._loader = AdapterLoader(engine, self._read_weights, self._directory.is_served)
+        self._live = LiveCatalog(catalog, self._directory)
+        self._files = VersionFiles(store, engine.base, limits, dtype)
+        self._uploader = AdapterUploader(engine.base, store, self._live, limits, validate)
+        self._loader = AdapterLoader(engine, self._files.read_weights, self._directory.is_served)
+        self._remover = AdapterRemover(store, self._live, self._directory, self._loader)
         self._views = ViewBuilder(engine)
-        self._folders: dict[str, Path] = {}
         self._static_reports: dict[str, Json] = {}
-        # One writer at a time, so that the directory takes the catalog's states in their order.
-        self._writing = asyncio.Lock()
-        self._uploads: SharedTasks[UploadResult] = SharedTasks()
-        self._deletions: SharedTasks[FreedBytes] = SharedTasks()
 
     async def start(self) -> None:
         """Read the catalog once, finish deletions that a crash cut short, sweep orphans.
 
         Raises: Unavailable.
         """
+        await self._remover.resume()
         with as_answers():
-            for version in await asyncio.to_thread(self._catalog.list_deleting):
-                await asyncio.to_thread(self._catalog.purge, version)
-            await asyncio.to_thread(self._catalog.collect, self._store.delete)
             await asyncio.to_thread(self._store.sweep_incoming, INCOMING_S)
-            self._directory.load(await asyncio.to_thread(self._catalog.list_adapters))
+        await self._live.load()
 
     async def stop(self) -> None:
         """End background work and close the catalog. Uploads under way are finished first."""
-        await self._uploads.join()
-        await self._deletions.stop()
+        await self._uploader.join()
+        await self._remover.stop()
         await self._loader.stop()
         await asyncio.to_thread(self._catalog.close)
 
@@ -151,10 +130,7 @@ class AdapterService:
 
     async def discard(self, staged: Sequence[StagedFile | None]) -> None:
         """Forget staged files; None and what is already gone are skipped."""
-        with as_answers():
-            for file in staged:
-                if file is not None:
-                    await asyncio.to_thread(self._store.discard, file)
+        await self._uploader.discard(file for file in staged if file is not None)
 
     async def upload(self, form: UploadForm) -> UploadResult:
         """Check, keep and publish an upload. When this returns, it survives `kill -9`.
@@ -166,21 +142,16 @@ class AdapterService:
         Raises: UploadRefused (400, all problems in it), TooLarge, Conflict, Unavailable.
         """
         try:
-            report = await self._check(form)
-            if not report.ok:
-                raise refusal(report.problems)
-            upload_id = secrets.token_hex(16)
-            with as_answers():
-                return await self._uploads.run(
-                    upload_id, lambda: self._publish(form, report, upload_id)
-                )
+            published = await self._uploader.publish(form, self._taken_names())
         finally:
             await self.discard(form.staged)
+        report = await self._report(published.version)
+        return UploadResult(published.created, self._views.version(published.version, report))
 
     async def check(self, form: UploadForm) -> Json:
         """Dry run: return the `adapter.report` object with all problems; nothing is kept."""
         try:
-            return (await self._check(form)).to_json()
+            return (await self._uploader.check(form, self._taken_names())).to_json()
         finally:
             await self.discard(form.staged)
 
@@ -200,7 +171,7 @@ class AdapterService:
         files = await asyncio.to_thread(read_folder, name, folder)
         paths = folder / CONFIG_FILE, folder / WEIGHTS_FILE
         job = ValidationJob(*paths, self._engine.base, self._limits, allow_noop=True)
-        report = await self._validate(job)
+        report = await self._uploader.validate(job)
         if not report.ok:
             raise refusal(report.problems)
         return self._add_static(static_record(name, files, report), folder, report)
@@ -243,7 +214,7 @@ class AdapterService:
         if record.file(file) is None:
             raise NotFound(f"{name}:{version} has no {file}", code="file_not_found")
         with as_answers():
-            return (await asyncio.to_thread(self._paths, record))[file]
+            return (await asyncio.to_thread(self._files.paths, record))[file]
 
     async def events(self, name: str, *, tenant: str = DEFAULT_TENANT) -> Sequence[Json]:
         """Return the audit log of a name, oldest first; also of a name that was deleted.
@@ -252,8 +223,7 @@ class AdapterService:
         """
         record = self._directory.get(name, tenant)
         owner = tenant if record is None else record.tenant
-        with as_answers():
-            found = await asyncio.to_thread(self._catalog.list_events, name, owner)
+        found = await self._live.ask(lambda: self._catalog.list_events(name, owner))
         if not found and record is None:
             raise NotFound(f"there is no adapter {name[:80]!r}", code="adapter_not_found")
         return [event_json(event) for event in found]
@@ -276,12 +246,11 @@ class AdapterService:
             raise UploadRefused([problem])
         revision = _revision_of(if_match, name)
         target = self._version(name, version, self._owner(name, tenant))
-        async with self._writing:
-            with as_answers():
-                record = await asyncio.to_thread(
-                    self._catalog.set_alias, alias, target, revision=revision
-                )
-            self._directory.replace(record.tenant, name, record)
+        record = await self._live.change(
+            target.tenant,
+            name,
+            lambda: self._catalog.set_alias(alias, target, revision=revision),
+        )
         return self._adapter_view(record, {})
 
     async def delete_alias(
@@ -298,12 +267,11 @@ class AdapterService:
         """
         revision = _revision_of(if_match, name)
         owner = self._owner(name, tenant)
-        async with self._writing:
-            with as_answers():
-                record = await asyncio.to_thread(
-                    self._catalog.delete_alias, name, alias, tenant=owner, revision=revision
-                )
-            self._directory.replace(owner, name, record)
+        record = await self._live.change(
+            owner,
+            name,
+            lambda: self._catalog.delete_alias(name, alias, tenant=owner, revision=revision),
+        )
         return self._adapter_view(record, {})
 
     async def delete_version(
@@ -316,13 +284,10 @@ class AdapterService:
         Raises: NotFound, Conflict (alias_in_use, or static), Unavailable.
         """
         owner = self._owner(name, tenant)
-        async with self._writing:
-            with as_answers():
-                gone = await asyncio.to_thread(
-                    self._catalog.begin_delete_version, name, version, tenant=owner
-                )
-            await self._refresh(owner, name)
-        return await self._finish_deletion(name, version, (gone,), timeout_s)
+        gone = await self._live.change(
+            owner, name, lambda: self._catalog.begin_delete_version(name, version, tenant=owner)
+        )
+        return await self._remove(name, version, (gone,), timeout_s)
 
     async def delete_adapter(
         self, name: str, *, timeout_s: float = 30.0, tenant: str = DEFAULT_TENANT
@@ -332,13 +297,10 @@ class AdapterService:
         Raises: NotFound, Conflict (static), Unavailable.
         """
         owner = self._owner(name, tenant)
-        async with self._writing:
-            with as_answers():
-                gone = await asyncio.to_thread(
-                    self._catalog.begin_delete_adapter, name, tenant=owner
-                )
-            await self._refresh(owner, name)
-        return await self._finish_deletion(name, None, gone, timeout_s)
+        gone = await self._live.change(
+            owner, name, lambda: self._catalog.begin_delete_adapter(name, tenant=owner)
+        )
+        return await self._remove(name, None, gone, timeout_s)
 
     async def load(
         self, name: str, version: int | None = None, *, tenant: str = DEFAULT_TENANT
@@ -350,7 +312,7 @@ class AdapterService:
         started = time.monotonic()
         record = self._ready_version(name, version, tenant)
         await self._loader.load(record)
-        return await self._action("load", record, started)
+        return await self._views.action("load", record, started, FreedBytes())
 
     async def unload(
         self,
@@ -374,7 +336,7 @@ class AdapterService:
                 "it is unloaded when they end",
                 code="draining",
             ) from error
-        return await self._action("unload", record, started, _freed(resident))
+        return await self._views.action("unload", record, started, freed_bytes(resident))
 
     async def merge(
         self, name: str, version: int | None = None, *, tenant: str = DEFAULT_TENANT
@@ -387,7 +349,7 @@ class AdapterService:
         record = self._ready_version(name, version, tenant)
         with as_answers():
             await self._loader.merge(record)
-        return await self._action("merge", record, started)
+        return await self._views.action("merge", record, started, FreedBytes())
 
     async def unmerge(
         self, name: str, version: int | None = None, *, tenant: str = DEFAULT_TENANT
@@ -399,9 +361,8 @@ class AdapterService:
         started = time.monotonic()
         record = self._ready_version(name, version, tenant)
         result = await self._loader.unmerge(record.digest)
-        return await self._action(
-            "unmerge", record, started, FreedBytes(merged=result.merged_bytes)
-        )
+        freed = FreedBytes(merged=result.merged_bytes)
+        return await self._views.action("unmerge", record, started, freed)
 
     def resolve(self, model: str, *, tenant: str = DEFAULT_TENANT) -> ResolvedModel:
         """Say what a model string means now. A look-up in memory: never waits.
@@ -422,7 +383,8 @@ class AdapterService:
 
         Await it right before `engine.generate`. Requests that come at once load it once.
 
-        Raises: NotFound (deleted since), Conflict (it does not fit this base), Unavailable.
+        Raises: NotFound (deleted since), Conflict (it does not fit this base, or
+        adapter_quarantined), Unavailable.
         """
         if resolved.kind == "base":
             return
@@ -430,14 +392,22 @@ class AdapterService:
         version = adapter.version(resolved.version or 0) if adapter else None
         if version is None or version.state != "ready" or version.digest != resolved.digest:
             raise _unknown_model(resolved.served_name)
-        self._views.note_use(version, time.time())
+        if version.digest in self._engine.snapshot().quarantined:
+            raise Conflict(
+                f"{version.name}:{version.number} gave values that are not finite, repeatedly: "
+                "upload a corrected version, or unload it to try again",
+                code="adapter_quarantined",
+            )
+        self._views.note_use(version)
         await self._loader.load(version)
 
     def models(self, *, tenant: str = DEFAULT_TENANT) -> Sequence[ModelView]:
         """Return the entries of `GET /v1/models`: base names, bare names, `name@alias`."""
-        bases = [self._base_model(name) for name in self.base_names]
         names = self._directory.model_names(tenant)
-        return bases + [self._model_view(name, version) for name, _, version in names]
+        return [
+            *(self._views.base(name) for name in self.base_names),
+            *(self._views.model(name, version) for name, version in names),
+        ]
 
     def model(self, model_id: str, *, tenant: str = DEFAULT_TENANT) -> ModelView:
         """Return one entry of `GET /v1/models`; any model string that resolves has one.
@@ -445,107 +415,35 @@ class AdapterService:
         Raises: NotFound (model_not_found).
         """
         if model_id in self.base_names:
-            return self._base_model(model_id)
+            return self._views.base(model_id)
         version = self._directory.find(model_id, tenant)
         if version is None:
             raise _unknown_model(model_id)
-        return self._model_view(model_id, version)
+        return self._views.model(model_id, version)
 
-    async def _check(self, form: UploadForm) -> Report:
-        """Return the report of an upload, with everything that is wrong with it."""
-        taken = (*self.base_names, *self._directory.static_names())
-        problems = form_problems(form, taken)
-        if form.adapter_config is None or form.adapter_model is None:
-            return refused(problems, self._engine.base)
-        job = ValidationJob(
-            form.adapter_config.path,
-            form.adapter_model.path,
-            self._engine.base,
-            self._limits,
-            form.allow_noop,
-            form.strict_base,
-        )
-        report = await self._validate(job)
-        return replace(report, problems=(*problems, *report.problems))
-
-    async def _publish(self, form: UploadForm, report: Report, upload_id: str) -> UploadResult:
-        """Put the files into the store and commit the version; see the catalog for the order."""
-        assert form.adapter_config is not None
-        assert form.adapter_model is not None
-        base = self._engine.base
-        new = NewVersion(
-            name=form.name,
-            files=file_records(form.adapter_config, form.adapter_model),
-            base_name=base.name,
-            base_digest=base.digest,
-            ranks=report.ranks,
-            target_modules=report.target_modules,
-            report=report.to_json(),
-            tenant=form.tenant,
-            alias=form.alias,
-            tags=form.tags or None,
-            visibility=form.visibility,
-            upload_id=upload_id,
-        )
-        async with self._writing:
-            published = await asyncio.to_thread(self._keep, new, form.staged)
-            self._directory.replace(form.tenant, form.name, published.adapter)
-        version = self._views.version(published.version, await self._report(published.version))
-        return UploadResult(published.created, version)
-
-    def _keep(self, new: NewVersion, staged: Iterable[StagedFile]) -> Published:
-        """Reserve, put, publish; a failure leaves no bytes behind. Runs in a thread."""
-        self._catalog.reserve(new.upload_id, new.files)
-        try:
-            for file in staged:
-                self._store.put(file)
-            return self._catalog.publish(new)
-        except BaseException:
-            self._catalog.release(new.upload_id)
-            self._catalog.collect(self._store.delete)
-            raise
+    def _taken_names(self) -> tuple[str, ...]:
+        return (*self.base_names, *self._directory.static_names())
 
     def _add_static(self, record: AdapterRecord, folder: Path, report: Report) -> VersionView:
         version = record.versions[0]
         known = self._directory.get_static(record.name)
         if known is None:
             self._directory.add_static(record)
-            self._folders[record.name] = folder
+            self._files.folders[record.name] = folder
             self._static_reports[record.name] = report.to_json()
         elif known.versions[0].digest != version.digest:
             raise Conflict(f"--adapter {record.name!r} was given twice, with different files")
         return self._views.version(version, self._static_reports[record.name])
 
-    async def _finish_deletion(
+    async def _remove(
         self, name: str, number: int | None, gone: Sequence[VersionRecord], timeout_s: float
     ) -> DeletionView:
-        key = ",".join(f"{version.tenant}/{version.name}:{version.number}" for version in gone)
-        task = self._deletions.start(key, lambda: self._drain(gone))
+        self._views.forget(gone)
         try:
-            with as_answers():
-                freed = await asyncio.wait_for(asyncio.shield(task), timeout_s)
+            freed = await self._remover.remove(gone, timeout_s)
         except TimeoutError:
             return DeletionView(name, number, done=False)
         return DeletionView(name, number, done=True, freed=freed)
-
-    async def _drain(self, gone: Iterable[VersionRecord]) -> FreedBytes:
-        """Unload versions when their last request ended, then remove their rows and bytes."""
-        freed = FreedBytes()
-        for version in gone:
-            if not self._directory.is_served(version.digest):
-                freed += _freed(await self._loader.unload(version.digest, None))
-            async with self._writing:
-                await asyncio.to_thread(self._catalog.purge, version)
-                await self._refresh(version.tenant, version.name)
-            self._views.forget(version)
-        disk_bytes = await asyncio.to_thread(self._catalog.collect, self._store.delete)
-        return freed + FreedBytes(disk=disk_bytes)
-
-    async def _refresh(self, tenant: str, name: str) -> None:
-        """Take an adapter's state from the catalog; the writing lock is held."""
-        with as_answers():
-            record = await asyncio.to_thread(self._catalog.get, name, tenant)
-        self._directory.replace(tenant, name, record)
 
     def _adapter(self, name: str, tenant: str) -> AdapterRecord:
         record = self._directory.get(name, tenant)
@@ -583,86 +481,11 @@ class AdapterService:
     async def _report(self, version: VersionRecord) -> Json:
         if self._directory.get_static(version.name) is not None:
             return self._static_reports[version.name]
-        with as_answers():
-            return await asyncio.to_thread(self._catalog.report, version)
+        return await self._live.ask(lambda: self._catalog.report(version))
 
     def _adapter_view(self, record: AdapterRecord, reports: dict[int, Json]) -> AdapterView:
         is_static = self._directory.get_static(record.name) is not None
         return self._views.adapter(record, reports, is_static=is_static)
-
-    def _paths(self, version: VersionRecord) -> dict[str, Path]:
-        """Return where a version's files can be read. Runs in a thread.
-
-        Raises: BlobMissing, StoreUnavailable, Conflict (a static folder changed).
-        """
-        if self._directory.get_static(version.name) is not None:
-            folder = self._folders[version.name]
-            check_unchanged(version, folder)
-            return {file.file: folder / file.file for file in version.files}
-        return {file.file: self._store.path(file.sha256) for file in version.files}
-
-    def _read_weights(self, version: VersionRecord) -> AdapterWeights:
-        """Return a version's tensors. Runs in a loader thread."""
-        paths = self._paths(version)
-        return load_weights(
-            paths[CONFIG_FILE],
-            paths[WEIGHTS_FILE],
-            self._engine.base,
-            version.digest,
-            self._dtype,
-            self._limits,
-        )
-
-    async def _action(
-        self,
-        action: ActionName,
-        version: VersionRecord,
-        started: float,
-        freed: FreedBytes = NOTHING_FREED,
-    ) -> ActionView:
-        resident = await self._settled(action, version.digest)
-        return ActionView(
-            action=action,
-            version=self._views.version(version, None),
-            merged_bytes=resident.merged_bytes if resident else 0,
-            freed=freed,
-            seconds=time.monotonic() - started,
-            replica=platform.node(),
-        )
-
-    async def _settled(self, action: ActionName, digest: str) -> ResidentAdapter | None:
-        """Wait until the engine's snapshot, taken once a step, shows what an action did."""
-        deadline = time.monotonic() + SETTLE_S
-        while True:
-            resident = self._engine.snapshot().adapters.get(digest)
-            is_settled = {
-                "load": resident is not None,
-                "unload": resident is None,
-                "merge": resident is not None and resident.merged_bytes > 0,
-                "unmerge": resident is None or resident.merged_bytes == 0,
-            }[action]
-            if is_settled or time.monotonic() > deadline:
-                return resident
-            await asyncio.sleep(SETTLE_POLL_S)
-
-    def _base_model(self, name: str) -> ModelView:
-        base = self._engine.base.name
-        return ModelView(name, self._created, base, None, self._engine.max_model_len)
-
-    def _model_view(self, model_id: str, version: VersionRecord) -> ModelView:
-        return ModelView(
-            id=model_id,
-            created=version.created_at,
-            root=f"{version.name}:{version.number}",
-            parent=self._engine.base.name,
-            max_model_len=self._engine.max_model_len,
-        )
-
-
-def _freed(resident: ResidentAdapter | None) -> FreedBytes:
-    if resident is None:
-        return NOTHING_FREED
-    return FreedBytes(resident.device_bytes, resident.host_bytes, resident.merged_bytes)
 
 
 def _unknown_model(model: str) -> NotFound:

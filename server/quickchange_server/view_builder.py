@@ -1,11 +1,27 @@
 """Views of adapters, made of the catalog's records and of what the engine holds."""
 
-from collections.abc import Mapping
+import asyncio
+import platform
+import time
+from collections.abc import Iterable, Mapping
 
 from quickchange_adapters.records import AdapterRecord, EventRecord, VersionRecord
 
-from quickchange_server.adapter_views import AdapterView, Json, Tier, VersionView
+from quickchange_server.adapter_views import (
+    ActionName,
+    ActionView,
+    AdapterView,
+    FreedBytes,
+    Json,
+    ModelView,
+    Tier,
+    VersionState,
+    VersionView,
+)
 from quickchange_server.engine.interface import GenerationEngine, ResidentAdapter
+
+SETTLE_S = 2.0
+SETTLE_POLL_S = 0.005
 
 Reports = Mapping[int, Json]
 
@@ -16,23 +32,29 @@ class ViewBuilder:
     def __init__(self, engine: GenerationEngine) -> None:
         self._engine = engine
         self._last_used: dict[tuple[str, str, int], int] = {}
+        self._started = int(time.time())
 
-    def note_use(self, version: VersionRecord, now: float) -> None:
+    def note_use(self, version: VersionRecord) -> None:
         """Remember that a version was asked for."""
-        self._last_used[_key(version)] = int(now)
+        self._last_used[_key(version)] = int(time.time())
 
-    def forget(self, version: VersionRecord) -> None:
-        """Drop what is remembered of a version that is gone."""
-        self._last_used.pop(_key(version), None)
+    def forget(self, versions: Iterable[VersionRecord]) -> None:
+        """Drop what is remembered of versions that go."""
+        for version in versions:
+            self._last_used.pop(_key(version), None)
 
     def version(self, record: VersionRecord, report: Json | None) -> VersionView:
         """Return one version's view."""
-        resident = self._engine.snapshot().adapters.get(record.digest)
+        snapshot = self._engine.snapshot()
+        resident = snapshot.adapters.get(record.digest)
+        state: VersionState = record.state
+        if state == "ready" and record.digest in snapshot.quarantined:
+            state = "quarantined"
         return VersionView(
             name=record.name,
             version=record.number,
             digest=record.digest,
-            state=record.state,
+            state=state,
             peft_type=record.peft_type,
             rank=max(record.ranks, default=0),
             ranks=record.ranks,
@@ -64,6 +86,56 @@ class ViewBuilder:
             is_static=is_static,
         )
 
+    def base(self, name: str) -> ModelView:
+        """Return the base's entry among the models."""
+        base = self._engine.base.name
+        return ModelView(name, self._started, base, None, self._engine.max_model_len)
+
+    def model(self, model_id: str, version: VersionRecord) -> ModelView:
+        """Return the entry of a model string among the models."""
+        return ModelView(
+            id=model_id,
+            created=version.created_at,
+            root=f"{version.name}:{version.number}",
+            parent=self._engine.base.name,
+            max_model_len=self._engine.max_model_len,
+        )
+
+    async def action(
+        self,
+        action: ActionName,
+        version: VersionRecord,
+        started_s: float,
+        freed: FreedBytes,
+    ) -> ActionView:
+        """Return what an action, begun at `started_s` (monotonic), did."""
+        seconds = time.monotonic() - started_s
+        resident = await self._settled(action, version.digest)
+        return ActionView(
+            action=action,
+            version=self.version(version, None),
+            merged_bytes=resident.merged_bytes if resident else 0,
+            freed=freed,
+            seconds=seconds,
+            replica=platform.node(),
+        )
+
+    async def _settled(self, action: ActionName, digest: str) -> ResidentAdapter | None:
+        """Wait until the engine's snapshot, taken once a step, shows what an action did."""
+        deadline = time.monotonic() + SETTLE_S
+        while True:
+            resident = self._engine.snapshot().adapters.get(digest)
+            if _shows(action, resident) or time.monotonic() > deadline:
+                return resident
+            await asyncio.sleep(SETTLE_POLL_S)
+
+
+def freed_bytes(resident: ResidentAdapter | None) -> FreedBytes:
+    """Return what an unload gave back, by tier."""
+    if resident is None:
+        return FreedBytes()
+    return FreedBytes(resident.device_bytes, resident.host_bytes, resident.merged_bytes)
+
 
 def event_json(event: EventRecord) -> Json:
     """Return one line of the audit log."""
@@ -86,3 +158,13 @@ def _tier(resident: ResidentAdapter | None) -> Tier:
     if resident is None:
         return "disk"
     return "device" if resident.device_bytes else "host"
+
+
+def _shows(action: ActionName, resident: ResidentAdapter | None) -> bool:
+    merged_bytes = resident.merged_bytes if resident else 0
+    return {
+        "load": resident is not None,
+        "unload": resident is None,
+        "merge": merged_bytes > 0,
+        "unmerge": merged_bytes == 0,
+    }[action]

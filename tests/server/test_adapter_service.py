@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from quickchange_adapters.limits import AdapterLimits
 from quickchange_adapters.store import LocalStore
 from quickchange_adapters.weights import AdapterWeights
 from quickchange_server.adapter_service import AdapterService, UploadForm, UploadRefused
-from quickchange_server.engine.interface import MergeResult
+from quickchange_server.engine.interface import EngineSnapshot, MergeResult
 from quickchange_server.engine.request import AdapterRef, GenerationRequest
 from quickchange_server.errors import (
     Conflict,
@@ -62,6 +62,10 @@ class SlowEngine(ScriptedEngine):
     num_loads: int = 0
     merge_ceiling_bytes: int = 1 << 30
     num_unloads: int = 0
+    damaged: frozenset[str] = frozenset()
+
+    def snapshot(self) -> EngineSnapshot:
+        return replace(super().snapshot(), quarantined=self.damaged)
 
     async def load_adapter(self, weights: AdapterWeights) -> None:
         self.num_loads += 1
@@ -625,6 +629,16 @@ async def test_a_version_that_does_not_fit_another_base_is_a_conflict(world: Wor
         await other.service.acquire(other.service.resolve("a"))
     assert caught.value.code == "base_mismatch"
     await other.service.stop()
+
+
+async def test_a_quarantined_version_is_shown_and_refused(world: World) -> None:
+    await world.upload("a")
+    resolved = world.service.resolve("a")
+    world.engine.damaged = frozenset({resolved.digest})
+    assert (await world.service.get_version("a")).state == "quarantined"
+    with pytest.raises(Conflict) as caught:
+        await world.service.acquire(resolved)
+    assert caught.value.code == "adapter_quarantined"
 
 
 async def test_uploads_at_once_all_get_their_own_number(world: World) -> None:

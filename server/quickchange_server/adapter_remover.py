@@ -1,0 +1,66 @@
+"""The end of versions: out of the engine when their last request ended, then off the disk."""
+
+import asyncio
+from collections.abc import Iterable, Sequence
+
+from quickchange_adapters.records import VersionRecord
+from quickchange_adapters.store import Store
+
+from quickchange_server.adapter_directory import AdapterDirectory
+from quickchange_server.adapter_loader import AdapterLoader
+from quickchange_server.adapter_views import FreedBytes
+from quickchange_server.live_catalog import LiveCatalog
+from quickchange_server.shared_tasks import SharedTasks
+from quickchange_server.view_builder import freed_bytes
+
+
+class AdapterRemover:
+    """Finishes deletions that the catalog has begun: nobody new can ask for these versions."""
+
+    def __init__(
+        self,
+        store: Store,
+        live: LiveCatalog,
+        directory: AdapterDirectory,
+        loader: AdapterLoader,
+    ) -> None:
+        self._store = store
+        self._live = live
+        self._directory = directory
+        self._loader = loader
+        self._drains: SharedTasks[FreedBytes] = SharedTasks()
+
+    async def stop(self) -> None:
+        """Leave what is under way to the next start."""
+        await self._drains.stop()
+
+    async def resume(self) -> None:
+        """Finish what an earlier process left; nothing of it can be loaded."""
+        catalog = self._live.catalog
+        for version in await self._live.ask(catalog.list_deleting):
+            await self._purge(version)
+        await self._live.ask(lambda: catalog.collect(self._store.delete))
+
+    async def remove(self, gone: Sequence[VersionRecord], timeout_s: float) -> FreedBytes:
+        """Drain versions, free their memory, remove their rows and bytes.
+
+        Raises: TimeoutError when requests still run after `timeout_s`; it goes on. Unavailable.
+        """
+        key = ",".join(f"{version.tenant}/{version.name}:{version.number}" for version in gone)
+        task = self._drains.start(key, lambda: self._drain(gone))
+        return await asyncio.wait_for(asyncio.shield(task), timeout_s)
+
+    async def _drain(self, gone: Iterable[VersionRecord]) -> FreedBytes:
+        freed = FreedBytes()
+        for version in gone:
+            # The same bytes may serve under another name; then they stay where they are.
+            if not self._directory.is_served(version.digest):
+                freed += freed_bytes(await self._loader.unload(version.digest, None))
+            await self._purge(version)
+        catalog = self._live.catalog
+        disk_bytes = await self._live.ask(lambda: catalog.collect(self._store.delete))
+        return freed + FreedBytes(disk=disk_bytes)
+
+    async def _purge(self, version: VersionRecord) -> None:
+        catalog = self._live.catalog
+        await self._live.change(version.tenant, version.name, lambda: catalog.purge(version))

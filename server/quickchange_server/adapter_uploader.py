@@ -1,0 +1,126 @@
+"""An upload's way from its form to a committed version."""
+
+import asyncio
+import secrets
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import replace
+
+from quickchange_adapters.base_spec import BaseSpec
+from quickchange_adapters.limits import AdapterLimits
+from quickchange_adapters.records import NewVersion, Published
+from quickchange_adapters.store import StagedFile, Store
+from quickchange_adapters.validate import Report, ValidationJob, refused
+
+from quickchange_server.adapter_upload import UploadForm, file_records, form_problems, refusal
+from quickchange_server.answers import as_answers
+from quickchange_server.live_catalog import LiveCatalog
+from quickchange_server.shared_tasks import SharedTasks
+
+MAX_CHECKS = 2
+
+Validate = Callable[[ValidationJob], Awaitable[Report]]
+
+
+async def validate_in_thread(job: ValidationJob) -> Report:
+    """Check an upload in a thread of this process."""
+    return await asyncio.to_thread(job.run)
+
+
+class AdapterUploader:
+    """Checks uploads, keeps their files and publishes them."""
+
+    def __init__(
+        self,
+        base: BaseSpec,
+        store: Store,
+        live: LiveCatalog,
+        limits: AdapterLimits,
+        validate: Validate,
+    ) -> None:
+        self._base = base
+        self._store = store
+        self._live = live
+        self._limits = limits
+        self._validate = validate
+        self._checks = asyncio.Semaphore(MAX_CHECKS)
+        self._publishing: SharedTasks[Published] = SharedTasks()
+
+    async def join(self) -> None:
+        """Wait for what is being published."""
+        await self._publishing.join()
+
+    async def discard(self, staged: Iterable[StagedFile]) -> None:
+        """Forget staged files; what is already gone is skipped."""
+        with as_answers():
+            for file in staged:
+                await asyncio.to_thread(self._store.discard, file)
+
+    async def check(self, form: UploadForm, taken_names: Sequence[str]) -> Report:
+        """Return the report of an upload, with everything that is wrong with it."""
+        problems = form_problems(form, taken_names)
+        if form.adapter_config is None or form.adapter_model is None:
+            return refused(problems, self._base)
+        job = ValidationJob(
+            form.adapter_config.path,
+            form.adapter_model.path,
+            self._base,
+            self._limits,
+            form.allow_noop,
+            form.strict_base,
+        )
+        report = await self.validate(job)
+        return replace(report, problems=(*problems, *report.problems))
+
+    async def validate(self, job: ValidationJob) -> Report:
+        """Do a job when its turn comes; a few at a time bound their memory."""
+        async with self._checks:
+            return await self._validate(job)
+
+    async def publish(self, form: UploadForm, taken_names: Sequence[str]) -> Published:
+        """Check an upload and make it a version.
+
+        Raises: UploadRefused, TooLarge, Conflict, Unavailable.
+        """
+        report = await self.check(form, taken_names)
+        if not report.ok:
+            raise refusal(report.problems)
+        new = self._new_version(form, report)
+
+        async def work() -> Published:
+            return await self._live.change(
+                new.tenant, new.name, lambda: self._keep(new, form.staged)
+            )
+
+        # The picture in memory must follow the commit, even if the caller leaves in between.
+        return await self._publishing.run(new.upload_id, work)
+
+    def _new_version(self, form: UploadForm, report: Report) -> NewVersion:
+        assert form.adapter_config is not None
+        assert form.adapter_model is not None
+        return NewVersion(
+            name=form.name,
+            files=file_records(form.adapter_config, form.adapter_model),
+            base_name=self._base.name,
+            base_digest=self._base.digest,
+            ranks=report.ranks,
+            target_modules=report.target_modules,
+            report=report.to_json(),
+            tenant=form.tenant,
+            alias=form.alias,
+            tags=form.tags or None,
+            visibility=form.visibility,
+            upload_id=secrets.token_hex(16),
+        )
+
+    def _keep(self, new: NewVersion, staged: Iterable[StagedFile]) -> Published:
+        """Reserve, put, publish; a failure leaves no bytes behind. Runs in a thread."""
+        catalog = self._live.catalog
+        catalog.reserve(new.upload_id, new.files)
+        try:
+            for file in staged:
+                self._store.put(file)
+            return catalog.publish(new)
+        except BaseException:
+            catalog.release(new.upload_id)
+            catalog.collect(self._store.delete)
+            raise

@@ -1,0 +1,43 @@
+"""The catalog and its picture in memory, changed together."""
+
+import asyncio
+from collections.abc import Callable
+from typing import TypeVar
+
+from quickchange_adapters.catalog import Catalog
+
+from quickchange_server.adapter_directory import AdapterDirectory
+from quickchange_server.answers import as_answers
+
+T = TypeVar("T")
+
+
+class LiveCatalog:
+    """Runs the catalog's blocking calls in threads and keeps the directory true.
+
+    One change at a time, so that the directory takes the catalog's states in their order.
+    Its errors come as the server's: NotFound, Conflict, PreconditionFailed, Unavailable.
+    """
+
+    def __init__(self, catalog: Catalog, directory: AdapterDirectory) -> None:
+        self.catalog = catalog
+        self._directory = directory
+        self._changing = asyncio.Lock()
+
+    async def load(self) -> None:
+        """Read everything anew."""
+        async with self._changing:
+            self._directory.load(await self.ask(self.catalog.list_adapters))
+
+    async def ask(self, function: Callable[[], T]) -> T:
+        """Run a call that changes no adapter."""
+        with as_answers():
+            return await asyncio.to_thread(function)
+
+    async def change(self, tenant: str, name: str, function: Callable[[], T]) -> T:
+        """Run a call that changes one adapter, then read that adapter anew."""
+        async with self._changing:
+            result = await self.ask(function)
+            record = await self.ask(lambda: self.catalog.get(name, tenant))
+            self._directory.replace(tenant, name, record)
+            return result
