@@ -14,7 +14,7 @@ come, go or move, so a plan made under an older generation is stale. Rows of dro
 their old (finite) values: steps mask them out.
 """
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -136,10 +136,14 @@ class AdapterPool:
         """Return the slot of a version if it is resident."""
         return self._slots.get(digest)
 
-    def can_ever_hold(self, adapter: HostAdapter) -> bool:
-        """Whether an empty pool would hold this adapter."""
-        return adapter.num_vocabulary_bytes <= self.vocabulary_ceiling_bytes and all(
-            group.num_rows <= self.num_rows for group in adapter.groups.values()
+    def can_ever_hold(self, *adapters: HostAdapter) -> bool:
+        """Whether an empty pool would hold all these adapters together."""
+        vocabulary_bytes = sum(adapter.num_vocabulary_bytes for adapter in adapters)
+        rows: Counter[str] = Counter()
+        for adapter in adapters:
+            rows.update({kind: group.num_rows for kind, group in adapter.groups.items()})
+        return vocabulary_bytes <= self.vocabulary_ceiling_bytes and all(
+            num_rows <= self.num_rows for num_rows in rows.values()
         )
 
     def acquire(self, adapter: HostAdapter) -> Slot | None:

@@ -165,12 +165,25 @@ class EngineClient:
         wanted = (*request.prompt_ids, *(token for token, _ in request.sampling.logit_bias))
         if wanted and not (min(wanted) >= 0 and max(wanted) <= highest):
             raise InvalidRequest(f"token ids must be from 0 to {highest}", code="invalid_token_id")
+        self._check_mix(request)
         total = len(request.prompt_ids) + request.max_tokens
         if not request.prompt_ids or total > self.max_model_len:
             raise InvalidRequest(
                 f"{len(request.prompt_ids)} prompt tokens and max_tokens {request.max_tokens} "
                 f"must be at least 1 and at most {self.max_model_len} together",
                 code="context_length_exceeded",
+            )
+
+    def _check_mix(self, request: GenerationRequest) -> None:
+        digests = {adapter.digest for adapter in request.adapters}
+        held = [self._engine.residency.host_copy(digest) for digest in digests]
+        pool = self._engine.runner.pool
+        if not pool.can_ever_hold(*(adapter for adapter in held if adapter is not None)):
+            raise InvalidRequest(
+                f"the {len(digests)} adapters of this mix do not fit together into the device "
+                f"pool of {pool.num_rows} rank rows: use fewer, or raise --adapter-device-bytes",
+                code="mix_too_large",
+                param="adapters",
             )
 
     def _check_fits(self, adapter: HostAdapter) -> None:

@@ -371,6 +371,19 @@ async def test_what_cannot_run_is_refused_with_the_limit(
         await asyncio.gather(*tasks)
 
 
+async def test_a_mix_that_can_never_be_resident_is_refused(
+    tiny_base: Path, make_adapter: MakeAdapter
+) -> None:
+    async with started(tiny_base, adapter_device_bytes=500_000) as engine:
+        for index in range(2):
+            await engine.load_adapter(peft_weights(make_adapter(seed=index, r=32), f"m{index}"))
+        both = (AdapterRef("m0"), AdapterRef("m1"))
+        with pytest.raises(InvalidRequest, match="adapter-device-bytes") as caught:
+            await collect(engine.generate(GenerationRequest("mix", PROMPT, both)))
+        assert caught.value.code == "mix_too_large"
+        assert len((await collect(engine.generate(greedy("one", "m0")))).token_ids) == 8
+
+
 async def test_stop_tokens_end_an_answer_and_min_tokens_delays_them(engine: EngineClient) -> None:
     free = await collect(engine.generate(greedy("free", num=30)))
     stop = free.token_ids[4]
