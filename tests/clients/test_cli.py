@@ -173,7 +173,7 @@ def test_alias(run_command: RunCommand, fake_server: FakeServer, pushed: str) ->
 
 def test_merge_and_unmerge(run_command: RunCommand, fake_server: FakeServer, pushed: str) -> None:
     merged = run_command("merge", f"{pushed}@default")
-    assert (merged.exit_code, "3.0 kB" in merged.stdout) == (0, True)
+    assert (merged.exit_code, "2.9 KiB" in merged.stdout) == (0, True)
     assert fake_server.requests[-1] == ("POST", f"/v1/adapters/{pushed}/merge", {"version": 1})
     unmerged = run_command("unmerge", pushed, "--json")
     assert json.loads(unmerged.stdout)["merged"] is False
@@ -198,7 +198,7 @@ def test_rm(run_command: RunCommand, pushed: str, other_folder: Path) -> None:
 
 def test_rm_says_what_it_freed(run_command: RunCommand, pushed: str) -> None:
     stdout = run_command("rm", pushed).stdout
-    assert stdout == "deleted sentiment; freed 4.1 kB device, 2.0 kB host, 1.0 kB disk\n"
+    assert stdout == "deleted sentiment; freed 4.0 KiB device, 2.0 KiB host, 1.0 KiB disk\n"
 
 
 def test_generate_streams_a_chat(run_command: RunCommand, fake_server: FakeServer) -> None:
@@ -240,8 +240,8 @@ def test_generate_that_fails_midway_is_1(run_command: RunCommand, prompt: str) -
 
 def test_memory(run_command: RunCommand) -> None:
     lines = [line.split() for line in run_command("memory").stdout.splitlines()]
-    assert lines[1:3] == [["base", "1500000", "1.5", "MB"], ["kv_used", "0", "0", "B"]]
-    assert lines[-1] == ["sha256:abababababab", "2.0", "kB", "4.1", "kB", "0", "B", "1"]
+    assert lines[1:3] == [["base", "1500000", "1.4", "MiB"], ["kv_used", "0", "0", "B"]]
+    assert lines[-1] == ["sha256:abababababab", "2.0", "KiB", "4.0", "KiB", "0", "B", "1"]
     assert json.loads(run_command("memory", "--json").stdout)["bytes"]["base"] == 1_500_000
 
 
@@ -287,5 +287,17 @@ def test_references() -> None:
 
 
 def test_bytes_are_readable() -> None:
-    shown = [format_bytes(n) for n in (0, 999, 1000, 921_600, 2_500_000_000, 10**15)]
-    assert shown == ["0 B", "999 B", "1.0 kB", "921.6 kB", "2.5 GB", "1000.0 TB"]
+    shown = [format_bytes(n) for n in (0, 1023, 1024, 921_600, 5 << 29, 1 << 51)]
+    assert shown == ["0 B", "1023 B", "1.0 KiB", "900.0 KiB", "2.5 GiB", "2048.0 TiB"]
+
+
+def test_many_problems_are_cut_short(run_command: RunCommand, fake_server: FakeServer) -> None:
+    problems = [
+        {"code": "shape_mismatch", "where": f"layer.{n}", "message": "m", "hint": ""}
+        for n in range(30)
+    ]
+    fake_server.next_answers.append(refusal(400, "shape_mismatch", "why", problems=problems))
+    stderr = run_command("merge", "x").stderr
+    assert "layer.9: m" in stderr
+    assert "layer.10: m" not in stderr
+    assert "and 20 more" in stderr

@@ -32,40 +32,12 @@ def print_adapter(adapter: Adapter) -> None:
 
 def print_version(version: AdapterVersion) -> None:
     """Print one version, and the report of its upload."""
-    held = version.bytes
-    print_pairs(
-        [
-            ("version", f"{version.name}:{version.version}"),
-            ("digest", version.digest),
-            ("state", version.state),
-            ("tier", version.tier),
-            ("merged", "yes" if version.merged else None),
-            ("file", format_bytes(held.file)),
-            ("host", format_bytes(held.host) if held.host else None),
-            ("device", format_bytes(held.device) if held.device else None),
-            ("created", format_time(version.created_at)),
-        ]
-    )
-    if version.report is not None:
-        print_report(version.report)
+    print_pairs([*_version_pairs(version), *_report_pairs(version.report)])
 
 
 def print_report(report: AdapterReport) -> None:
     """Print what the server found in an upload."""
-    modules = report.modules
-    print_pairs(
-        [
-            ("base", report.base),
-            ("ranks", ", ".join(map(str, report.ranks)) or None),
-            ("targets", ", ".join(report.target_modules) or None),
-            ("matched", f"{len(modules.matched)} modules"),
-            ("missed", _names(modules.missed)),
-            ("unexpected", _names(modules.unexpected)),
-            ("update norm", _norm_range(report)),
-            ("no effect", "yes: it changes nothing" if report.no_effect else None),
-            *(("warning", warning) for warning in report.warnings),
-        ]
-    )
+    print_pairs(_report_pairs(report))
 
 
 def print_action(action: AdapterAction) -> None:
@@ -81,6 +53,38 @@ def print_action(action: AdapterAction) -> None:
             ("took", f"{action.seconds:.3f} s"),
         ]
     )
+
+
+def _version_pairs(version: AdapterVersion) -> list[tuple[str, object]]:
+    held = version.bytes
+    return [
+        ("version", f"{version.name}:{version.version}"),
+        ("digest", version.digest),
+        ("state", version.state),
+        ("tier", version.tier),
+        ("merged", "yes" if version.merged else None),
+        ("file", format_bytes(held.file)),
+        ("host", format_bytes(held.host) if held.host else None),
+        ("device", format_bytes(held.device) if held.device else None),
+        ("created", format_time(version.created_at)),
+    ]
+
+
+def _report_pairs(report: AdapterReport | None) -> list[tuple[str, object]]:
+    if report is None:
+        return []
+    modules = report.modules
+    return [
+        ("base", report.base),
+        ("ranks", ", ".join(map(str, report.ranks)) or None),
+        ("targets", ", ".join(report.target_modules) or None),
+        ("matched", f"{len(modules.matched)} modules"),
+        ("missed", _names(modules.missed)),
+        ("unexpected", _names(modules.unexpected)),
+        ("update norm", _norm_range(report)),
+        ("no effect", "yes: it changes nothing" if report.no_effect else None),
+        *(("warning", warning) for warning in report.warnings),
+    ]
 
 
 def _adapter_row(adapter: Adapter) -> tuple[object, ...]:

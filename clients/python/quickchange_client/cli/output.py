@@ -1,6 +1,7 @@
 """How values look on a terminal. What the server sends never reaches it with control characters."""
 
 import json
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from quickchange_client.adapter import Adapter
 from quickchange_client.errors import Problem
 
 WIDTH_WITHOUT_TERMINAL = 160
+MAX_PROBLEMS = 10
 _CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
@@ -52,20 +54,31 @@ def print_pairs(pairs: Iterable[tuple[str, object]]) -> None:
     _console(False).print(table)
 
 
-def print_problems(problems: Iterable[Problem], *, to_stderr: bool = False) -> None:
-    """Print why an upload is refused, a row for each reason."""
-    rows = [(each.code, each.where, each.message, each.hint) for each in problems]
-    print_table(("PROBLEM", "WHERE", "WHAT", "WHAT TO DO"), rows, to_stderr=to_stderr)
+def print_problems(problems: Sequence[Problem], *, to_stderr: bool = False) -> None:
+    """Print why an upload is refused, a row for each reason, the first few of many."""
+    shown = problems[:MAX_PROBLEMS]
+    rows = [(each.code, _what(each), each.hint) for each in shown]
+    print_table(("PROBLEM", "WHAT", "WHAT TO DO"), rows, to_stderr=to_stderr)
+    if len(problems) > len(shown):
+        more = f"and {len(problems) - len(shown)} more; --json shows all"
+        print(more, file=sys.stderr if to_stderr else sys.stdout)
+
+
+def _what(problem: Problem) -> str:
+    """Return the message, with the place before it unless it names that itself."""
+    if not problem.where or problem.where in problem.message:
+        return problem.message
+    return f"{problem.where}: {problem.message}"
 
 
 def format_bytes(num_bytes: int) -> str:
-    """Return bytes as people read them: `921.6 kB`."""
+    """Return bytes as people read them, and as the server's own flags take them: `1.5 MiB`."""
     value = float(num_bytes)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.1f} TB"
+        value /= 1024
+    return f"{value:.1f} TiB"
 
 
 def format_time(seconds_since_1970: int | None) -> str:
