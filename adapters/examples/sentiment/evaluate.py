@@ -29,9 +29,12 @@ from transformers.utils import logging
 
 Row = dict[str, str]
 NUM_ANSWER_TOKENS = 2
+HELD_OUT = ("valid", "test")
+KINDS = ("plain", "wry")
 BATCH_ROWS = 20
+PLAIN = "the plain review"
 PROMPTS = {
-    "the plain review": "{review}",
+    PLAIN: "{review}",
     "an instruction": "Is the following review positive or negative? "
     "Answer with one word, positive or negative.\n\nReview: {review}",
     "an instruction and two examples": "Say whether a review is positive or negative.\n\n"
@@ -180,6 +183,12 @@ def table_line(name: str, answers: Answers, rows: list[Row]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def share_right(answers: Answers, rows: list[Row], field: str, value: str) -> float:
+    """Return the share of exactly right answers among the rows whose field has this value."""
+    pairs = zip(answers.texts, rows, strict=True)
+    return share(text == row["label"] for text, row in pairs if row[field] == value)
+
+
 def sample_lines(rows: list[Row], base: Answers, adapter: Answers) -> list[str]:
     """Return three reviews the adapter got right and two it got wrong, spread over the file."""
     right = [i for i, row in enumerate(rows) if adapter.texts[i] == row["label"]]
@@ -195,25 +204,23 @@ def sample_lines(rows: list[Row], base: Answers, adapter: Answers) -> list[str]:
     return lines
 
 
-def report(
-    rows: list[Row], asked: dict[str, Answers], losses: dict[str, float], counting: float
-) -> str:
-    """Return EVAL.md."""
-    adapter = asked["adapter, the plain review"]
-    base = asked["base, the plain review"]
-    parts = {label: [i for i, row in enumerate(rows) if row["label"] == label] for label in LABELS}
+def headline(split: str, rows: list[Row], adapter: Answers) -> list[str]:
     recalls = ", ".join(
-        f"{percent(share(adapter.texts[i] == label for i in found))} of the {label} ones"
-        for label, found in parts.items()
+        f"{percent(share_right(adapter, rows, field, value))} of the {value} ones"
+        for field, values in (("label", LABELS), ("kind", KINDS))
+        for value in values
     )
-    lines = [
-        "# Evaluation",
+    return [
+        f"**The adapter answers {percent(adapter.right(rows))} of the {len(rows)} handwritten "
+        f"{split} reviews right**: {recalls}.",
         "",
-        "Written by `evaluate.py`; do not edit. Greedy decoding, float32, CPU.",
-        "",
-        f"**The adapter answers {percent(adapter.right(rows))} of the {len(rows)} handwritten test "
-        f"reviews right** ({recalls}). Their topics do not occur in the training reviews.",
-        "",
+        "Their topics do not occur in the training reviews. A plain review says what its writer "
+        "thinks; a wry one leaves it to the reader, by irony, understatement or what happened.",
+    ]
+
+
+def comparison(rows: list[Row], asked: dict[str, Answers]) -> list[str]:
+    return [
         "| model and what it is shown | says exactly one of the two words | exactly right "
         "| right word appears first | right word likelier | same, threshold at the median |",
         "|---|---|---|---|---|---|",
@@ -222,52 +229,80 @@ def report(
         "The last two columns compare the probabilities of the two words only, so that a model "
         "that likes to chat is not punished for it; the last one also removes a leaning towards "
         "one word by using what no user has, the balance of this test.",
-        "",
-        f"Logistic regression on words and word pairs, same training reviews: {percent(counting)}.",
-        "",
+    ]
+
+
+def loss_table(losses: dict[tuple[str, str], float]) -> list[str]:
+    return [
         "| held-out loss (nats a token, two tokens an answer) | base | adapter |",
         "|---|---|---|",
         *[
-            f"| {name} | {losses[f'base {name}']:.3f} | {losses[f'adapter {name}']:.3f} |"
-            for name in ("valid", "test")
+            f"| {split} | {losses['base', split]:.3f} | {losses['adapter', split]:.3f} |"
+            for split in HELD_OUT
         ],
-        "",
-        "## Samples",
-        "",
-        "Three that it got right, then two that it got wrong, spread evenly over the file.",
-        "",
-        *sample_lines(rows, base, adapter),
     ]
-    return "\n".join(lines) + "\n"
+
+
+def report(
+    split: str,
+    rows: list[Row],
+    asked: dict[str, Answers],
+    losses: dict[tuple[str, str], float],
+    counting: float,
+) -> str:
+    """Return EVAL.md."""
+    adapter, base = asked[f"adapter, {PLAIN}"], asked[f"base, {PLAIN}"]
+    parts = [
+        ["# Evaluation"],
+        ["Written by `evaluate.py`; do not edit. Greedy decoding, float32, CPU."],
+        headline(split, rows, adapter),
+        comparison(rows, asked),
+        [
+            "Logistic regression on words and word pairs, same training reviews: "
+            f"{percent(counting)}."
+        ],
+        loss_table(losses),
+        ["## Samples"],
+        ["Three that it got right, then up to two that it got wrong, spread over the file."],
+        sample_lines(rows, base, adapter),
+    ]
+    return "\n\n".join("\n".join(part) for part in parts) + "\n"
+
+
+def measured(
+    base_folder: Path, adapter_folder: Path, rows: list[Row]
+) -> tuple[dict[str, Answers], dict[tuple[str, str], float]]:
+    """Return what base and adapter say to `rows`, and their losses on both held-out splits."""
+    tokenizer = AutoTokenizer.from_pretrained(base_folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32).eval()
+    splits = {name: read_rows(f"{name}.jsonl") for name in HELD_OUT}
+    asked: dict[str, Answers] = {}
+    losses: dict[tuple[str, str], float] = {}
+    for who, forms in (("base", list(PROMPTS)), ("adapter", [PLAIN])):
+        if who == "adapter":
+            model = PeftModel.from_pretrained(model, adapter_folder).eval()
+        for name in forms:
+            title = f"{who}, {name}"
+            asked[title] = ask(model, tokenizer, rows, PROMPTS[name], title)
+        for name, split in splits.items():
+            losses[who, name] = held_out_loss(model, tokenizer, split, f"{who}, {name} loss")
+    return asked, losses
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("base", type=Path, help="folder of the base model (Hugging Face form)")
     parser.add_argument("--adapter", type=Path, default=HERE / "adapter")
-    parser.add_argument("--split", choices=("test", "valid"), default="test")
+    parser.add_argument("--split", choices=HELD_OUT, default="test")
     parser.add_argument("--output", type=Path, default=HERE / "EVAL.md")
     options = parser.parse_args()
     logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(options.base)
     rows = read_rows(f"{options.split}.jsonl")
-    model: Any = AutoModelForCausalLM.from_pretrained(options.base, dtype=torch.float32).eval()
-    splits = {name: read_rows(f"{name}.jsonl") for name in ("valid", "test")}
-    asked = {
-        f"base, {name}": ask(model, tokenizer, rows, form, f"base, {name}")
-        for name, form in PROMPTS.items()
-    }
-    losses = {
-        f"base {name}": held_out_loss(model, tokenizer, split, f"base loss, {name}")
-        for name, split in splits.items()
-    }
-    model = PeftModel.from_pretrained(model, options.adapter).eval()
-    form = PROMPTS["the plain review"]
-    asked["adapter, the plain review"] = ask(model, tokenizer, rows, form, "adapter")
-    for name, split in splits.items():
-        losses[f"adapter {name}"] = held_out_loss(model, tokenizer, split, f"loss, {name}")
+    asked, losses = measured(options.base, options.adapter, rows)
     counting = bag_of_words(read_rows("train.jsonl"), rows)
-    options.output.write_text(report(rows, asked, losses, counting), encoding="utf-8")
+    options.output.write_text(
+        report(options.split, rows, asked, losses, counting), encoding="utf-8"
+    )
     print(f"written: {options.output.name}")
 
 

@@ -8,7 +8,8 @@ import argparse
 import json
 import re
 import tomllib
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -235,7 +236,8 @@ def candidates(rng: Random, phrases: dict[str, Any]) -> Iterator[dict[str, str]]
         for label in OPPOSITE:
             writer = Writer(rng, phrases, label)
             text = as_typed(rng, rng.choices(forms, weights)[0](writer), label)
-            yield {"text": text, "label": label, "topic": writer.domain["topic"]}
+            topic = writer.domain["topic"]
+            yield {"text": text, "label": label, "topic": topic, "kind": "composed"}
 
 
 def read_jsonl(path: Path) -> list[dict[str, str]]:
@@ -243,28 +245,51 @@ def read_jsonl(path: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def close_to_any(row: dict[str, str], seen: list[frozenset[str]]) -> bool:
-    """Return whether a review nearly repeats one that was seen."""
-    marks = shingles(row["text"])
-    return any(similarity(marks, other) >= MAX_SIMILARITY for other in seen)
+class Seen:
+    """The reviews met so far, found by the shingles they share with a new one."""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        self._reviews: list[frozenset[str]] = []
+        self._holders: defaultdict[str, set[int]] = defaultdict(set)
+        for text in texts:
+            self.add(text)
+
+    def add(self, text: str) -> None:
+        marks = shingles(text)
+        for shingle in marks:
+            self._holders[shingle].add(len(self._reviews))
+        self._reviews.append(marks)
+
+    def has_close(self, text: str) -> bool:
+        """Return whether a review nearly repeats one that was seen."""
+        marks = shingles(text)
+        near = set().union(*(self._holders.get(shingle, ()) for shingle in marks))
+        return any(similarity(marks, self._reviews[i]) >= MAX_SIMILARITY for i in near)
+
+
+def handwritten_rows(seen: Seen) -> list[dict[str, str]]:
+    """Return the handwritten training reviews; end with a message if one repeats a held-out one."""
+    rows = [row | {"kind": "handwritten"} for row in read_jsonl(HERE / "handwritten.jsonl")]
+    repeated = [row["text"] for row in rows if seen.has_close(row["text"])]
+    if repeated:
+        raise SystemExit(f"handwritten.jsonl repeats held-out reviews: {repeated}")
+    return rows
 
 
 def make_train(num_composed: int, seed: int) -> list[dict[str, str]]:
     """Return the handwritten training reviews and `num_composed` new ones, shuffled."""
     rng = Random(seed)
     phrases = tomllib.loads((HERE / "phrases.toml").read_text(encoding="utf-8"))
-    seen = [shingles(row["text"]) for name in HELD_OUT for row in read_jsonl(HERE / name)]
-    rows = read_jsonl(HERE / "handwritten.jsonl")
-    repeated = [row["text"] for row in rows if close_to_any(row, seen)]
-    if repeated:
-        raise SystemExit(f"handwritten.jsonl repeats held-out reviews: {repeated}")
+    seen = Seen(row["text"] for name in HELD_OUT for row in read_jsonl(HERE / name))
+    rows = handwritten_rows(seen)
     num_rows = len(rows) + num_composed
-    seen += [shingles(row["text"]) for row in rows]
+    for row in rows:
+        seen.add(row["text"])
     for row in candidates(rng, phrases):
         if len(rows) == num_rows:
             break
-        if not close_to_any(row, seen):
-            seen.append(shingles(row["text"]))
+        if not seen.has_close(row["text"]):
+            seen.add(row["text"])
             rows.append(row)
     rng.shuffle(rows)
     return rows
@@ -272,7 +297,7 @@ def make_train(num_composed: int, seed: int) -> list[dict[str, str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--composed", type=int, default=1500)
+    parser.add_argument("--composed", type=int, default=2600)
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--output", type=Path, default=HERE / "train.jsonl")
     options = parser.parse_args()

@@ -13,13 +13,15 @@ from typing import Any, TextIO
 
 import torch
 from chat_form import BASE_ID, HERE, answer_ids, answer_logits, answer_loss, prompt_ids, read_rows
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 NUM_ANSWER_TOKENS = 2  # one for either label, one for the end
+HANDWRITTEN_REPEATS = 3  # in an epoch; the composed reviews come once
 VALIDATE_EVERY = 25  # steps
 
 
@@ -30,7 +32,7 @@ def parsed_options() -> argparse.Namespace:
     parser.add_argument("--log", type=Path, default=HERE / "train_log.jsonl")
     parser.add_argument("--epochs", type=float, default=1.0)
     parser.add_argument("--batch-rows", type=int, default=16)
-    parser.add_argument("--learning-rate", type=float, default=6e-4)
+    parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--rank", type=int, default=4)
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--max-steps", type=int, default=None, help="stop early, to try things")
@@ -51,10 +53,13 @@ def adapted(base: Path, rank: int) -> Any:
 
 
 def token_rows(tokenizer: Any, name: str) -> list[list[int]]:
-    """Return prompt and answer of every row of a file as token ids."""
-    rows = read_rows(name)
-    ids = [prompt_ids(tokenizer, row["text"]) + answer_ids(tokenizer, row["label"]) for row in rows]
-    assert all(len(answer_ids(tokenizer, row["label"])) == NUM_ANSWER_TOKENS for row in rows)
+    """Return prompt and answer of every row of a file as token ids, repeated by kind."""
+    ids: list[list[int]] = []
+    for row in read_rows(name):
+        answer = answer_ids(tokenizer, row["label"])
+        assert len(answer) == NUM_ANSWER_TOKENS
+        repeats = HANDWRITTEN_REPEATS if row["kind"] == "handwritten" else 1
+        ids += [prompt_ids(tokenizer, row["text"]) + answer] * repeats
     return ids
 
 
@@ -87,16 +92,24 @@ def validate(model: Any, rows: list[list[int]], pad_id: int) -> tuple[float, flo
 
 
 def save(model: Any, folder: Path) -> None:
-    """Write the two files of the adapter: bfloat16 weights, and a config without local paths."""
-    state = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    for parameter in (p for p in model.parameters() if p.requires_grad):
-        parameter.data = parameter.data.to(torch.bfloat16)
-    model.peft_config["default"].base_model_name_or_path = BASE_ID
-    model.save_pretrained(folder, save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)
-    for name, parameter in model.named_parameters():
-        if name in state:
-            parameter.data = state[name]
+    """Write the adapter's two files as PEFT does: bfloat16 weights, a config without local paths.
+
+    PEFT would write the target modules in an order that changes from run to run.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    weights = {name: tensor.to(torch.bfloat16) for name, tensor in state.items()}
+    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "adapter_model.safetensors").chmod(0o644)
+    model.peft_config["default"].save_pretrained(str(folder))
+    config_file = folder / "adapter_config.json"
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    config |= {
+        "base_model_name_or_path": BASE_ID,
+        "inference_mode": True,
+        "target_modules": LINEARS,
+    }
+    config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def log_line(log: TextIO, **values: Any) -> None:
