@@ -67,11 +67,22 @@ class Tokenizer:
         batch = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         return list(batch[0].ids)
 
+    def encode_many(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
+        """Return the ids of each text; one by one, so that no other core is taken."""
+        return [self.encode(text, add_special_tokens) for text in texts]
+
+    async def encode_many_async(
+        self, texts: Sequence[str], add_special_tokens: bool = True
+    ) -> list[list[int]]:
+        """Return the ids of each text; much text does not hold up the event loop."""
+        if sum(map(len, texts)) <= MAX_INLINE_CHARS:
+            return self.encode_many(texts, add_special_tokens)
+        return await asyncio.to_thread(self.encode_many, texts, add_special_tokens)
+
     async def encode_async(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Return the ids of a text; long texts do not hold up the event loop."""
-        if len(text) <= MAX_INLINE_CHARS:
-            return self.encode(text, add_special_tokens)
-        return await asyncio.to_thread(self.encode, text, add_special_tokens)
+        """Return the ids of a text; a long one does not hold up the event loop."""
+        (token_ids,) = await self.encode_many_async([text], add_special_tokens)
+        return token_ids
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Return the text of ids."""

@@ -1,5 +1,7 @@
 """No answer ever has FastAPI's `detail`; each has message, type, param and code."""
 
+import json
+import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
@@ -111,6 +113,31 @@ async def test_large_body_is_413(services: AppServices) -> None:
 async def _chunks() -> AsyncIterator[bytes]:
     for _ in range(20):
         yield b"x" * 100
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("prompt", [None] * 200_000),
+        ("prompt", [1, *["a"] * 200_000]),
+        ("prompt", [["a"]] * 200_000),
+        ("prompt", ["a"] * 200_000),
+        ("stop", [1] * 200_000),
+        ("stop_token_ids", ["x"] * 200_000),
+        ("logit_bias", {str(i): "x" for i in range(100_000)}),
+        ("adapters", [1] * 200_000),
+    ],
+)
+async def test_many_wrong_items_are_refused_at_once(
+    client: httpx.AsyncClient, field: str, value: Any
+) -> None:
+    content = json.dumps({"model": "tiny", "prompt": "a", field: value}).encode()
+    started = time.monotonic()
+    answer = await client.post("/v1/completions", content=content, headers=JSON)
+    assert time.monotonic() - started < 2
+    assert answer.status_code == 400
+    assert error_of(answer)["message"].startswith(field)
+    assert len(answer.content) < 2000
 
 
 class Failing(ScriptedAdapters):

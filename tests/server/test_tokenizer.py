@@ -62,3 +62,9 @@ def test_template_that_refuses_is_the_caller_s_error(tiny_base: Path) -> None:
     tokenizer._pretrained.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(InvalidRequest, match="roles must alternate"):
         tokenizer.render_chat([{"role": "user", "content": "hi"}])
+
+
+async def test_many_texts_give_the_ids_of_each(tokenizer: Tokenizer) -> None:
+    texts = ["the fox", "", "naïve 🙂", "lazy " * MAX_INLINE_CHARS]
+    expected = [tokenizer.encode(text) for text in texts]
+    assert await tokenizer.encode_many_async(texts) == expected

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from quickchange_server.api.schemas import MAX_PROMPTS, ChatMessage, Prompt
+from quickchange_server.api.schemas import ChatMessage, Prompt
 from quickchange_server.errors import ContextLengthExceeded, InvalidRequest
 from quickchange_server.tokenizer import Tokenizer
 
@@ -31,39 +31,29 @@ async def read_prompts(
 
     Raises: InvalidRequest.
     """
-    prompts = _as_list(prompt)
-    if not 1 <= len(prompts) <= MAX_PROMPTS:
-        raise InvalidRequest(
-            f"prompt: {len(prompts)} prompts; 1 to {MAX_PROMPTS} may be sent at once",
-            param="prompt",
-        )
-    return tuple([await _read_prompt(each, tokenizer, vocab_size) for each in prompts])
+    texts = [prompt] if isinstance(prompt, str) else [p for p in prompt if isinstance(p, str)]
+    if texts:
+        encoded = await tokenizer.encode_many_async(texts)
+        return tuple(map(PromptIds, map(_some, encoded), texts))
+    lists = [p for p in prompt if isinstance(p, list)]
+    if not lists:
+        lists = [[p for p in prompt if isinstance(p, int)]]
+    return tuple(PromptIds(_known(_some(each), vocab_size)) for each in lists)
 
 
-def _as_list(prompt: Prompt) -> Sequence[str | list[int]]:
-    if isinstance(prompt, str):
-        return [prompt]
-    if prompt and isinstance(prompt[0], int):
-        return [[token_id for token_id in prompt if isinstance(token_id, int)]]
-    return [each for each in prompt if not isinstance(each, int)]
-
-
-async def _read_prompt(prompt: str | list[int], tokenizer: Tokenizer, vocab_size: int) -> PromptIds:
-    if isinstance(prompt, str):
-        token_ids = await tokenizer.encode_async(prompt)
-        return PromptIds(_some(token_ids), prompt)
-    for token_id in prompt:
+def _known(token_ids: tuple[int, ...], vocab_size: int) -> tuple[int, ...]:
+    for token_id in (min(token_ids), max(token_ids)):
         if not 0 <= token_id < vocab_size:
             raise InvalidRequest(
                 f"prompt: {token_id} is not a token id; they are below {vocab_size}",
                 param="prompt",
             )
-    return PromptIds(_some(prompt))
+    return token_ids
 
 
 def _some(token_ids: Sequence[int]) -> tuple[int, ...]:
     if not token_ids:
-        raise InvalidRequest("prompt: is empty; send at least one token", param="prompt")
+        raise InvalidRequest("prompt: is empty; send at least 1 token", param="prompt")
     return tuple(token_ids)
 
 

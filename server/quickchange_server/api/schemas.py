@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -50,12 +51,37 @@ def _check_text(value: str) -> str:
     return value
 
 
+def _check_count(value: Any) -> Any:
+    """Refuse too many prompts before each of them is looked at."""
+    is_many = isinstance(value, list) and value and not isinstance(value[0], int)
+    if is_many and len(value) > MAX_PROMPTS:
+        raise PydanticCustomError(
+            "too_many", "{num} prompts; at most {limit}", {"num": len(value), "limit": MAX_PROMPTS}
+        )
+    return value
+
+
+def _check_num_biases(value: Any) -> Any:
+    if isinstance(value, dict) and len(value) > MAX_BIASES:
+        raise PydanticCustomError(
+            "too_many", "{num} tokens; at most {limit}", {"num": len(value), "limit": MAX_BIASES}
+        )
+    return value
+
+
+# Without fail_fast, a list of a million wrong items takes minutes: each gets an error of its own.
 Text = Annotated[str, AfterValidator(_check_text)]
+Texts = Annotated[list[Text], Field(fail_fast=True)]
+TokenIds = Annotated[list[int], Field(fail_fast=True)]
 Prompt = Annotated[
-    Text | list[int] | list[Text] | list[list[int]],
+    Text | TokenIds | Texts | Annotated[list[TokenIds], Field(fail_fast=True)],
     _one_of("a string, a list of strings, a list of token ids, or a list of such lists"),
+    BeforeValidator(_check_count),
 ]
-Stop = Annotated[Text | list[Text], _one_of("a string or a list of strings")]
+Stop = Annotated[Text | Texts, _one_of("a string or a list of strings")]
+LogitBias = Annotated[
+    dict[str, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_check_num_biases)
+]
 
 
 class OpenModel(BaseModel):
@@ -91,7 +117,8 @@ class ChatMessage(OpenModel):
 
     role: Text
     content: Annotated[
-        Text | list[ContentPart] | None, _one_of("a string or a list of parts like {type, text}")
+        Text | Annotated[list[ContentPart], Field(fail_fast=True)] | None,
+        _one_of("a string or a list of parts like {type, text}"),
     ] = None
 
 
@@ -99,7 +126,9 @@ class GenerationBody(OpenModel):
     """What chat and completions have in common."""
 
     model: str = Field(min_length=1, max_length=256)
-    adapters: list[MixPart] | None = Field(None, min_length=1, max_length=MAX_MIX)
+    adapters: Annotated[list[MixPart], Field(fail_fast=True)] | None = Field(
+        None, min_length=1, max_length=MAX_MIX
+    )
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
@@ -107,15 +136,13 @@ class GenerationBody(OpenModel):
     min_p: float | None = Field(None, ge=0, le=1)
     seed: int | None = Field(None, ge=-INT64, lt=INT64)
     stop: Stop | None = None
-    stop_token_ids: list[int] | None = Field(None, max_length=MAX_STOP_STRINGS)
+    stop_token_ids: TokenIds | None = Field(None, max_length=MAX_STOP_STRINGS)
     ignore_eos: bool | None = None
     min_tokens: int | None = Field(None, ge=0, lt=INT64)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     repetition_penalty: float | None = Field(None, gt=0, le=10)
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
-        None, max_length=MAX_BIASES
-    )
+    logit_bias: LogitBias | None = None
     cache_salt: str | None = Field(None, min_length=1, max_length=256)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -133,7 +160,9 @@ class CompletionBody(GenerationBody):
 class ChatBody(GenerationBody):
     """Body of `POST /v1/chat/completions`."""
 
-    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
+    messages: Annotated[list[ChatMessage], Field(fail_fast=True)] = Field(
+        min_length=1, max_length=MAX_MESSAGES
+    )
     max_tokens: int | None = Field(None, ge=1, lt=INT64)
     max_completion_tokens: int | None = Field(None, ge=1, lt=INT64)
     logprobs: bool | None = None
@@ -145,7 +174,9 @@ class TokenizeBody(OpenModel):
 
     model: Text | None = None
     prompt: Text | None = None
-    messages: list[ChatMessage] | None = Field(None, min_length=1, max_length=MAX_MESSAGES)
+    messages: Annotated[list[ChatMessage], Field(fail_fast=True)] | None = Field(
+        None, min_length=1, max_length=MAX_MESSAGES
+    )
     add_special_tokens: bool | None = None
     add_generation_prompt: bool = True
     return_token_strs: bool | None = None
@@ -155,7 +186,7 @@ class DetokenizeBody(OpenModel):
     """Body of `POST /detokenize`."""
 
     model: Text | None = None
-    tokens: list[Annotated[int, Field(ge=0)]]
+    tokens: Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)]
 
 
 class AliasBody(BaseModel):
