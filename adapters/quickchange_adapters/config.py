@@ -99,13 +99,12 @@ class LoraAdapterConfig:
         """
         return pattern_values(self.rank_pattern, modules, self.rank)
 
-    def scalings(self, modules: Iterable[str]) -> dict[str, float]:
-        """Return alpha / rank of each module; with rsLoRA alpha / sqrt(rank).
+    def scalings(self, ranks: Mapping[str, int]) -> dict[str, float]:
+        """Return alpha / rank for modules of these ranks; with rsLoRA alpha / sqrt(rank).
 
         Raises: PatternRefused.
         Source: Hu et al. 2021, section 4.1; Kalajdzievski 2023 (arXiv 2312.03732).
         """
-        ranks = self.ranks(modules)
         alphas = pattern_values(self.alpha_pattern, ranks, self.alpha)
         return {m: alphas[m] / (math.sqrt(r) if self.use_rslora else r) for m, r in ranks.items()}
 

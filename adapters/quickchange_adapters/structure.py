@@ -187,7 +187,8 @@ def _ranks_and_scalings(
         message = f"the config asks for rank {largest}; at most {limits.max_rank} is served"
         structure.problems.append(Problem("rank_too_large", "r", message))
     try:
-        return config.ranks(modules), config.scalings(modules)
+        ranks = config.ranks(modules)
+        return ranks, config.scalings(ranks)
     except PatternRefused as error:
         structure.problems.append(Problem(error.code, "rank_pattern", str(error)))
         return {}, {}

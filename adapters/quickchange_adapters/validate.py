@@ -93,7 +93,7 @@ class Report:
             "ranks": list(self.ranks),
             "target_modules": list(self.target_modules),
             "finite": self.is_finite,
-            "no_effect": not self.has_effect,
+            "no_effect": bool(self.modules) and not self.has_effect,
             "num_values": self.num_values,
             "probe": None,
             "probe_reason": PROBE_REASON,

@@ -18,7 +18,7 @@ class SharedTasks(Generic[T]):
     def start(self, key: str, work: Callable[[], Coroutine[Any, Any, T]]) -> "asyncio.Task[T]":
         """Start work under a key, or return what runs under it already. Shield it when waiting."""
         task = self._tasks.get(key)
-        if task is None:
+        if task is None or task.done():
             task = self._tasks[key] = asyncio.create_task(work())
             task.add_done_callback(lambda done: self._end(key, done))
         return task
@@ -42,7 +42,8 @@ class SharedTasks(Generic[T]):
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
     def _end(self, key: str, task: "asyncio.Task[T]") -> None:
-        del self._tasks[key]
+        if self._tasks.get(key) is task:
+            del self._tasks[key]
         # Asking for the exception tells asyncio that somebody saw it, though all callers may have
         # left by now.
         if not task.cancelled() and task.exception() is not None:

@@ -52,7 +52,7 @@ def test_a_config_that_peft_writes_is_accepted(tmp_path: Path) -> None:
 def test_scaling(changes: dict[str, Any], expected: float) -> None:
     config = read(**changes).config
     assert config is not None
-    assert config.scalings([MODULE]) == {MODULE: pytest.approx(expected)}
+    assert config.scalings(config.ranks([MODULE])) == {MODULE: pytest.approx(expected)}
 
 
 @pytest.mark.parametrize(

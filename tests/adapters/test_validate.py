@@ -223,6 +223,7 @@ def test_look_around_is_refused_by_name(tmp_path: Path) -> None:
 def test_a_pickle_is_not_safetensors(tmp_path: Path) -> None:
     report = check(tmp_path, pickle.dumps({"weights": [1, 2, 3]}))
     assert codes(report) == {"weights_not_safetensors"}
+    assert report.to_json()["no_effect"] is False
 
 
 def test_both_files_are_checked_whatever_is_wrong_with_one(tmp_path: Path) -> None:
