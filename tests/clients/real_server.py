@@ -30,8 +30,7 @@ def real_server(base: Path, store: Path, served_name: str) -> Iterator[str]:
         _wait_until_healthy(url, process, log)
         yield url
     finally:
-        process.terminate()
-        process.wait(STOP_TIMEOUT_S)
+        _stop(process)
 
 
 def _wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
@@ -44,6 +43,15 @@ def _wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path) -
             except QuickchangeError:
                 time.sleep(0.1)
     raise AssertionError(f"the server did not start:\n{log.read_text()}")
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(STOP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def _free_port() -> int:
