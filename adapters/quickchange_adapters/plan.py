@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -49,12 +50,23 @@ class DenseWindow:
     constants: Tensor | None = None
 
 
+class StepTables(Protocol):
+    """Short row blocks of the current step, computed by kernels that look them up in tables."""
+
+    def fill(self, blocks: Sequence[RowBlock]) -> int:
+        """Take the leading short blocks, as many as fit; return how many were taken."""
+
+    def add(self, y: Tensor, x: Tensor, arena: Arena, layer: int) -> None:
+        """Add the taken blocks' deltas to one projection's output, in place."""
+
+
 @dataclass(frozen=True, slots=True)
 class StepPlan:
     """Deltas of one step.
 
     Attributes:
         num_tokens: rows of the packed step.
+        tables: computes the leading short blocks instead of `windows`, where there are kernels.
         windows: by group kind; computed for rows [0, num_dense_tokens) at once.
         num_dense_tokens: rows covered by `windows`.
         blocks: row blocks behind the dense rows, computed one after another.
@@ -70,24 +82,35 @@ class StepPlan:
     head_blocks: tuple[RowBlock, ...] = ()
     is_exact: bool = False
     merged: MergedCopy | None = None
+    tables: StepTables | None = None
 
     @property
     def has_deltas(self) -> bool:
         """Whether any row needs an adapter's delta."""
-        return bool(self.windows or self.blocks)
+        return bool(self.windows or self.blocks or self.tables)
 
 
 def build_plan(
-    blocks: Sequence[RowBlock], num_tokens: int, pool: AdapterPool, *, is_exact: bool
+    blocks: Sequence[RowBlock],
+    num_tokens: int,
+    pool: AdapterPool,
+    *,
+    is_exact: bool,
+    tables: StepTables | None = None,
 ) -> StepPlan:
     """Choose how to compute a step's deltas: short leading blocks together, long ones singly.
 
     `blocks` are in row order and leave out rows of the base. Decode rows come first in a step, so
     the leading run of short blocks is the decode part; there a product over the whole active
-    window costs less than a pair of small products per adapter and layer.
+    window costs less than a pair of small products per adapter and layer. `tables` take the
+    leading short blocks, where they are given.
     """
     if is_exact:
         return StepPlan(num_tokens, blocks=tuple(blocks), is_exact=True)
+    if tables is not None:
+        num_taken = tables.fill(blocks)
+        rest = tuple(blocks[num_taken:])
+        return StepPlan(num_tokens, blocks=rest, tables=tables if num_taken else None)
     num_short = next((i for i, b in enumerate(blocks) if b.num_rows > 1), len(blocks))
     short = blocks[:num_short] if _is_window_worthwhile(blocks[:num_short]) else ()
     if not short:

@@ -106,7 +106,7 @@ class AdapterPool:
         rows = for_rows // max(row_bytes, 1) // ROW_UNIT * ROW_UNIT
         self.num_rows = rows
         self.total_bytes = rows * row_bytes + self.vocabulary_ceiling_bytes
-        self._device = device
+        self.device = device
         self.arenas = {
             kind: Arena(
                 shape,
@@ -205,8 +205,8 @@ class AdapterPool:
             arena.lora_b[:, rows.start : rows.end].copy_(group.lora_b, non_blocking=True)
             ranges[kind] = replace(rows, has_bias=group.has_bias)
         slot = Slot(adapter.digest, ranges, adapter.num_bytes)
-        slot.head = _to_device(adapter.head, self._device)
-        slot.embedding = _to_device(adapter.embedding, self._device)
+        slot.head = _to_device(adapter.head, self.device)
+        slot.embedding = _to_device(adapter.embedding, self.device)
         self._slots[adapter.digest] = slot
         self.generation += 1
         return slot

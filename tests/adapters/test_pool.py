@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from quickchange_adapters.host_adapter import HostAdapter, pack_adapter
 from quickchange_adapters.layout import AdapterLayout, GroupShape, Place
-from quickchange_adapters.pool import AdapterPool, Slot
+from quickchange_adapters.pool import VOCABULARY_SHARE, AdapterPool, Slot
 from quickchange_adapters.weights import AdapterWeights, LoraPair
 
 QKV = GroupShape("qkv", 6, (4, 2, 2), 2)
@@ -43,7 +43,11 @@ def adapter_of(digest: str, rank: int, groups: str = "both") -> HostAdapter:
 
 
 def pool_of(rows: int) -> AdapterPool:
-    return AdapterPool(LAYOUT, rows * ROW_BYTES, torch.float32, torch.device("cpu"))
+    """A pool of so many rank rows, beside the share that is kept for the vocabulary."""
+    ceiling = -(-rows * ROW_BYTES * VOCABULARY_SHARE // (VOCABULARY_SHARE - 1))
+    pool = AdapterPool(LAYOUT, ceiling, torch.float32, torch.device("cpu"))
+    assert pool.num_rows == rows
+    return pool
 
 
 def assert_rows_equal(pool: AdapterPool, slot: Slot, adapter: HostAdapter) -> None:

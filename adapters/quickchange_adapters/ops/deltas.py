@@ -27,6 +27,8 @@ def add_deltas(y: Tensor, x: Tensor, arena: Arena, layer: int, plan: StepPlan) -
     if window is not None:
         num_dense = plan.num_dense_tokens
         add_window(y[:num_dense], x[:num_dense], arena, layer, window)
+    if plan.tables is not None:
+        plan.tables.add(y, x, arena, layer)
     for block in plan.blocks:
         add_block(y, x, arena, layer, block, is_exact=plan.is_exact)
 
