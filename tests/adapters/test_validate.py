@@ -2,6 +2,8 @@
 
 import json
 import pickle
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -271,3 +273,12 @@ def test_a_job_is_plain_data_that_another_process_can_do(tmp_path: Path) -> None
 
 def test_header_helper_is_sane() -> None:
     assert header_of({"a": np.ones((2, 3), np.float32)})["a"]["data_offsets"] == [0, 24]
+
+
+def test_checking_needs_no_torch() -> None:
+    script = (
+        "import sys, quickchange_adapters.validate, quickchange_adapters.catalog, "
+        "quickchange_adapters.store; print(sorted({'torch', 'peft'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
