@@ -134,7 +134,7 @@ def test_blocks_beyond_the_tables_are_computed_one_by_one() -> None:
     assert_as_reference(plan, blocks, pool)
 
 
-@pytest.mark.parametrize("later", [1, 3])
+@pytest.mark.parametrize("later", [1, 4])
 def test_programs_launched_for_a_bucket_serve_any_later_step(later: int) -> None:
     """A captured step launches what it launched at its capture, whatever the tables hold now."""
     pool, slots = pool_with([8, 40, 16])
@@ -162,16 +162,16 @@ def test_a_row_of_infinities_stays_alone() -> None:
 def test_a_neighbours_overflow_and_foreign_rank_rows_are_never_read() -> None:
     """Two adapters share a tile's width of rank rows; one's infinities never meet the other."""
     pool, slots = pool_with([8, 8, 40])
-    foreign = slots[0].ranges["qkv"]
+    foreign = slots[1].ranges["qkv"]
     pool.arenas["qkv"].lora_a[:, foreign.start : foreign.end] = float("inf")
     pool.arenas["qkv"].lora_b[:, foreign.start : foreign.end] = float("nan")
     blocks = blocks_of(slots, [1, 1, 1], is_mixed=False)
     plan = plan_of(blocks, pool)
     y = torch.zeros(plan.num_tokens, QKV.out_features)
     add_deltas(y, torch.randn(plan.num_tokens, QKV.in_features), pool.arenas["qkv"], 0, plan)
-    assert torch.isnan(y[1]).all()
-    assert torch.isfinite(y[[0, 2, 3, 4, 5]]).all()
-    assert y[3].abs().min() > 0
+    assert torch.isnan(y[3]).all()
+    assert torch.isfinite(y[[0, 1, 2, 4, 5]]).all()
+    assert y[1].abs().min() > 0
 
 
 def test_a_strided_input_is_read_in_place() -> None:
