@@ -14,13 +14,16 @@ class ModuleSpec:
     """One module an adapter may target.
 
     `linear`, `conv1d`, `lm_head`: lora_a [rank, in_features], lora_b [out_features, rank].
-    `embedding`: in_features is the vocabulary, out_features the width.
+    `embedding`: in_features is the vocabulary, out_features the width. `values_sha256`: of the
+    weight's values as little-endian float32, set for the head and the embedding, whose frozen copy
+    PEFT puts into an adapter that targets them.
     """
 
     kind: ModuleKind
     in_features: int
     out_features: int
     has_bias: bool = False
+    values_sha256: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,6 +56,7 @@ _READ = frozenset(
         "layers_to_transform",
         "layers_pattern",
         "bias",
+        "lora_bias",
         "init_lora_weights",
     }
 )
@@ -64,7 +65,6 @@ _NOT_SERVED = {
     "arrow_config": "Arrow routing",
     "kasa_config": "KaSA, which changes the base,",
     "layer_replication": "replicated layers",
-    "lora_bias": "a bias in lora_B",
     "megatron_config": "Megatron's parallel layers",
     "modules_to_save": "fully trained modules",
     "monteclora_config": "MonteCLoRA",
@@ -81,6 +81,7 @@ _NOT_SERVED = {
 class LoraAdapterConfig:
     """What a LoRA config says about answers; everything else in the file has no effect on them.
 
+    `has_lora_bias`: lora_B has a bias; `has_trained_biases`: biases of the base were trained along.
     Patterns keep the file's order: PEFT takes the first that matches.
     """
 
@@ -88,6 +89,8 @@ class LoraAdapterConfig:
     alpha: float
     targets: TargetRule
     use_rslora: bool = False
+    has_lora_bias: bool = False
+    has_trained_biases: bool = False
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     base_model_name: str | None = None
@@ -149,6 +152,8 @@ class _Reader:
             alpha=self._value("lora_alpha", 8.0, _as_number, "a number"),
             targets=self._targets(),
             use_rslora=self._value("use_rslora", False, _as_flag, "true or false"),
+            has_lora_bias=self._value("lora_bias", False, _as_flag, "true or false"),
+            has_trained_biases=self.raw.get("bias") in ("all", "lora_only"),
             rank_pattern=self._patterns("rank_pattern", _as_rank, "whole numbers from 1"),
             alpha_pattern=self._patterns("alpha_pattern", _as_number, "numbers"),
             base_model_name=base if isinstance(base, str) else None,
@@ -197,9 +202,7 @@ class _Reader:
 
     def _check_bias(self) -> None:
         bias = self.raw.get("bias", "none")
-        if bias in ("all", "lora_only"):
-            self._unsupported("bias", f"bias {bias!r} is not served", "train with bias='none'")
-        elif bias not in (None, "none"):
+        if bias not in (None, "none", "all", "lora_only"):
             self._invalid("bias", f"bias is {_show(bias)}, not none, all or lora_only")
 
     def _targets(self) -> TargetRule:

@@ -8,6 +8,7 @@ Tensors are read with plain reads, never mapped: a file that shrinks must not ki
 Knows no adapters. Source: the safetensors format description.
 """
 
+import hashlib
 import math
 import os
 from collections.abc import Iterable
@@ -101,6 +102,12 @@ def to_float32(array: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.float32]:
     if dtype == "BF16":
         return (array.astype(np.uint32) << np.uint32(16)).view(np.float32)
     return array.astype(np.float32)
+
+
+def values_sha256(file: BufferedReader, entry: TensorEntry) -> str:
+    """Digest of a tensor's values as little-endian float32, whatever dtype they are stored in."""
+    values = to_float32(read_array(file, entry), entry.dtype)
+    return hashlib.sha256(np.ascontiguousarray(values).astype("<f4").tobytes()).hexdigest()
 
 
 def _read_raw(file: BufferedReader, file_bytes: int, max_bytes: int) -> tuple[dict[str, Any], int]:

@@ -13,7 +13,13 @@ from quickchange_adapters.base_spec import BaseSpec
 from quickchange_adapters.errors import AdapterRefused, Problem
 from quickchange_adapters.header import HeaderRefused, TensorEntry, read_array
 from quickchange_adapters.limits import AdapterLimits
-from quickchange_adapters.structure import PairPlan, check_structure
+from quickchange_adapters.structure import (
+    BiasPlan,
+    PairPlan,
+    Structure,
+    check_structure,
+    copy_problem,
+)
 from quickchange_adapters.weights import AdapterWeights, LoraPair
 
 
@@ -36,10 +42,26 @@ def load_weights(
         raise AdapterRefused(structure.problems)
     try:
         with weights_path.open("rb") as file:
+            _check_copies(file, structure)
             pairs = {plan.module: _load_pair(file, plan, dtype) for plan in structure.pairs}
+            biases = {plan: _load_bias(file, plan) for plan in structure.biases}
     except HeaderRefused as error:
         raise AdapterRefused([Problem(error.code, error.where, error.message)]) from error
-    return AdapterWeights(digest, pairs)
+    added = {p.module: bias for p, bias in biases.items() if p.scaling is not None}
+    replaced = {p.module: bias for p, bias in biases.items() if p.scaling is None}
+    return AdapterWeights(digest, pairs, added, replaced)
+
+
+def _check_copies(file: BufferedReader, structure: Structure) -> None:
+    problems = [p for copy in structure.copies if (p := copy_problem(file, copy)) is not None]
+    if problems:
+        raise AdapterRefused(problems)
+
+
+def _load_bias(file: BufferedReader, plan: BiasPlan) -> Tensor:
+    """Return a bias in float32: what it is compared with or added to decides how it is rounded."""
+    bias = _read_tensor(file, plan.entry).float()
+    return bias if plan.scaling is None else bias * plan.scaling
 
 
 def _load_pair(file: BufferedReader, plan: PairPlan, dtype: torch.dtype) -> LoraPair:

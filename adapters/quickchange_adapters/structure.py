@@ -6,30 +6,18 @@ whatever was once stored.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from io import BufferedReader
 from pathlib import Path
 
 from quickchange_adapters.base_spec import BaseSpec, ModuleSpec
 from quickchange_adapters.config import LoraAdapterConfig, read_config
 from quickchange_adapters.errors import Problem
-from quickchange_adapters.header import HeaderRefused, TensorEntry, read_header
+from quickchange_adapters.header import HeaderRefused, TensorEntry, read_header, values_sha256
 from quickchange_adapters.limits import AdapterLimits
 from quickchange_adapters.patterns import PatternRefused, matched_modules
+from quickchange_adapters.tensor_names import ModuleTensors, sort_tensors
 
-PREFIX = "base_model.model."
-LORA_A = ".lora_A.weight"
-LORA_B = ".lora_B.weight"
 MAX_PROBLEMS = 64
-
-# Tensors of PEFT that are no plain LoRA pair: part of the name -> what it belongs to.
-_OTHER_TENSORS = {
-    ".lora_magnitude_vector": "DoRA",
-    ".lora_embedding_A": "LoRA on the embedding",
-    ".lora_embedding_B": "LoRA on the embedding",
-    ".lora_B.bias": "a bias in lora_B",
-    ".lora_E": "AdaLoRA",
-    ".lora_diag": "KaSA",
-    ".trainable_tokens_delta": "trained tokens",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,27 +31,40 @@ class PairPlan:
     lora_b: TensorEntry
 
 
+@dataclass(frozen=True, slots=True)
+class BiasPlan:
+    """Where one module's bias is in the file: added with the pair's scaling, or replacing."""
+
+    module: str
+    entry: TensorEntry
+    scaling: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class FrozenCopy:
+    """The base's own weight in the file, and the digest its values must have."""
+
+    module: str
+    entry: TensorEntry
+    values_sha256: str
+
+
 @dataclass(slots=True)
 class Structure:
     """What fits and what does not. `pairs` holds the consistent ones, sorted by module.
 
+    `biases` and `copies` are what comes along with them.
     `missed`: modules the config targets and the file lacks; `unexpected`: the other way round.
     """
 
     pairs: list[PairPlan] = field(default_factory=list)
+    biases: list[BiasPlan] = field(default_factory=list)
+    copies: list[FrozenCopy] = field(default_factory=list)
     missed: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     config: LoraAdapterConfig | None = None
-
-
-@dataclass(slots=True)
-class _Halves:
-    """The tensors found for one module."""
-
-    lora_a: TensorEntry | None = None
-    lora_b: TensorEntry | None = None
 
 
 def check_structure(
@@ -74,8 +75,9 @@ def check_structure(
     _read_config(structure, config_path, limits)
     tensors = _read_tensors(structure, weights_path, limits)
     if tensors is not None:
-        halves = _sort_tensors(structure, tensors)
-        _check_modules(structure, halves, spec, limits)
+        modules, problems = sort_tensors(tensors)
+        structure.problems += problems
+        _check_modules(structure, modules, spec, limits)
     structure.problems = _shortened(structure.problems)
     return structure
 
@@ -112,46 +114,90 @@ def _read_tensors(
     return tensors
 
 
-def _sort_tensors(structure: Structure, tensors: Mapping[str, TensorEntry]) -> dict[str, _Halves]:
-    """Return the halves by module; anything that is no half of a LoRA pair is a problem."""
-    halves: dict[str, _Halves] = {}
-    for name, entry in sorted(tensors.items()):
-        if name.startswith(PREFIX) and name.endswith(LORA_A):
-            halves.setdefault(name[len(PREFIX) : -len(LORA_A)], _Halves()).lora_a = entry
-        elif name.startswith(PREFIX) and name.endswith(LORA_B):
-            halves.setdefault(name[len(PREFIX) : -len(LORA_B)], _Halves()).lora_b = entry
-        else:
-            structure.problems.append(_stray_tensor(name))
-    return halves
-
-
-def _stray_tensor(name: str) -> Problem:
-    where = name[:200]
-    for part, what in _OTHER_TENSORS.items():
-        if part in name:
-            message = f"tensor {where!r} belongs to {what}, which is not served"
-            return Problem("config_unsupported", where, message)
-    return Problem(
-        "weights_invalid",
-        where,
-        f"tensor {where!r} is not a half of a LoRA pair",
-        f"names are {PREFIX}<module>{LORA_A} and …{LORA_B}, as PEFT's save_pretrained writes them",
-    )
-
-
 def _check_modules(
-    structure: Structure, halves: Mapping[str, _Halves], spec: BaseSpec, limits: AdapterLimits
+    structure: Structure,
+    modules: Mapping[str, ModuleTensors],
+    spec: BaseSpec,
+    limits: AdapterLimits,
 ) -> None:
-    _check_targets(structure, halves, spec)
-    ranks, scalings = _ranks_and_scalings(structure, halves, limits)
-    for module in sorted(halves):
-        half = halves[module]
-        problems = _check_module(module, half, spec, limits, ranks.get(module))
+    _check_targets(structure, [m for m, tensors in modules.items() if tensors.has_pair], spec)
+    ranks, scalings = _ranks_and_scalings(structure, modules, limits)
+    for module, tensors in sorted(modules.items()):
+        target = spec.modules.get(module)
+        if target is None:
+            structure.problems.append(_unknown_module(module, tensors, spec))
+            continue
+        scaling = scalings.get(module, 1.0)
+        problems = _check_copy(structure, module, tensors, target)
+        problems += _check_biases(structure, module, tensors, target, scaling)
+        if tensors.has_pair or tensors.replaced_bias is None:
+            problems += _check_pair(module, tensors, target, limits, ranks.get(module))
         structure.problems += problems
-        if not problems and half.lora_a and half.lora_b:
-            rank = half.lora_a.shape[0]
-            scaling = scalings.get(module, 1.0)
-            structure.pairs.append(PairPlan(module, rank, scaling, half.lora_a, half.lora_b))
+        if not problems and tensors.lora_a and tensors.lora_b:
+            rank = tensors.lora_a.shape[0]
+            structure.pairs.append(PairPlan(module, rank, scaling, tensors.lora_a, tensors.lora_b))
+
+
+def _unknown_module(module: str, tensors: ModuleTensors, spec: BaseSpec) -> Problem:
+    if tensors.replaced_bias is not None and not tensors.has_pair:
+        message = f"the bias of {module[:200]!r}, which is no linear of the base, is not served"
+        return Problem("config_unsupported", module[:200], message, "train with bias='lora_only'")
+    message = f"the base {spec.name!r} has no module {module[:200]!r}"
+    return Problem("unknown_module", module[:200], message, "was it trained on this base?")
+
+
+def _check_copy(
+    structure: Structure, module: str, tensors: ModuleTensors, target: ModuleSpec
+) -> list[Problem]:
+    """The base's own weight: only where PEFT adds it; its values are compared later."""
+    entry = tensors.frozen
+    if entry is None:
+        return []
+    if target.values_sha256 is None:
+        message = f"tensor {entry.name!r} is a weight of the base, which adapters cannot bring"
+        return [Problem("config_unsupported", entry.name, message)]
+    rows = (target.in_features, target.out_features)
+    wanted = rows if target.kind == "embedding" else rows[::-1]
+    if entry.shape != wanted:
+        return [_wrong_shape(entry, wanted)]
+    structure.copies.append(FrozenCopy(module, entry, target.values_sha256))
+    return []
+
+
+def _check_biases(
+    structure: Structure, module: str, tensors: ModuleTensors, target: ModuleSpec, scaling: float
+) -> list[Problem]:
+    config = structure.config
+    problems: list[Problem] = []
+    if config is not None and tensors.has_pair and target.kind != "embedding":
+        if config.has_lora_bias and tensors.added_bias is None:
+            message = f"module {module!r} has no bias of lora_B, which lora_bias promises"
+            problems.append(Problem("weights_invalid", module, message))
+        if tensors.added_bias is not None and not config.has_lora_bias:
+            message = f"module {module!r} has a bias of lora_B, and lora_bias is not set"
+            problems.append(Problem("config_invalid", module, message))
+    if config is not None and tensors.replaced_bias is not None and not config.has_trained_biases:
+        message = f"module {module!r} has a bias of its own, and bias is 'none'"
+        problems.append(Problem("config_invalid", module, message))
+    for entry, factor in ((tensors.added_bias, scaling), (tensors.replaced_bias, None)):
+        if entry is None:
+            continue
+        if target.kind not in ("linear", "conv1d"):
+            message = f"a bias of {module!r}, as wide as the vocabulary, is not served"
+            problems.append(Problem("config_unsupported", entry.name, message))
+        elif entry.shape != (target.out_features,):
+            problems.append(_wrong_shape(entry, (target.out_features,)))
+        elif factor is None and not target.has_bias:
+            message = f"module {module!r} has no bias in the base that could be replaced"
+            problems.append(Problem("shape_mismatch", entry.name, message))
+        else:
+            structure.biases.append(BiasPlan(module, entry, factor))
+    return problems
+
+
+def _wrong_shape(entry: TensorEntry, wanted: tuple[int, ...]) -> Problem:
+    message = f"tensor {entry.name!r} has shape {list(entry.shape)}, the base wants {list(wanted)}"
+    return Problem("shape_mismatch", entry.name, message)
 
 
 def _check_targets(structure: Structure, modules: Iterable[str], spec: BaseSpec) -> None:
@@ -194,20 +240,20 @@ def _ranks_and_scalings(
         return {}, {}
 
 
-def _check_module(
-    module: str, half: _Halves, spec: BaseSpec, limits: AdapterLimits, config_rank: int | None
+def _check_pair(
+    module: str,
+    tensors: ModuleTensors,
+    target: ModuleSpec,
+    limits: AdapterLimits,
+    config_rank: int | None,
 ) -> list[Problem]:
-    target = spec.modules.get(module)
-    if target is None:
-        message = f"the base {spec.name!r} has no module {module[:200]!r}"
-        return [Problem("unknown_module", module[:200], message, "was it trained on this base?")]
-    if target.kind not in ("linear", "conv1d"):
-        what = "the output head" if target.kind == "lm_head" else "the embedding"
-        return [Problem("config_unsupported", module, f"LoRA on {what} is not served")]
-    if half.lora_a is None or half.lora_b is None:
-        missing = "lora_A" if half.lora_a is None else "lora_B"
+    if tensors.lora_a is None or tensors.lora_b is None:
+        missing = "lora_A" if tensors.lora_a is None else "lora_B"
         return [Problem("weights_invalid", module, f"module {module!r} has no {missing}")]
-    return _check_shapes(module, half.lora_a, half.lora_b, target, limits, config_rank)
+    if tensors.is_embedding != (target.kind == "embedding"):
+        message = f"module {module!r} is {target.kind} in the base, and not so in the file"
+        return [Problem("weights_invalid", module, message)]
+    return _check_shapes(module, tensors.lora_a, tensors.lora_b, target, limits, config_rank)
 
 
 def _check_shapes(
@@ -237,6 +283,21 @@ def _check_shapes(
         message = f"module {module!r} has rank {rank}, the config says {config_rank}"
         problems.append(Problem("shape_mismatch", module, message, "check r and rank_pattern"))
     return problems
+
+
+def copy_problem(file: BufferedReader, copy: FrozenCopy) -> Problem | None:
+    """Compare a frozen copy with the base, value by value.
+
+    Raises: HeaderRefused when the file is shorter than its header said.
+    """
+    if values_sha256(file, copy.entry) == copy.values_sha256:
+        return None
+    return Problem(
+        "base_mismatch",
+        copy.entry.name,
+        f"tensor {copy.entry.name!r} differs from the base's own weight",
+        "train on this base, or save with save_embedding_layers=False if it was not trained",
+    )
 
 
 def _some(modules: list[str]) -> str:

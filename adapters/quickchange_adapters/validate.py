@@ -18,7 +18,7 @@ from quickchange_adapters.base_spec import BaseSpec
 from quickchange_adapters.errors import Problem
 from quickchange_adapters.header import HeaderRefused, TensorEntry, read_array, to_float32
 from quickchange_adapters.limits import AdapterLimits
-from quickchange_adapters.structure import PairPlan, Structure, check_structure
+from quickchange_adapters.structure import PairPlan, Structure, check_structure, copy_problem
 
 PROBE_REASON = "not measured by this version"
 
@@ -48,8 +48,8 @@ class ModuleReport:
 class Report:
     """What is known about an upload; `problems` empty means that it can be served.
 
-    `modules` are those that fit. `num_values` counts the numbers of all pairs, so that bytes per
-    tier follow from a dtype.
+    `modules` are those that fit, `biases` the modules whose bias it changes. `num_values` counts
+    the numbers of all pairs and biases, so that bytes per tier follow from a dtype.
     """
 
     problems: tuple[Problem, ...]
@@ -61,6 +61,7 @@ class Report:
     has_effect: bool
     num_values: int
     base: str
+    biases: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -90,6 +91,7 @@ class Report:
                 "missed": list(self.missed),
                 "unexpected": list(self.unexpected),
             },
+            "biases": list(self.biases),
             "ranks": list(self.ranks),
             "target_modules": list(self.target_modules),
             "finite": self.is_finite,
@@ -141,8 +143,11 @@ def validate_adapter(
     structure = check_structure(config_path, weights_path, spec, limits)
     problems, warnings = list(structure.problems), list(structure.warnings)
     modules, number_problems = _check_numbers(structure, weights_path, limits)
+    has_bias_effect = False
+    if not number_problems:
+        has_bias_effect, number_problems = _check_the_rest(structure, weights_path, limits)
     problems += number_problems
-    has_effect = any(module.update_norm != 0.0 for module in modules)
+    has_effect = has_bias_effect or any(module.update_norm != 0.0 for module in modules)
     if not has_effect and not problems and not allow_noop:
         problems.append(_no_effect())
     mismatch = _base_mismatch(structure, spec)
@@ -158,7 +163,9 @@ def validate_adapter(
         unexpected=tuple(structure.unexpected),
         is_finite=not any(problem.code == "not_finite" for problem in problems),
         has_effect=has_effect,
-        num_values=sum(math.prod(m.lora_a) + math.prod(m.lora_b) for m in modules),
+        num_values=sum(math.prod(m.lora_a) + math.prod(m.lora_b) for m in modules)
+        + sum(math.prod(bias.entry.shape) for bias in structure.biases),
+        biases=tuple(sorted({bias.module for bias in structure.biases})),
         base=spec.name,
     )
 
@@ -192,18 +199,50 @@ def _check_numbers(
     return modules, problems
 
 
+def _check_the_rest(
+    structure: Structure, path: Path, limits: AdapterLimits
+) -> tuple[bool, list[Problem]]:
+    """Check biases and frozen copies; say whether a bias has an effect."""
+    problems: list[Problem] = []
+    has_effect = False
+    with path.open("rb") as file:
+        try:
+            for bias in structure.biases:
+                values = _values(file, bias.entry)
+                scaling = 1.0 if bias.scaling is None else bias.scaling
+                _check_size(bias.entry, values, scaling, problems, limits)
+                has_effect |= bias.scaling is None or bool(np.any(values))
+            problems += [p for c in structure.copies if (p := copy_problem(file, c)) is not None]
+        except HeaderRefused as error:
+            problems.append(Problem(error.code, error.where, error.message))
+    return has_effect, problems
+
+
+def _check_size(
+    entry: TensorEntry,
+    values: FloatArray,
+    factor: float,
+    problems: list[Problem],
+    limits: AdapterLimits,
+) -> bool:
+    """Whether all values are finite and fit the dtype served; the reason joins the problems."""
+    largest = float(np.max(np.abs(values), initial=0.0))
+    if not math.isfinite(largest):
+        problems.append(_not_finite(entry, "holds NaN or an infinity"))
+        return False
+    if largest * abs(factor) > limits.max_value:
+        problems.append(_not_finite(entry, "is too large for the dtype it is served in"))
+        return False
+    return True
+
+
 def _pair_norm(
     file: BufferedReader, pair: PairPlan, problems: list[Problem], limits: AdapterLimits
 ) -> float | None:
     """Return the norm of one update, or None, with the reason among the problems."""
     lora_a, lora_b = (_values(file, entry) for entry in (pair.lora_a, pair.lora_b))
     for entry, values, factor in ((pair.lora_a, lora_a, 1.0), (pair.lora_b, lora_b, pair.scaling)):
-        largest = float(np.max(np.abs(values), initial=0.0))
-        if not math.isfinite(largest):
-            problems.append(_not_finite(entry, "holds NaN or an infinity"))
-            return None
-        if largest * abs(factor) > limits.max_value:
-            problems.append(_not_finite(entry, "is too large for the dtype it is served in"))
+        if not _check_size(entry, values, factor, problems, limits):
             return None
     return update_norm(lora_a, lora_b, pair.scaling)
 

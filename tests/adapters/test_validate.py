@@ -1,15 +1,18 @@
 """Reports of uploads: what fits, and everything that is wrong with what does not."""
 
+import hashlib
 import json
 import pickle
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from quickchange_adapters.base_spec import BaseSpec
 from quickchange_adapters.limits import AdapterLimits
 from quickchange_adapters.validate import Report, ValidationJob, validate_adapter
 
@@ -37,13 +40,14 @@ def check(
     config: dict[str, Any] | bytes | None = None,
     allow_noop: bool = False,
     strict_base: bool = False,
+    spec: BaseSpec = SPEC,
 ) -> Report:
     paths = write_adapter(
         folder,
         q_pairs(SPEC) if tensors is None else tensors,
         config_values() if config is None else config,
     )
-    return validate_adapter(*paths, SPEC, LIMITS, allow_noop=allow_noop, strict_base=strict_base)
+    return validate_adapter(*paths, spec, LIMITS, allow_noop=allow_noop, strict_base=strict_base)
 
 
 def codes(report: Report) -> set[str]:
@@ -153,12 +157,10 @@ def test_another_base_name_is_a_warning_unless_strict(tmp_path: Path) -> None:
             "model.layers.9.self_attn.q_proj",
         ),
         ({f"{PREFIX}.lora_magnitude_vector": (64,)}, "config_unsupported", None),
-        (
-            {"base_model.model.model.embed_tokens.lora_embedding_A": (4, 9)},
-            "config_unsupported",
-            None,
-        ),
-        ({f"{PREFIX}.lora_B.bias": (64,)}, "config_unsupported", None),
+        ({f"{PREFIX}.lora_B.bias": (64,)}, "config_invalid", Q0),
+        ({f"{PREFIX}.base_layer.bias": (64,)}, "config_invalid", Q0),
+        ({f"{PREFIX}.base_layer.weight": (64, 64)}, "config_unsupported", None),
+        ({"base_model.model.model.norm.bias": (64,)}, "config_unsupported", "model.norm"),
         ({"base_model.model.lm_head.weight": (384, 64)}, "weights_invalid", None),
         ({"model.layers.0.self_attn.q_proj.lora_A.weight": (4, 64)}, "weights_invalid", None),
         ({f"{PREFIX}.lora_A.default.weight": (4, 64)}, "weights_invalid", None),
@@ -175,15 +177,79 @@ def test_tensors_that_do_not_fit(
     report = check(tmp_path, tensors)
     expected = next(iter(changes)) if where is None else where
     assert (code, expected) in {(p.code, p.where) for p in report.problems}
-    assert codes(report) <= {code}
+    assert codes(report) <= {code, "shape_mismatch"}
 
 
-@pytest.mark.parametrize("module", ["lm_head", "model.embed_tokens"])
-def test_head_and_embedding_are_refused_by_name(tmp_path: Path, module: str) -> None:
-    tensors = q_pairs(SPEC) | pair(module, SPEC)
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+
+
+def ends(module: str, weight: Array | None = None) -> dict[str, Array]:
+    """A pair for the head or the embedding as PEFT names it, with a copy of the base's weight."""
+    tensors = pair(module, SPEC)
+    prefix = f"base_model.model.{module}"
+    if module == EMBEDDING:
+        for half in "AB":
+            tensors[f"{prefix}.lora_embedding_{half}"] = tensors.pop(f"{prefix}.lora_{half}.weight")
+    if weight is not None:
+        tensors[f"{prefix}.base_layer.weight"] = weight
+    return tensors
+
+
+def spec_with_weight(module: str, weight: Array) -> BaseSpec:
+    digest = hashlib.sha256(weight.astype("<f4").tobytes()).hexdigest()
+    modules = SPEC.modules | {module: replace(SPEC.modules[module], values_sha256=digest)}
+    return replace(SPEC, modules=modules)
+
+
+@pytest.mark.parametrize("module", [HEAD, EMBEDDING])
+def test_head_and_embedding_fit_with_a_true_copy_of_the_base(tmp_path: Path, module: str) -> None:
+    weight = np.random.default_rng(3).standard_normal((384, 64)).astype(np.float32)
+    spec = spec_with_weight(module, weight)
     config = config_values(target_modules=["q_proj", module])
-    report = check(tmp_path, tensors, config)
-    assert {(p.code, p.where) for p in report.problems} == {("config_unsupported", module)}
+    for copy in (None, weight):
+        report = check(tmp_path, q_pairs(SPEC) | ends(module, copy), config, spec=spec)
+        assert report.ok
+        assert module in {each.module for each in report.modules}
+    changed = weight.copy()
+    changed[7, 7] += 1
+    report = check(tmp_path, q_pairs(SPEC) | ends(module, changed), config, spec=spec)
+    assert codes(report) == {"base_mismatch"}
+
+
+def test_an_embedding_under_a_linears_names_is_refused(tmp_path: Path) -> None:
+    config = config_values(target_modules=["q_proj", EMBEDDING])
+    report = check(tmp_path, q_pairs(SPEC) | pair(EMBEDDING, SPEC), config)
+    assert {(p.code, p.where) for p in report.problems} == {("weights_invalid", EMBEDDING)}
+
+
+def biased(suffix: str, value: float = 1.0, width: int = 64) -> dict[str, Array]:
+    """The q pairs with a bias for each of them."""
+    tensors = q_pairs(SPEC)
+    for name in list(tensors):
+        if name.endswith(".lora_A.weight"):
+            module = name.removesuffix(".lora_A.weight")
+            tensors[module + suffix] = np.full(width, value, np.float32)
+    return tensors
+
+
+def test_lora_bias_needs_a_bias_of_the_right_width_for_every_pair(tmp_path: Path) -> None:
+    config = config_values(lora_bias=True)
+    report = check(tmp_path, biased(".lora_B.bias"), config)
+    assert report.ok
+    assert len(report.biases) == 2
+    assert codes(check(tmp_path, q_pairs(SPEC), config)) == {"weights_invalid"}
+    assert codes(check(tmp_path, biased(".lora_B.bias", width=63), config)) == {"shape_mismatch"}
+    assert codes(check(tmp_path, biased(".lora_B.bias", np.nan), config)) == {"not_finite"}
+
+
+def test_a_trained_bias_needs_one_in_the_base(tmp_path: Path) -> None:
+    config, tensors = config_values(bias="lora_only"), biased(".base_layer.bias")
+    assert codes(check(tmp_path, tensors, config)) == {"shape_mismatch"}
+    modules = {
+        name: replace(module, has_bias=name.endswith("q_proj"))
+        for name, module in SPEC.modules.items()
+    }
+    assert check(tmp_path, tensors, config, spec=replace(SPEC, modules=modules)).ok
 
 
 def test_ranks_of_config_and_tensors_must_agree(tmp_path: Path) -> None:

@@ -5,11 +5,13 @@ this module's business alone; the scheduler only counts blocks. Two ways of comp
 
 * batched: one gather of blocks per layer and length bucket, one masked product for the bucket;
 * exact: one product per request, unpadded, so that a row's bits do not depend on its neighbours.
+
+Where there are kernels that read blocks in place, the step's `tiles` compute all rows instead.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -32,11 +34,12 @@ _KNOWN_KEYWORDS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class KvShape:
-    """One layer's heads: how many share K and V, and their widths."""
+    """One layer's KV heads, their widths, and how many query heads share each."""
 
     num_heads: int
     key_dim: int
     value_dim: int
+    num_groups: int = 1
 
 
 class KvStorage:
@@ -133,23 +136,6 @@ class PrefillChunk:
         return self._masks[window]
 
 
-@dataclass(slots=True)
-class AttentionStep:
-    """All that the layers need for one step."""
-
-    storage: KvStorage
-    slots: Tensor
-    buckets: list[DecodeBucket] = field(default_factory=list)
-    chunks: list[PrefillChunk] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class ShapeProbe:
-    """Takes a step's place once, at start, to learn each layer's KV shape."""
-
-    shapes: dict[int, KvShape] = field(default_factory=dict)
-
-
 @dataclass(frozen=True, slots=True)
 class Rule:
     """What a layer asks of its scores: scale, window (None: all), cap (None: none)."""
@@ -157,6 +143,33 @@ class Rule:
     scaling: float
     window: int | None = None
     softcap: float | None = None
+
+
+class StepTiles(Protocol):
+    """All rows of a step, computed by a kernel that reads KV blocks in place."""
+
+    def attend(
+        self, storage: KvStorage, layer: int, query: Tensor, rule: Rule, out: Tensor
+    ) -> None:
+        """Fill out [tokens, heads, value dim] for query [heads, tokens, dim]."""
+
+
+@dataclass(slots=True)
+class AttentionStep:
+    """All that the layers need for one step: `tiles`, or else buckets and chunks."""
+
+    storage: KvStorage
+    slots: Tensor
+    buckets: list[DecodeBucket] = field(default_factory=list)
+    chunks: list[PrefillChunk] = field(default_factory=list)
+    tiles: StepTiles | None = None
+
+
+@dataclass(slots=True)
+class ShapeProbe:
+    """Takes a step's place once, at start, to learn each layer's KV shape."""
+
+    shapes: dict[int, KvShape] = field(default_factory=dict)
 
 
 class UnsupportedAttention(RuntimeError):
@@ -193,7 +206,9 @@ def attend(
         )
     step = keywords["step"]
     if isinstance(step, ShapeProbe):
-        step.shapes[module.layer_idx] = KvShape(key.shape[1], key.shape[3], value.shape[3])
+        num_groups = query.shape[1] // key.shape[1]
+        shape = KvShape(key.shape[1], key.shape[3], value.shape[3], num_groups)
+        step.shapes[module.layer_idx] = shape
         return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
     rule = Rule(keywords["scaling"], keywords.get("sliding_window"), keywords.get("softcap"))
     return _attend_step(step, module.layer_idx, (query[0], key[0], value[0]), rule), None
@@ -205,6 +220,8 @@ def _attend_step(
     query, key, value = qkv
     step.storage.write(layer, step.slots, key.transpose(0, 1), value.transpose(0, 1))
     out = query.new_empty(query.shape[1], query.shape[0], value.shape[2])
+    if step.tiles is not None:
+        step.tiles.attend(step.storage, layer, query, rule, out)
     for bucket in step.buckets:
         out[bucket.rows] = _decode(step.storage, layer, query, bucket, rule)
     for chunk in step.chunks:

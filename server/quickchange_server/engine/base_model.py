@@ -191,7 +191,11 @@ class BaseModel:
             return None
         path = _path_of(self.model, head)
         specs[path] = ModuleSpec(
-            "lm_head", head.in_features, head.out_features, head.bias is not None
+            "lm_head",
+            head.in_features,
+            head.out_features,
+            head.bias is not None,
+            _values_sha256(head.weight.data),
         )
         bias = None if head.bias is None else head.bias.data
         self.head = Head(make_linear_weight(head.weight.data), bias, self.holder)
@@ -204,7 +208,12 @@ class BaseModel:
         if type(embedding) is not nn.Embedding:
             return None
         path = _path_of(self.model, embedding)
-        specs[path] = ModuleSpec("embedding", embedding.num_embeddings, embedding.embedding_dim)
+        specs[path] = ModuleSpec(
+            "embedding",
+            embedding.num_embeddings,
+            embedding.embedding_dim,
+            values_sha256=_values_sha256(embedding.weight.data),
+        )
         return path
 
 
@@ -303,6 +312,12 @@ def _fused_bias(linears: list[Linear]) -> Tensor | None:
     if linears[0].bias is None:
         return None
     return torch.cat([linear.bias for linear in linears if linear.bias is not None])
+
+
+def _values_sha256(weight: Tensor) -> str:
+    """Digest of a weight's values as float32, as `header.values_sha256` takes it of a file."""
+    values = weight.detach().cpu().float().contiguous()
+    return hashlib.sha256(values.view(torch.uint8).numpy().data).hexdigest()
 
 
 def _path_of(model: nn.Module, wanted: nn.Module) -> str:

@@ -4,6 +4,8 @@
 Adapters take the whole way that an upload takes: validated and loaded from PEFT's own files.
 """
 
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -12,9 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+from quickchange_adapters.errors import AdapterRefused
 from quickchange_adapters.loading import load_weights
 from quickchange_server.engine.client import EngineClient
-from quickchange_server.engine.request import AdapterRef, GenerationRequest
+from quickchange_server.engine.request import GenerationRequest
 
 from tests.conftest import save_peft_adapter, save_tiny_base
 from tests.server.engine.conftest import Answer, Recorder, collect, make_engine, run_all
@@ -53,7 +56,9 @@ FEATURES: dict[str, Feature] = {
         },
     ),
     "lm_head": Feature({"target_modules": ["lm_head"]}, {}),
-    "embedding": Feature({"target_modules": ["embed_tokens", "wte"]}, {"gemma3": SCALED}),
+    "embedding": Feature(
+        {"target_modules": ["embed_tokens", "wte"]}, {"gemma2": SCALED, "gemma3": SCALED}
+    ),
 }
 
 
@@ -167,10 +172,20 @@ async def check_preempted(base: Path, folders: Sequence[Path], oracle: Oracle) -
     assert sum(step.num_preempted for step in recorder.steps) > 0
 
 
-def test_a_refused_cell_has_a_reason() -> None:
-    for cell in CELLS:
-        assert cell.refusal is None or len(cell.refusal) > 10
+REFUSED = [cell for cell in CELLS if cell.refusal == SCALED]
 
 
-def test_mixes_keep_their_order() -> None:
-    assert AdapterRef("a", 0.5) != AdapterRef("a", 0.25)
+@pytest.mark.parametrize("cell", REFUSED, ids=lambda cell: cell.name)
+def test_refused(cell: Cell, bases: dict[str, Path], tmp_path: Path) -> None:
+    base = bases[cell.family]
+    config = lora_config(FAMILIES[cell.family], FEATURES[cell.feature])
+    folder = save_peft_adapter(tmp_path / "it", base, **config)
+    files = (folder / "adapter_config.json", folder / "adapter_model.safetensors")
+    with pytest.raises(AdapterRefused, match="embed_tokens"):
+        load_weights(*files, make_engine(base).base, "it", torch.float32)
+
+
+def test_the_page_of_the_documentation_lists_these_cells() -> None:
+    root = Path(__file__).resolve().parents[3]
+    tool = [sys.executable, str(root / "tools" / "support_page.py"), "--check"]
+    assert subprocess.run(tool, check=False).returncode == 0, "run python tools/support_page.py"
