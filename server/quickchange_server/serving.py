@@ -8,6 +8,8 @@ once. The only module that knows all rooms.
 
 import asyncio
 import math
+import os
+import shutil
 import signal
 import socket
 import sys
@@ -224,7 +226,7 @@ def ready_text(url: str, base: str, adapters: list[str], seconds: float) -> str:
     model = adapters[0] if adapters else base
     prompt = "An hour of my life that I will never get back." if adapters else "Hello!"
     message = f'{{"role": "user", "content": "{prompt}"}}'
-    body = f'{{"model": "{model}", "max_tokens": 32, "messages": [{message}]}}'
+    body = f'{{"model": "{model}", "max_tokens": 32, "temperature": 0, "messages": [{message}]}}'
     return f"""
 Ready after {seconds:.1f} s on {url}: {", ".join([base, *adapters])}
 
@@ -232,9 +234,17 @@ Try in another terminal:
   curl {url}/v1/models
   curl {url}/v1/chat/completions -H 'content-type: application/json' \\
     -d '{body}'
-  quickchange generate {model} "{prompt}"
+  {_client_command()} generate {model} "{prompt}" --url {url}
 The API's page: {url}/docs    Measurements: {url}/metrics    Stop with Ctrl-C.
 """
+
+
+def _client_command() -> str:
+    """Return how to call the client from here: by name if the shell finds it, else by path."""
+    if shutil.which("quickchange"):
+        return "quickchange"
+    beside = Path(sys.executable).with_name("quickchange")
+    return os.path.relpath(beside) if beside.is_relative_to(Path.cwd()) else str(beside)
 
 
 def _url(listener: socket.socket) -> str:
