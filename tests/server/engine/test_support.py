@@ -38,6 +38,7 @@ class Feature:
     not_for: dict[str, str]
 
 
+BIASED = ("llama-biases", "qwen2", "qwen2-sliding", "gpt2")
 UNBIASED = "its linears have no bias"
 SCALED = "its embedding scales what it looks up"
 FEATURES: dict[str, Feature] = {
@@ -50,10 +51,7 @@ FEATURES: dict[str, Feature] = {
     "exclude_modules": Feature({"exclude_modules": ["o_proj", "mlp.c_proj"]}, {}),
     "lora_bias": Feature({"lora_bias": True, "r": 5}, {}),
     "bias: lora_only": Feature(
-        {"bias": "lora_only"},
-        {
-            **{name: UNBIASED for name in FAMILIES if name not in ("llama-biases", "gpt2")},
-        },
+        {"bias": "lora_only"}, {name: UNBIASED for name in FAMILIES if name not in BIASED}
     ),
     "lm_head": Feature({"target_modules": ["lm_head"]}, {}),
     "embedding": Feature(
