@@ -56,9 +56,11 @@ class AdapterResidency:
     def add_host(self, adapter: HostAdapter) -> None:
         """Keep a host copy; idle ones, least recently used first, make room for it.
 
-        Raises: MemoryError if copies in use leave no room under the ceiling.
+        Raises: MemoryError if copies in use leave no room under the ceiling, or if the version is
+        still being unloaded.
         """
-        self._leaving.discard(adapter.digest)
+        if adapter.digest in self._leaving:
+            raise MemoryError(f"adapter {adapter.digest[:12]} is being unloaded: try again")
         if adapter.digest in self._host:
             return
         for digest in [d for d in self._host if not self._users[d] and d not in self.merged]:

@@ -26,7 +26,7 @@ from quickchange_server.engine.request import (
 from quickchange_server.engine.sampler import Sample
 from quickchange_server.engine.scheduler import ScheduledRow
 from quickchange_server.engine.settings import EngineSettings
-from quickchange_server.errors import InvalidRequest, NotFound, QueueFull
+from quickchange_server.errors import InvalidRequest, NotFound, QueueFull, Unavailable
 
 from tests.conftest import MakeAdapter
 from tests.server.engine.conftest import (
@@ -161,6 +161,8 @@ async def test_unload_waits_for_running_requests_and_gives_bytes_back(
     assert late.last is not None
     assert late.last.failure is not None
     assert late.last.failure.code == "adapter_not_loaded"
+    with pytest.raises(Unavailable, match="being unloaded"):
+        await engine.load_adapter(weights)
     freed = await unloading
     assert freed is not None
     assert freed.host_bytes > 0
