@@ -219,7 +219,8 @@ def _attend_step(
 ) -> Tensor:
     query, key, value = qkv
     step.storage.write(layer, step.slots, key.transpose(0, 1), value.transpose(0, 1))
-    out = query.new_empty(query.shape[1], query.shape[0], value.shape[2])
+    # zeros: rows of padding are computed by nobody, and what they hold reaches the scratch block
+    out = query.new_zeros(query.shape[1], query.shape[0], value.shape[2])
     if step.tiles is not None:
         step.tiles.attend(step.storage, layer, query, rule, out)
     for bucket in step.buckets:

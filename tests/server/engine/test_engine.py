@@ -1,7 +1,7 @@
 """The engine thread: cancel, failures, merge, unload, limits, reproducible answers."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -291,6 +291,32 @@ def test_a_failed_step_fails_its_rows_and_the_engine_goes_on(tiny_base: Path) ->
     assert outputs[0].failure.code == "step_failed"
     assert len(tokens_of(outputs, "good")) == 8
     assert engine.blocks.num_used == 0
+
+
+@pytest.fixture
+def nan_memory() -> Iterator[None]:
+    """Fill every uninitialised tensor with NaN, as memory from a former life may be."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("nan_memory")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+async def test_what_memory_held_before_reaches_nobody(
+    tiny_base: Path, weights: AdapterWeights, dtype: str
+) -> None:
+    """Steps of one row are padded; later batches read the scratch block behind short rows."""
+    assert torch.empty(3).isnan().all()
+    async with started(tiny_base, dtype=dtype) as engine:
+        await engine.load_adapter(weights)
+        for name in (None, "one"):
+            await collect(engine.generate(greedy(f"single-{name}", name, prompt_ids=(5,), num=3)))
+        asks = [
+            greedy(f"r{i}", [None, "one"][i % 2], prompt_ids=PROMPT[: 1 + 7 * i]) for i in range(5)
+        ]
+        answers = await run_all(engine, asks)
+    assert {answer.finish_reason for answer in answers} == {"length"}
 
 
 async def test_same_seed_same_text_whatever_the_batch(
