@@ -56,6 +56,9 @@ class StepTables(Protocol):
     def fill(self, blocks: Sequence[RowBlock]) -> int:
         """Take the leading short blocks, as many as fit; return how many were taken."""
 
+    def launch_for(self, max_blocks: int) -> None:
+        """Launch enough programs for any later step of so many blocks: for a step to capture."""
+
     def add(self, y: Tensor, x: Tensor, arena: Arena, layer: int) -> None:
         """Add the taken blocks' deltas to one projection's output, in place."""
 

@@ -42,7 +42,7 @@ class EngineClient:
         base = load_base(model_folder, settings)
         check_architecture(model_folder)
         pool = AdapterPool(base.layout, settings.adapter_device_bytes, base.dtype, base.device)
-        runner = ModelRunner(base, pool, settings.kv_cache_bytes, settings.kv_block_size)
+        runner = ModelRunner(base, pool, settings.kv_cache_bytes, settings.kv_block_size, settings)
         self.base = base.spec
         self.dtype = base.dtype
         self.eos_token_ids = end_token_ids(base.model)

@@ -5,11 +5,12 @@ Knows the packed form of a step. Does not know queues, callers or adapters beyon
 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from quickchange_adapters.merge import MergedCopy
 from quickchange_adapters.ops.deltas import add_embedding
-from quickchange_adapters.plan import RowBlock, StepPlan, Term, build_plan
+from quickchange_adapters.plan import RowBlock, StepPlan, StepTables, Term, build_plan
 from quickchange_adapters.pool import AdapterPool
 from torch import Tensor
 
@@ -22,10 +23,16 @@ from quickchange_server.engine.attention import (
     ShapeProbe,
     block_bytes,
 )
+from quickchange_server.engine.attention_tiles import KvRow
 from quickchange_server.engine.base_model import BaseModel
+from quickchange_server.engine.cuda_graphs import DecodeBatch, DecodeGraphs, DecodeStep
 from quickchange_server.engine.request import TokenLogprobs
 from quickchange_server.engine.sampler import Sample, sample, token_logprobs
 from quickchange_server.engine.scheduler import ScheduledRow
+from quickchange_server.engine.settings import EngineSettings
+
+if TYPE_CHECKING:
+    from quickchange_server.engine.triton_kernels import TritonKernels
 
 MAX_LENGTH_SPREAD = 2.0
 LOGPROB_CHUNK_ROWS = 64
@@ -39,19 +46,34 @@ class StepResult:
 
 
 class ModelRunner:
-    """The base, its KV storage and the pool, run one packed step at a time."""
+    """The base, its KV storage and the pool, run one packed step at a time.
+
+    Of the settings, only which kernels run and the most rows of a step matter here.
+    """
 
     def __init__(
-        self, base: BaseModel, pool: AdapterPool, kv_cache_bytes: int, block_size: int
+        self,
+        base: BaseModel,
+        pool: AdapterPool,
+        kv_cache_bytes: int,
+        block_size: int,
+        settings: EngineSettings | None = None,
     ) -> None:
+        settings = settings or EngineSettings()
         self.base = base
         self.pool = pool
         base.holder.arenas = pool.arenas
-        self.is_exact = base.device.type == "cpu" and base.dtype == torch.float32
-        shapes = self._probe_shapes()
-        num_blocks = kv_cache_bytes // block_bytes(shapes, block_size, base.dtype.itemsize)
+        self.kv_shapes = self._probe_shapes()
+        num_blocks = kv_cache_bytes // block_bytes(self.kv_shapes, block_size, base.dtype.itemsize)
         like = torch.empty(0, dtype=base.dtype, device=base.device)
-        self.storage = KvStorage(shapes, int(num_blocks), block_size, like)
+        self.storage = KvStorage(self.kv_shapes, int(num_blocks), block_size, like)
+        self._kernels = self._make_kernels(settings)
+        self.is_exact = (
+            self._kernels is None and base.device.type == "cpu" and base.dtype == torch.float32
+        )
+        self._graphs: DecodeGraphs | None = None
+        if self._kernels is not None and settings.cuda_graphs:
+            self._graphs = self._kernels.decode_graphs(self.decode, base.max_model_len)
 
     @torch.inference_mode()
     def run(self, rows: SequenceOf[ScheduledRow], merged: MergedCopy | None) -> list[Sample | None]:
@@ -60,11 +82,9 @@ class ModelRunner:
         `merged`: the copy that every row of this step uses. `rows` hold single-token rows first.
         """
         packed = _Packing(rows)
-        self.base.holder.plan = self._plan(packed, merged)
-        try:
-            logits = self._forward(packed, packed.logit_rows())
-        finally:
-            self.base.holder.plan = StepPlan(0)
+        logits = self._replay(packed) if merged is None else None
+        if logits is None:
+            logits = self._compute(packed, merged)
         return self._sample(packed, logits)
 
     def clear_blocks(self, blocks: SequenceOf[int]) -> None:
@@ -72,10 +92,49 @@ class ModelRunner:
         if blocks:
             self.storage.clear(blocks)
 
+    def _compute(self, packed: "_Packing", merged: MergedCopy | None) -> Tensor:
+        self.base.holder.plan = self._plan(packed, merged)
+        try:
+            return self._forward(packed, packed.logit_rows())
+        finally:
+            self.base.holder.plan = StepPlan(0)
+
+    def _replay(self, packed: "_Packing") -> Tensor | None:
+        """Return a decode step's logits from a captured one; None where there is none."""
+        step = None if self._graphs is None else packed.decode_step()
+        if self._graphs is None or step is None:
+            return None
+        logits = self._graphs.run(step)
+        wanted = packed.logit_rows()
+        return logits if logits is None or len(wanted) == len(packed.rows) else logits[wanted]
+
+    def decode(self, batch: DecodeBatch, deltas: StepTables | None) -> Tensor:
+        """Compute float32 logits of one token a row. Runs while a step is being captured."""
+        self.base.holder.plan = StepPlan(batch.token_ids.shape[0], tables=deltas)
+        try:
+            output = self.base.model(
+                inputs_embeds=self.base.embed(batch.token_ids).unsqueeze(0),
+                position_ids=batch.positions.unsqueeze(0),
+                past_key_values=None,
+                use_cache=False,
+                logits_to_keep=0,
+                step=AttentionStep(self.storage, batch.slots, tiles=batch.tiles),
+            )
+        finally:
+            self.base.holder.plan = StepPlan(0)
+        logits: Tensor = output.logits[0].float()
+        return logits
+
     def _plan(self, packed: "_Packing", merged: MergedCopy | None) -> StepPlan:
         if merged is not None:
             return StepPlan(packed.num_tokens, merged=merged)
-        plan = build_plan(packed.row_blocks(), packed.num_tokens, self.pool, is_exact=self.is_exact)
+        plan = build_plan(
+            packed.row_blocks(),
+            packed.num_tokens,
+            self.pool,
+            is_exact=self.is_exact,
+            tables=None if self._kernels is None else self._kernels.deltas,
+        )
         return replace(plan, head_blocks=packed.head_blocks())
 
     def _forward(self, packed: "_Packing", hidden_rows: list[int]) -> Tensor:
@@ -101,6 +160,9 @@ class ModelRunner:
         size, device = self.storage.block_size, self.base.device
         slots = torch.tensor(packed.kv_slots(size), device=device)
         step = AttentionStep(self.storage, slots)
+        if self._kernels is not None:
+            step.tiles = self._kernels.attention.fill(packed.kv_rows())
+            return step
         for rows in _length_buckets(packed.decode_rows(), is_exact=self.is_exact):
             step.buckets.append(self._bucket(rows))
         for start, row in packed.chunk_rows():
@@ -151,6 +213,14 @@ class ModelRunner:
             if target == len(noted) and target < sequence.num_prompt:
                 token_id = sequence.token_ids[target]
                 noted.append(token_logprobs(logits[position - row.start], token_id, num_top))
+
+    def _make_kernels(self, settings: EngineSettings) -> "TritonKernels | None":
+        is_cuda = self.base.device.type == "cuda"
+        if settings.kernels == "plain" or (settings.kernels == "auto" and not is_cuda):
+            return None
+        from quickchange_server.engine.triton_kernels import TritonKernels
+
+        return TritonKernels(self.pool, self.storage, self.kv_shapes, settings.max_batch_rows)
 
     @torch.inference_mode()
     def _probe_shapes(self) -> list[KvShape]:
@@ -224,6 +294,25 @@ class _Packing:
                 for p in range(row.start, row.end)
             )
         return slots + [0] * self._num_padding
+
+    def kv_rows(self) -> list[KvRow]:
+        """Rows with where their tokens stand and where their KV lies."""
+        return [
+            KvRow(start, row.start, row.num_tokens, row.sequence.blocks)
+            for start, row in zip(self.starts, self.rows, strict=True)
+        ]
+
+    def decode_step(self) -> DecodeStep | None:
+        """Return the step as a captured one takes it; None if it holds anything else.
+
+        Anything else: several tokens of a row, or adapters that change the vocabulary's two ends.
+        """
+        blocks = self.row_blocks()
+        slots = [term.slot for block in blocks for term in block.terms]
+        has_ends = any(slot.head is not None or slot.embedding is not None for slot in slots)
+        if has_ends or any(row.num_tokens > 1 for row in self.rows):
+            return None
+        return DecodeStep(self.token_ids[: len(self.rows)], self.kv_rows(), blocks)
 
     def decode_rows(self) -> list[tuple[int, ScheduledRow]]:
         """Single-token rows with their packed index."""

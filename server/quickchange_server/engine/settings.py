@@ -1,6 +1,7 @@
 """What the engine is told at start, as one frozen object. Byte values are resolved numbers."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 GIB = 1 << 30
 
@@ -23,6 +24,8 @@ class EngineSettings:
         adapter_host_bytes: ceiling of the host copies of adapters.
         merged_bytes: ceiling of all merged copies together; None: as large as the base.
         max_lora_rank: largest rank that is served.
+        kernels: `triton`, `plain`, or `auto`: Triton's on a GPU, plain ones elsewhere.
+        cuda_graphs: whether decode steps are captured and replayed, where Triton's kernels run.
     """
 
     served_name: str = "base"
@@ -38,3 +41,5 @@ class EngineSettings:
     adapter_host_bytes: int = GIB
     merged_bytes: int | None = None
     max_lora_rank: int = 256
+    kernels: Literal["auto", "plain", "triton"] = "auto"
+    cuda_graphs: bool = True

@@ -1,0 +1,143 @@
+"""The engine with the GPU's kernels, in Triton's interpreter, against the engine without them.
+
+Decode steps take the way of captured steps, with padding rows; on a CPU they are computed again
+instead of replayed.
+"""
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from quickchange_adapters.pool import AdapterPool
+from quickchange_adapters.weights import AdapterWeights
+from quickchange_server.engine.attention_tiles import KvRow
+from quickchange_server.engine.base_model import load_base
+from quickchange_server.engine.cuda_graphs import DecodeInputs, DecodeStep
+from quickchange_server.engine.model_runner import ModelRunner
+from quickchange_server.engine.request import AdapterRef, GenerationRequest, SamplingParams
+from quickchange_server.engine.settings import EngineSettings
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.conftest import MakeAdapter, save_tiny_base
+from tests.server.engine.conftest import MIB, Answer, make_engine, peft_weights, run_all
+from tests.server.engine.test_engine_peft import full_logprobs, prompt_of
+
+pytest.importorskip("triton", reason="the kernels need Triton, which is made for Linux only")
+
+from quickchange_server.engine.triton_kernels import TritonKernels
+
+VOCAB = 381
+WINDOWED = {
+    "head_dim": 16,
+    "attn_logit_softcapping": 2.0,
+    "sliding_window": 8,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
+
+
+def ask(name: str, length: int, *adapters: tuple[str, float], num: int = 3) -> GenerationRequest:
+    return GenerationRequest(
+        name,
+        prompt_of(length, length),
+        tuple(AdapterRef(digest, weight) for digest, weight in adapters),
+        SamplingParams(temperature=0, logprobs=VOCAB),
+        max_tokens=num,
+        ignore_eos=True,
+    )
+
+
+async def answers(
+    base: Path,
+    requests: list[GenerationRequest],
+    weights: list[AdapterWeights],
+    **settings: Any,
+) -> list[Answer]:
+    engine = make_engine(base, **settings)
+    await engine.start()
+    try:
+        for version in weights:
+            await engine.load_adapter(version)
+        return await run_all(engine, requests)
+    finally:
+        await engine.stop()
+
+
+async def assert_agree(
+    base: Path, requests: list[GenerationRequest], weights: list[AdapterWeights], **settings: Any
+) -> None:
+    plain = await answers(base, requests, weights, **settings)
+    kernels = await answers(base, requests, weights, kernels="triton", **settings)
+    for expected, actual in zip(plain, kernels, strict=True):
+        assert actual.finish_reason == "length"
+        assert actual.token_ids == expected.token_ids
+        torch.testing.assert_close(
+            full_logprobs(actual), full_logprobs(expected), atol=1e-4, rtol=0
+        )
+
+
+async def test_a_mixed_batch_has_the_answers_of_the_plain_paths(
+    tiny_base: Path, make_adapter: MakeAdapter
+) -> None:
+    weights = [
+        peft_weights(make_adapter(seed=1), "one"),
+        peft_weights(make_adapter(seed=2, r=20, target_modules=["q_proj", "down_proj"]), "two"),
+    ]
+    requests = [
+        ask("base", 3),
+        ask("one", 21, ("one", 1.0)),
+        ask("mix", 5, ("two", 0.5), ("one", -0.3)),
+    ]
+    await assert_agree(tiny_base, requests, weights)
+
+
+async def test_windows_and_caps_reach_the_kernel(tmp_path: Path) -> None:
+    base = save_tiny_base(tmp_path / "base", "gemma2", **WINDOWED)
+    await assert_agree(base, [ask("a", 20), ask("b", 1)], [], cuda_graphs=False)
+
+
+async def test_an_adapter_of_the_head_is_not_left_out_of_a_decode_step(
+    tmp_path: Path, make_adapter: MakeAdapter
+) -> None:
+    """Captured steps know nothing of the vocabulary's two ends; such rows go the plain way."""
+    base = save_tiny_base(tmp_path / "base", tie_word_embeddings=False)
+    folder = make_adapter(base, target_modules=["q_proj", "lm_head", "embed_tokens"])
+    await assert_agree(base, [ask("a", 4, ("ends", 1.0))], [peft_weights(folder, "ends")])
+
+
+class HostReads(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes operations that would wait for the device: a step with one cannot be captured."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func)
+        if any(each in name for each in ("_local_scalar_dense", "nonzero", "unique", "equal")):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2"])
+def test_a_decode_step_never_waits_for_the_device(tmp_path: Path, model_type: str) -> None:
+    folder = save_tiny_base(tmp_path / "base", model_type)
+    settings = EngineSettings(kernels="triton", max_batch_rows=2)
+    base = load_base(folder, settings)
+    pool = AdapterPool(base.layout, MIB, base.dtype, base.device)
+    runner = ModelRunner(base, pool, MIB, settings.kv_block_size, settings)
+    kernels = TritonKernels(pool, runner.storage, runner.kv_shapes, 2)
+    inputs = DecodeInputs(kernels.attention, 2, settings.kv_block_size, base.device)
+    rows = [KvRow(0, 4, 1, [1]), KvRow(1, 20, 1, [2, 3])]
+    batch = inputs.fill(DecodeStep([5, 6], rows, []), 2)
+    with torch.inference_mode(), HostReads() as reads:
+        logits = runner.decode(batch, kernels.deltas)
+    assert reads.names == []
+    assert torch.isfinite(logits).all()
+    with HostReads() as reads:
+        int(torch.tensor([5]))
+    assert reads.names, "the mode notes such reads"
