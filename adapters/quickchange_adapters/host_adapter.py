@@ -1,7 +1,7 @@
 """A version's tensors in the layout of the device pool, ready to be copied in a few large moves."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -86,6 +86,22 @@ def pack_adapter(
     adapter = HostAdapter(weights.digest, groups, head, embedding)
     _check_finite(adapter, dtype)
     return adapter
+
+
+def pin_adapter(adapter: HostAdapter) -> HostAdapter:
+    """Return a copy in page-locked memory, from which a GPU can copy while it computes."""
+    groups = {
+        kind: replace(group, lora_a=group.lora_a.pin_memory(), lora_b=group.lora_b.pin_memory())
+        for kind, group in adapter.groups.items()
+    }
+    head, embedding = _pin_pair(adapter.head), _pin_pair(adapter.embedding)
+    return replace(adapter, groups=groups, head=head, embedding=embedding)
+
+
+def _pin_pair(pair: LoraPair | None) -> LoraPair | None:
+    if pair is None:
+        return None
+    return LoraPair(pair.lora_a.pin_memory(), pair.lora_b.pin_memory())
 
 
 @dataclass(slots=True)

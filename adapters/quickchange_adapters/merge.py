@@ -75,7 +75,8 @@ def merge_adapter(adapter: HostAdapter, layout: AdapterLayout, base: DenseBase) 
             merged = merge_matrix(base.dense(kind, layer), group, shape, layer)
             copy.weights[(kind, layer)] = make_linear_weight(merged)
             if group.has_bias:
-                copy.biases[(kind, layer)] = _merge_bias(base.bias(kind, layer), group, layer)
+                bias = _merge_bias(base.bias(kind, layer), group, layer)
+                copy.biases[(kind, layer)] = bias.to(merged.device)
     return copy
 
 

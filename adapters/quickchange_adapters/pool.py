@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from quickchange_adapters.copy_stream import CopyStream
 from quickchange_adapters.host_adapter import HostAdapter
 from quickchange_adapters.layout import ROW_UNIT, AdapterLayout, GroupShape
 from quickchange_adapters.weights import LoraPair
@@ -107,6 +108,7 @@ class AdapterPool:
         self.num_rows = rows
         self.total_bytes = rows * row_bytes + self.vocabulary_ceiling_bytes
         self.device = device
+        self._copies = CopyStream(device)
         self.arenas = {
             kind: Arena(
                 shape,
@@ -195,21 +197,25 @@ class AdapterPool:
     def _load(self, adapter: HostAdapter) -> Slot | None:
         if not self._make_room(adapter):
             return None
-        ranges = {}
+        slot = Slot(adapter.digest, {}, adapter.num_bytes)
         for kind, group in adapter.groups.items():
-            arena = self.arenas[kind]
-            rows = arena.find_free(group.num_rows)
+            rows = self.arenas[kind].find_free(group.num_rows)
             assert rows is not None
-            arena.take(replace(rows, has_bias=group.has_bias))
-            arena.lora_a[:, rows.start : rows.end].copy_(group.lora_a, non_blocking=True)
-            arena.lora_b[:, rows.start : rows.end].copy_(group.lora_b, non_blocking=True)
-            ranges[kind] = replace(rows, has_bias=group.has_bias)
-        slot = Slot(adapter.digest, ranges, adapter.num_bytes)
-        slot.head = _to_device(adapter.head, self.device)
-        slot.embedding = _to_device(adapter.embedding, self.device)
+            slot.ranges[kind] = replace(rows, has_bias=group.has_bias)
+            self.arenas[kind].take(slot.ranges[kind])
+        with self._copies.copying():
+            self._copy_in(adapter, slot)
         self._slots[adapter.digest] = slot
         self.generation += 1
         return slot
+
+    def _copy_in(self, adapter: HostAdapter, slot: Slot) -> None:
+        for kind, group in adapter.groups.items():
+            arena, rows = self.arenas[kind], slot.ranges[kind]
+            arena.lora_a[:, rows.start : rows.end].copy_(group.lora_a, non_blocking=True)
+            arena.lora_b[:, rows.start : rows.end].copy_(group.lora_b, non_blocking=True)
+        slot.head = _to_device(adapter.head, self.device)
+        slot.embedding = _to_device(adapter.embedding, self.device)
 
     def _fits(self, adapter: HostAdapter) -> bool:
         held = sum(_vocabulary_bytes(slot) for slot in self._slots.values())
@@ -284,7 +290,10 @@ class AdapterPool:
 def _to_device(pair: LoraPair | None, device: torch.device) -> LoraPair | None:
     if pair is None:
         return None
-    return LoraPair(pair.lora_a.to(device, copy=True), pair.lora_b.to(device, copy=True))
+    return LoraPair(
+        pair.lora_a.to(device, copy=True, non_blocking=True),
+        pair.lora_b.to(device, copy=True, non_blocking=True),
+    )
 
 
 def _vocabulary_bytes(slot: Slot) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from quickchange_adapters.host_adapter import HostAdapter, pack_adapter
+from quickchange_adapters.host_adapter import HostAdapter, pack_adapter, pin_adapter
 from quickchange_adapters.merge import MergedCopy, merge_adapter, merged_bytes_of
 from quickchange_adapters.pool import AdapterPool
 from quickchange_adapters.weights import AdapterWeights
@@ -104,10 +104,7 @@ class EngineClient:
         """Pack a version on the loader thread and keep it in host memory."""
         if self.is_loaded(weights.digest):
             return
-        base = self._base_model
-        adapter = await self._in_loader(
-            lambda: pack_adapter(weights, base.layout, self.dtype, base.bias_of)
-        )
+        adapter = await self._in_loader(lambda: self._pack(weights))
         self._check_fits(adapter)
         try:
             await self._on_engine(lambda: self._engine.residency.add_host(adapter))
@@ -145,6 +142,11 @@ class EngineClient:
     def snapshot(self) -> EngineSnapshot:
         """Return the state after the last step."""
         return self._engine.snapshot
+
+    def _pack(self, weights: AdapterWeights) -> HostAdapter:
+        base = self._base_model
+        adapter = pack_adapter(weights, base.layout, self.dtype, base.bias_of)
+        return pin_adapter(adapter) if base.device.type == "cuda" else adapter
 
     def _merge(self, adapter: HostAdapter) -> MergedCopy:
         with torch.inference_mode():

@@ -154,6 +154,9 @@ class Engine:
 
     def _run(self) -> None:
         torch.set_num_threads(torch.get_num_threads())
+        device = self.runner.base.device
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # kernels launch on the thread's current device
         try:
             while not self._is_stopping:
                 self._handle_inbox()
