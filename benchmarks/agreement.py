@@ -33,6 +33,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.failure import BenchmarkFailure, exit_on_failure
 from benchmarks.machine import ROOT, Machine
 from benchmarks.make_adapters import AdapterShape, linear_shapes, write_adapter
 from benchmarks.report import Report, add_output_options, markdown_table
@@ -139,7 +140,7 @@ def prompt_rows(folder: Path, count: int, num_tokens: int) -> list[tuple[int, ..
     text = "\n".join(json.loads(line)["text"] for line in lines)
     ids = AutoTokenizer.from_pretrained(str(folder))(text * 4)["input_ids"]
     if len(ids) < count * num_tokens:
-        raise SystemExit(f"error: the text has {len(ids)} tokens: ask for fewer or shorter rows")
+        raise BenchmarkFailure(f"the text has {len(ids)} tokens: ask for fewer or shorter rows")
     return [tuple(ids[i * num_tokens : (i + 1) * num_tokens]) for i in range(count)]
 
 
@@ -162,7 +163,8 @@ async def _serve_row(
     )
     entries: list[TokenLogprobs] = []
     async for output in engine.generate(request):
-        assert output.failure is None, output.failure
+        if output.failure is not None:
+            raise BenchmarkFailure(f"a request failed: {output.failure.message}")
         entries += [entry for entry in output.prompt_logprobs or () if entry is not None]
         entries += output.logprobs or ()
     argmax = torch.tensor([entry.top[0][0] for entry in entries])
@@ -308,4 +310,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_failure():
+        main()

@@ -18,6 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.failure import exit_on_failure
 from benchmarks.machine import Machine
 from benchmarks.report import Report, add_output_options, markdown_table
 from benchmarks.server_process import Target
@@ -124,4 +125,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_failure():
+        main()

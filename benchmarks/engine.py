@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from quickchange_server.thread_affinity import prepare_threads, restore_affinity
 
+from benchmarks.failure import exit_on_failure
 from benchmarks.machine import Machine
 from benchmarks.report import Report, add_output_options, option_type
 from benchmarks.workload import DEFAULT_SCENARIOS, max_adapters, parse_scenarios
@@ -90,4 +91,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_failure():
+        main()

@@ -25,6 +25,7 @@ from quickchange_server.engine.observer import StepStats
 from quickchange_server.engine.request import AdapterRef, GenerationRequest, SamplingParams
 from quickchange_server.engine.settings import EngineSettings
 
+from benchmarks.failure import BenchmarkFailure
 from benchmarks.report import markdown_table
 from benchmarks.step_profile import StepProfiler
 from benchmarks.timing import percentile
@@ -180,10 +181,15 @@ class EngineBench:
             await self._engine.unmerge(adapter_name(0))
 
     async def _measure(self, scenario: Scenario) -> EngineFigures:
+        """Run a scenario once. Raises: BenchmarkFailure when answers are too short to see its steps."""
         async with self._prepared(scenario):
             await self._decode(scenario, self._options.tokens)
             steps = self._recorder.full_decode_steps(scenario.num_clients)
             prefill_tokens_per_s = await self._prefill_rate(scenario)
+        if len(steps) < 2:
+            raise BenchmarkFailure(
+                f"{scenario.label}: only {len(steps)} decode steps had all rows; raise --tokens"
+            )
         ends, seconds = [end for end, _ in steps], [each for _, each in steps]
         periods = [after - before for before, after in itertools.pairwise(ends)]
         return EngineFigures(
@@ -226,7 +232,7 @@ class EngineBench:
         )
         async for output in self._engine.generate(request):
             if output.failure is not None:
-                raise RuntimeError(f"a request failed: {output.failure.message}")
+                raise BenchmarkFailure(f"a request failed: {output.failure.message}")
 
 
 def block_linears(spec: BaseSpec) -> dict[str, ModuleSpec]:

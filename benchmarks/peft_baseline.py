@@ -21,6 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.failure import exit_on_failure
 from benchmarks.machine import Machine
 from benchmarks.make_adapters import AdapterShape, write_adapters
 from benchmarks.report import (
@@ -206,4 +207,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_failure():
+        main()

@@ -19,7 +19,7 @@ from typing import Any
 import httpx
 import psutil
 
-from benchmarks.sse_client import BenchmarkFailure
+from benchmarks.failure import BenchmarkFailure
 
 READY_TIMEOUT_S = 600.0
 STOP_TIMEOUT_S = 60.0
@@ -68,7 +68,10 @@ class Target:
     def _call(self, method: str, path: str, **content: Any) -> dict[str, Any]:
         headers = {"authorization": f"Bearer {self.api_key}"} if self.api_key else {}
         url = self.url.rstrip("/") + path
-        answer = httpx.request(method, url, headers=headers, timeout=300, **content)
+        try:
+            answer = httpx.request(method, url, headers=headers, timeout=300, **content)
+        except httpx.TransportError as error:
+            raise BenchmarkFailure(f"{method} {url} failed: {error}") from error
         if answer.is_error:
             raise BenchmarkFailure(
                 f"{method} {path} answered {answer.status_code}: {answer.text[:500]}"
@@ -81,7 +84,9 @@ class Target:
 def serving(arguments: Sequence[str]) -> Iterator[Target]:
     """Run `quickchange serve` with these arguments and a store of its own; stop it at the end.
 
-    Raises: BenchmarkFailure, with the end of the server's log, if it does not become ready.
+    Prints the end of the server's log when something fails.
+
+    Raises: BenchmarkFailure if it does not become ready.
     """
     with tempfile.TemporaryDirectory(prefix="quickchange-bench-") as folder:
         port = _free_port()
@@ -92,8 +97,11 @@ def serving(arguments: Sequence[str]) -> Iterator[Target]:
             child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
         try:
             url = f"http://127.0.0.1:{port}"
-            _wait_until_ready(url, child, log)
+            _wait_until_ready(url, child)
             yield Target(url, psutil.Process(child.pid))
+        except Exception:
+            print(f"the server's log ends:\n{_tail(log)}", file=sys.stderr)
+            raise
         finally:
             _stop(child)
 
@@ -122,7 +130,7 @@ def _free_port() -> int:
         return port
 
 
-def _wait_until_ready(url: str, child: "subprocess.Popen[bytes]", log: Path) -> None:
+def _wait_until_ready(url: str, child: "subprocess.Popen[bytes]") -> None:
     deadline = time.monotonic() + READY_TIMEOUT_S
     while time.monotonic() < deadline and child.poll() is None:
         try:
@@ -131,9 +139,12 @@ def _wait_until_ready(url: str, child: "subprocess.Popen[bytes]", log: Path) -> 
         except httpx.TransportError:
             pass
         time.sleep(0.1)
-    tail = log.read_text(errors="replace")[-3000:]
     state = "is not ready" if child.poll() is None else f"ended with {child.returncode}"
-    raise BenchmarkFailure(f"the server {state}; its log ends:\n{tail}")
+    raise BenchmarkFailure(f"the server {state}")
+
+
+def _tail(log: Path) -> str:
+    return log.read_text(errors="replace")[-3000:]
 
 
 def _stop(child: "subprocess.Popen[bytes]") -> None:

@@ -11,13 +11,10 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
+from benchmarks.failure import BenchmarkFailure
 from benchmarks.timing import RequestTiming
 
 MAX_LINE_BYTES = 1 << 20
-
-
-class BenchmarkFailure(Exception):
-    """The server did not do what was asked; the message says what it answered."""
 
 
 @dataclass(frozen=True, slots=True)

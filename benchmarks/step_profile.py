@@ -11,6 +11,8 @@ from typing import Literal
 
 import torch
 
+from benchmarks.failure import BenchmarkFailure
+
 NUM_LINES = 30
 
 ProfilerKind = Literal["torch", "python"]
@@ -43,10 +45,12 @@ class StepProfiler:
     def summary(self) -> str:
         """Return the table of what took longest.
 
-        Raises: RuntimeError when fewer decode steps ran than were to be profiled.
+        Raises: BenchmarkFailure when fewer decode steps ran than were to be profiled.
         """
         if self._num_seen <= self._num_steps:
-            raise RuntimeError(f"{self._num_seen} decode steps ran, {self._num_steps} were wanted")
+            raise BenchmarkFailure(
+                f"{self._num_seen} decode steps ran, {self._num_steps} were wanted"
+            )
         if self._kind == "python":
             text = io.StringIO()
             pstats.Stats(self._python, stream=text).sort_stats("tottime").print_stats(NUM_LINES)

@@ -13,6 +13,7 @@ import asyncio
 import itertools
 import secrets
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.failure import BenchmarkFailure, exit_on_failure
 from benchmarks.machine import Machine
 from benchmarks.report import (
     Report,
@@ -34,7 +36,7 @@ from benchmarks.report import (
     scenario_table,
 )
 from benchmarks.server_process import Target, base_folder, checkpoint_dtype, serving
-from benchmarks.sse_client import BenchmarkFailure, EventConnection, timing_of
+from benchmarks.sse_client import EventConnection, timing_of
 from benchmarks.timing import Figures, RequestTiming, summarise
 from benchmarks.workload import (
     DEFAULT_SCENARIOS,
@@ -184,14 +186,9 @@ def _upload_adapters(target: Target, options: argparse.Namespace, *, is_wanted: 
 
 def settings_of(options: argparse.Namespace, target: Target) -> dict[str, object]:
     """Return what is printed above the table."""
-    base, dtype = options.model, options.dtype
-    if target.process:
-        folder = base_folder(options.model)
-        base, dtype = folder.name, checkpoint_dtype(folder) if dtype == "auto" else dtype
     settings: dict[str, object] = {
         "server": options.name or ("quickchange serve" if not options.url else "a running server"),
-        "base": base,
-        "dtype, device": f"{dtype}, {options.device}",
+        "base": target.base_name(),
         "work": f"prompts of {options.prompt_words} words, {options.tokens} tokens out, greedy, "
         "end of text ignored, streaming /v1/completions, every prompt new",
         "adapters": f"rank {options.rank} on all seven linears, in turn",
@@ -200,9 +197,17 @@ def settings_of(options: argparse.Namespace, target: Target) -> dict[str, object
         "seed": options.seed,
     }
     if target.process:
+        settings["dtype, device"] = f"{_dtype(options)}, {options.device}"
         settings["server's resident set at the end"] = f"{target.resident_mib():.0f} MiB"
         settings["server's options"] = options.server_args or "defaults"
     return settings
+
+
+def _dtype(options: argparse.Namespace) -> str:
+    """Return the dtype, with what `auto` means for this base."""
+    if options.dtype != "auto":
+        return str(options.dtype)
+    return f"auto ({checkpoint_dtype(base_folder(options.model))} in the checkpoint)"
 
 
 def parsed_options() -> argparse.Namespace:
@@ -212,7 +217,9 @@ def parsed_options() -> argparse.Namespace:
     )
     parser.add_argument("--url", help="a running server; default: start `quickchange serve`")
     parser.add_argument("--api-key", help="sent as a bearer token")
-    parser.add_argument("--upload", action="store_true", help="with --url: upload the adapters")
+    parser.add_argument(
+        "--upload", action="store_true", help="with --url: upload the adapters; they stay"
+    )
     parser.add_argument("--name", help="what the report calls the server")
     parser.add_argument("--model", default="builtin:smollm2-135m", help="the base: folder or id")
     parser.add_argument("--device", default="auto", help="of the server that is started")
@@ -256,7 +263,6 @@ def _say(sentence: str) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the server is stopped then too
+    with exit_on_failure():
         main()
-    except* (BenchmarkFailure, OSError) as failures:
-        sys.exit(f"error: {failures.exceptions[0]}")

@@ -10,6 +10,7 @@ import torch
 from quickchange_adapters.base_spec import BaseSpec, ModuleSpec
 
 from benchmarks.engine_runs import EngineBench, engine_table, random_weights
+from benchmarks.failure import BenchmarkFailure
 from benchmarks.workload import Scenario, parse_scenarios
 
 SCENARIOS = parse_scenarios("base:1,2:3,merged:2")
@@ -55,6 +56,11 @@ async def test_every_scenario_is_run_as_often_as_asked(make_bench: MakeBench) ->
         assert all(math.isfinite(number) and number > 0 for number in numbers)
     table = engine_table(runs, bench.floor, bandwidth=1e9)
     assert "2 adapters, 3 rows" in table
+
+
+async def test_answers_too_short_to_see_their_steps_are_refused(make_bench: MakeBench) -> None:
+    with pytest.raises(BenchmarkFailure, match="base:1: only 0 decode steps.*raise --tokens"):
+        await make_bench(tokens=4).run_all(SCENARIOS[:1], num_adapters=0)
 
 
 def test_the_floor_is_base_head_adapters_and_kv(make_bench: MakeBench) -> None:

@@ -7,7 +7,8 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from benchmarks.sse_client import BenchmarkFailure, Event, EventConnection, timing_of
+from benchmarks.failure import BenchmarkFailure
+from benchmarks.sse_client import Event, EventConnection, timing_of
 
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 BODY = (

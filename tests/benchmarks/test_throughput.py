@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.client_limit import ReadyMadeServer
+from benchmarks.failure import BenchmarkFailure
 from benchmarks.machine import ROOT
 from benchmarks.server_process import Target
-from benchmarks.sse_client import BenchmarkFailure
 from benchmarks.throughput import ClosedLoop, Work
 from benchmarks.workload import Prompts, Scenario
 
