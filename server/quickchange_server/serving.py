@@ -43,6 +43,7 @@ from quickchange_server.tokenizer import Tokenizer
 
 KEEP_ALIVE_S = 75
 READY_POLL_S = 0.02
+CUDA_WARNING = "CUDA: written, not yet run on hardware"
 
 
 def run_server(config: ServerConfig, base_folder: Path) -> None:
@@ -127,6 +128,8 @@ def _open_store(config: ServerConfig) -> tuple[LocalStore, Catalog]:
 
 def _budget(config: ServerConfig, base_folder: Path) -> MemoryBudget:
     device = pick_device(config.device)
+    if device.startswith("cuda"):
+        _say(CUDA_WARNING)
     footprint = read_footprint(base_folder, config.dtype)
     return resolve_budget(config, footprint, device, device_memory(device), host_memory())
 
