@@ -26,7 +26,7 @@ serve: setup ## Serve the small built-in base and an example adapter on 127.0.0.
 	@$(BIN)/quickchange-server serve --adapter sentiment=$(SENTIMENT) $(ARGS)
 
 test: check ## Check format, lint and types, then run all tests
-	$(BIN)/python -m pytest -q $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 check: setup-dev ## Check format, lint and types only
 	$(BIN)/ruff format --check .
