@@ -181,7 +181,10 @@ class EngineBench:
             await self._engine.unmerge(adapter_name(0))
 
     async def _measure(self, scenario: Scenario) -> EngineFigures:
-        """Run a scenario once. Raises: BenchmarkFailure when answers are too short to see its steps."""
+        """Run a scenario once.
+
+        Raises: BenchmarkFailure when the answers are too short to see its steps.
+        """
         async with self._prepared(scenario):
             await self._decode(scenario, self._options.tokens)
             steps = self._recorder.full_decode_steps(scenario.num_clients)
