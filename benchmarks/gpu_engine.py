@@ -1,0 +1,206 @@
+"""Random bases made on the device, and the engine over them driven step by step.
+
+No files and no downloads: what is compared and timed does not depend on the weights' values.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from quickchange_adapters.host_adapter import HostAdapter, pack_adapter, pin_adapter
+from quickchange_adapters.pool import AdapterPool
+from quickchange_adapters.weights import AdapterWeights, LoraPair
+from quickchange_server.engine.attention import ATTENTION_NAME, register_attention
+from quickchange_server.engine.base_model import BaseModel
+from quickchange_server.engine.engine import Engine
+from quickchange_server.engine.model_runner import ModelRunner
+from quickchange_server.engine.observer import StepStats
+from quickchange_server.engine.request import (
+    AdapterRef,
+    GenerationRequest,
+    SamplingParams,
+    TokenOutput,
+)
+from quickchange_server.engine.settings import EngineSettings
+
+MIB = 1 << 20
+VOCABULARY = 512
+TINY = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "tie_word_embeddings": False,
+}
+LAYERS = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": TINY,
+    "qwen2": TINY,
+    "gemma2": {
+        **TINY,
+        **LAYERS,
+        "head_dim": 64,
+        "sliding_window": 24,
+        "attn_logit_softcapping": 20.0,
+    },
+}
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {**TINY, "max_position_embeddings": 4096},
+    "1b": {
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "max_position_embeddings": 4096,
+    },
+    "8b": {
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": False,
+    },
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One request of a run: its prompt, and the adapters it mixes as (index, weight)."""
+
+    prompt: tuple[int, ...]
+    adapters: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Tokens, and each one's full log probabilities where they were asked for."""
+
+    token_ids: list[int]
+    logprobs: torch.Tensor | None
+
+
+class Recorder:
+    """Keeps every step."""
+
+    def __init__(self) -> None:
+        self.steps: list[StepStats] = []
+
+    def on_step(self, stats: StepStats) -> None:
+        """Take note of one finished step."""
+        self.steps.append(stats)
+
+
+def random_model(
+    family: str, values: dict[str, Any], dtype: torch.dtype, device: torch.device, attention: str
+) -> Any:
+    """Make a model on the device whose logits vary; equal arguments give equal weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    config = AutoConfig.for_model(family, **values, **ends)
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    model.to(device).eval().requires_grad_(False)
+    generator = torch.Generator(device).manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            parameter.normal_(0.0, parameter.shape[-1] ** -0.5, generator=generator)
+    return model
+
+
+def random_adapter(base: BaseModel, rank: int, seed: int) -> AdapterWeights:
+    """Make an adapter on every linear of the blocks, large enough to change the answers."""
+    generator = torch.Generator().manual_seed(seed)
+    pairs = {}
+    for module in base.layout.places:
+        spec = base.spec.modules[module]
+        lora_a = torch.randn(rank, spec.in_features, generator=generator) * spec.in_features**-0.5
+        lora_b = torch.randn(spec.out_features, rank, generator=generator) * 0.1 * rank**-0.5
+        pairs[module] = LoraPair(lora_a.to(base.dtype), lora_b.to(base.dtype))
+    return AdapterWeights(f"adapter-{seed}", pairs)
+
+
+class GpuEngine:
+    """An engine without a thread: every step runs in the call of `run`."""
+
+    def __init__(self, family: str, values: dict[str, Any], settings: EngineSettings) -> None:
+        register_attention()
+        device, dtype = torch.device(settings.device), getattr(torch, settings.dtype)
+        model = random_model(family, values, dtype, device, ATTENTION_NAME)
+        self.base = BaseModel(model, settings)
+        self.pool = AdapterPool(
+            self.base.layout, settings.adapter_device_bytes, dtype, self.base.device
+        )
+        self.runner = ModelRunner(
+            self.base, self.pool, settings.kv_cache_bytes, settings.kv_block_size, settings
+        )
+        self.recorder = Recorder()
+        self._outputs: list[TokenOutput] = []
+        self._engine = Engine(
+            self.runner, settings, frozenset(), self.recorder, self._outputs.extend
+        )
+        self._num_requests = 0
+
+    def add_adapter(self, weights: AdapterWeights) -> HostAdapter:
+        """Pack a version, pinned on a GPU, and keep it in host memory."""
+        adapter = pack_adapter(weights, self.base.layout, self.base.dtype, self.base.bias_of)
+        if self.base.device.type == "cuda":
+            adapter = pin_adapter(adapter)
+        self._engine.residency.add_host(adapter)
+        return adapter
+
+    @torch.inference_mode()
+    def run(self, rows: Sequence[Row], num_tokens: int, num_logprobs: int | None) -> list[Answer]:
+        """Answer all rows at once, greedily. Raises: RuntimeError if one of them fails."""
+        self._outputs.clear()
+        self.recorder.steps.clear()
+        names = [self._add(row, num_tokens, num_logprobs) for row in rows]
+        unfinished = set(names)
+        while unfinished:
+            self._engine.step()
+            for output in self._outputs:
+                if output.failure is not None:
+                    raise RuntimeError(f"{output.request_id} failed: {output.failure.message}")
+            unfinished -= {o.request_id for o in self._outputs if o.finish_reason is not None}
+        return [self._answer(name) for name in names]
+
+    def _add(self, row: Row, num_tokens: int, num_logprobs: int | None) -> str:
+        self._num_requests += 1
+        name = f"request-{self._num_requests}"
+        adapters = tuple(AdapterRef(f"adapter-{index}", weight) for index, weight in row.adapters)
+        sampling = SamplingParams(temperature=0, logprobs=num_logprobs)
+        self._engine.add(
+            GenerationRequest(
+                name, row.prompt, adapters, sampling, num_tokens, ignore_eos=True, cache_scope=name
+            )
+        )
+        return name
+
+    def _answer(self, name: str) -> Answer:
+        outputs = [output for output in self._outputs if output.request_id == name]
+        entries = [entry for output in outputs for entry in output.logprobs or ()]
+        token_ids = [token for output in outputs for token in output.token_ids]
+        if not entries or len(entries[0].top) < VOCABULARY:
+            return Answer(token_ids, None)
+        logprobs = torch.empty(len(entries), VOCABULARY)
+        for index, entry in enumerate(entries):
+            ids, values = zip(*entry.top, strict=True)
+            logprobs[index, list(ids)] = torch.tensor(values)
+        return Answer(token_ids, logprobs)
+
+
+def random_prompt(length: int, seed: int) -> tuple[int, ...]:
+    """Return so many token ids."""
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randint(VOCABULARY, (length,), generator=generator).tolist())
