@@ -8,6 +8,8 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Triton's own library chooses its interpreter when it is first imported, by whichever test that is.
+os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 import torch
