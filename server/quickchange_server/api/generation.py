@@ -37,9 +37,11 @@ from quickchange_server.api.generation_session import GenerationSession, Session
 from quickchange_server.api.schemas import ChatBody, CompletionBody, GenerationBody
 from quickchange_server.api.services import AppServices, Services
 from quickchange_server.api.streaming import EventStream, wait_for_disconnect
-from quickchange_server.errors import Conflict, QuickchangeError
+from quickchange_server.errors import Conflict, QuickchangeError, Unavailable
 from quickchange_server.metrics import RequestSummary
 from quickchange_server.stop_strings import StopStringFilter
+
+MAX_STARTS = 4
 
 router = APIRouter(tags=["generation"])
 
@@ -117,9 +119,8 @@ async def _respond(
         headers["x-quickchange-adapter-digest"] = digests
     lengths = tuple(len(prompt.token_ids) for prompt in plan.prompts)
     label = SessionLabel(lengths, plan.num_choices, plan.model.names, request.state.arrival_s)
-    session = GenerationSession(label, services.metrics)
+    session = await _started(plan, label, services)
     try:
-        await session.start(_choices(plan, services))
         if body.stream:
             return EventStream(session, answer, _has_usage(body), services.ping_s, headers)
         response = await _whole_answer(request, session, answer, headers)
@@ -128,6 +129,30 @@ async def _respond(
         raise
     await session.close()
     return response
+
+
+async def _started(
+    plan: GenerationPlan, label: SessionLabel, services: AppServices
+) -> GenerationSession:
+    """Submit a plan; an adapter that was unloaded since it was acquired is acquired again.
+
+    Raises: QueueFull, Unavailable, NotFound, Conflict.
+    """
+    for _ in range(MAX_STARTS):
+        session = GenerationSession(label, services.metrics)
+        try:
+            await session.start(_choices(plan, services))
+        except Unavailable as error:
+            await session.close()
+            if error.code != "adapter_not_loaded":
+                raise
+            await _admit(plan, services)
+        except BaseException:
+            await session.close()
+            raise
+        else:
+            return session
+    raise Unavailable("the adapter is being loaded and unloaded in turn: try again")
 
 
 def _choices(plan: GenerationPlan, services: AppServices) -> list[AsyncIterator[ChoiceDelta]]:

@@ -21,11 +21,18 @@ from quickchange_server.engine.engine import Engine
 from quickchange_server.engine.interface import EngineSnapshot, MergeResult, ResidentAdapter
 from quickchange_server.engine.model_runner import ModelRunner
 from quickchange_server.engine.observer import EngineObserver, NoObserver
-from quickchange_server.engine.request import GenerationRequest, TokenOutput
+from quickchange_server.engine.request import GenerationRequest, RequestFailure, TokenOutput
 from quickchange_server.engine.rope import freeze_rope
 from quickchange_server.engine.self_check import check_architecture
 from quickchange_server.engine.settings import EngineSettings
-from quickchange_server.errors import InvalidRequest, NotFound, QueueFull, Unavailable
+from quickchange_server.errors import (
+    Conflict,
+    InvalidRequest,
+    NotFound,
+    QueueFull,
+    QuickchangeError,
+    Unavailable,
+)
 
 T = TypeVar("T")
 
@@ -84,9 +91,12 @@ class EngineClient:
         self._check_request(request)
         outputs: asyncio.Queue[TokenOutput] = asyncio.Queue()
         self._queues[request.request_id] = outputs
-        self._engine.submit(request)
         is_done = False
         try:
+            refusal = self._engine.submit(request)
+            if refusal is not None:
+                is_done = True
+                raise _as_error(refusal)
             while not is_done:
                 output = await outputs.get()
                 is_done = output.finish_reason is not None
@@ -226,6 +236,12 @@ def _context_limit(runner: ModelRunner, settings: EngineSettings) -> int:
             f"--kv-cache-bytes {settings.kv_cache_bytes} holds {capacity} tokens: raise it"
         )
     return limit
+
+
+def _as_error(refusal: RequestFailure) -> QuickchangeError:
+    if refusal.code == "adapter_quarantined":
+        return Conflict(refusal.message, code=refusal.code)
+    return Unavailable(refusal.message, code=refusal.code, retry_after_s=1)
 
 
 def _use_one_thread() -> None:

@@ -108,9 +108,15 @@ class Engine:
         self._inbox.put(run)
         return future
 
-    def submit(self, request: GenerationRequest) -> None:
-        """Queue a request from any thread; its outputs arrive through `publish`."""
-        self.call(lambda: self.add(request))
+    def submit(self, request: GenerationRequest) -> RequestFailure | None:
+        """Queue a request from any thread, or say at once why its adapters cannot be used.
+
+        Its outputs arrive through `publish`.
+        """
+        refusal = self.residency.claim(request)
+        if refusal is None:
+            self.call(lambda: self.add(request))
+        return refusal
 
     def abort(self, request_id: str) -> None:
         """End a request from any thread, before the next step."""
@@ -119,12 +125,12 @@ class Engine:
     def unload(self, digest: str) -> "Future[ResidentAdapter | None]":
         """Refuse new requests for a version; resolves when its last request ended, with the bytes.
 
-        Runs from any thread.
+        Runs from any thread; the refusal holds when this returns.
         """
+        self.residency.start_leaving(digest)
         done: Future[ResidentAdapter | None] = Future()
 
         def start() -> None:
-            self.residency.start_leaving(digest)
             self._leaving.setdefault(digest, []).append(done)
             self._finish_leaving()
 
@@ -193,35 +199,21 @@ class Engine:
         return [*self.scheduler.running, *self.scheduler.waiting]
 
     def add(self, request: GenerationRequest) -> None:
-        """Queue a request; on the engine thread, or before it was started."""
-        failure = self._refusal(request)
-        if failure is not None:
+        """Queue a request whose adapters are claimed; on the engine thread, or before its start."""
+        if self._is_stopping:
+            self.residency.leave(request)
+            failure = RequestFailure("draining", "the engine is shutting down")
             self._publish([TokenOutput(request.request_id, (), "error", failure=failure)])
             return
         seed = request.sampling.seed
         end_ids = request.stop_token_ids
         if not request.ignore_eos:
             end_ids = end_ids | self.eos_token_ids
-        sequence = Sequence.from_request(
-            request, random.getrandbits(63) if seed is None else seed, end_ids
+        self.scheduler.add(
+            Sequence.from_request(
+                request, random.getrandbits(63) if seed is None else seed, end_ids
+            )
         )
-        self.residency.enter(request)
-        self.scheduler.add(sequence)
-
-    def _refusal(self, request: GenerationRequest) -> RequestFailure | None:
-        if self._is_stopping:
-            return RequestFailure("draining", "the engine is shutting down")
-        for adapter in request.adapters:
-            if adapter.digest in self.residency.quarantined:
-                return RequestFailure(
-                    "adapter_quarantined",
-                    f"adapter {adapter.digest[:12]} produced non-finite values repeatedly",
-                )
-            if self.residency.host_copy(adapter.digest) is None:
-                return RequestFailure(
-                    "adapter_not_loaded", f"adapter {adapter.digest[:12]} was unloaded"
-                )
-        return None
 
     def _abort(self, request_id: str) -> None:
         sequence = self.scheduler.find(request_id)

@@ -1,8 +1,12 @@
 """Which adapters the engine holds, and where: host copies, pool slots, merged copies.
 
-Lives on the engine thread. Packing and merging are computed elsewhere and handed in finished.
+Lives on the engine thread, but for `claim` and `start_leaving`, which the event loop calls: a
+request claims its versions before it is submitted, so what it uses is neither evicted nor unloaded
+before it ends. A lock guards what both threads touch (users, leaving, host copies). Packing and
+merging are computed elsewhere and handed in finished.
 """
 
+import threading
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
 
@@ -12,7 +16,7 @@ from quickchange_adapters.merge import MergedCopy
 from quickchange_adapters.pool import AdapterPool, Slot
 
 from quickchange_server.engine.interface import ResidentAdapter
-from quickchange_server.engine.request import GenerationRequest
+from quickchange_server.engine.request import GenerationRequest, RequestFailure
 from quickchange_server.engine.sequence import Sequence
 
 MAX_DAMAGED = 2
@@ -31,6 +35,7 @@ class AdapterResidency:
         self.quarantined: set[str] = set()
         self._leaving: set[str] = set()
         self._num_damaged: Counter[str] = Counter()
+        self._lock = threading.Lock()
         self._described: dict[str, ResidentAdapter] = {}
         self._changed: set[str] = set()
         self._described_generation = pool.generation
@@ -59,6 +64,10 @@ class AdapterResidency:
         Raises: MemoryError if copies in use leave no room under the ceiling, or if the version is
         still being unloaded.
         """
+        with self._lock:
+            self._add_host(adapter)
+
+    def _add_host(self, adapter: HostAdapter) -> None:
         if adapter.digest in self._leaving:
             raise MemoryError(f"adapter {adapter.digest[:12]} is being unloaded: try again")
         if adapter.digest in self._host:
@@ -75,19 +84,34 @@ class AdapterResidency:
         self._host[adapter.digest] = adapter
         self._changed.add(adapter.digest)
 
-    def enter(self, request: GenerationRequest) -> None:
-        """Count a live request as a user of its adapters."""
-        for adapter in request.adapters:
-            self._users[adapter.digest] += 1
-            self._changed.add(adapter.digest)
-            self._host.move_to_end(adapter.digest)
+    def claim(self, request: GenerationRequest) -> RequestFailure | None:
+        """Count a request as a user of its adapters until `leave`, or say why it cannot be one."""
+        with self._lock:
+            for adapter in request.adapters:
+                refusal = self._refusal(adapter.digest)
+                if refusal is not None:
+                    return refusal
+            for adapter in request.adapters:
+                self._users[adapter.digest] += 1
+                self._changed.add(adapter.digest)
+                self._host.move_to_end(adapter.digest)
+        return None
 
     def leave(self, request: GenerationRequest) -> None:
         """Forget an ended request."""
-        for adapter in request.adapters:
-            self._users[adapter.digest] -= 1
-            self._changed.add(adapter.digest)
-            assert self._users[adapter.digest] >= 0
+        with self._lock:
+            for adapter in request.adapters:
+                self._users[adapter.digest] -= 1
+                self._changed.add(adapter.digest)
+                assert self._users[adapter.digest] >= 0
+
+    def _refusal(self, digest: str) -> RequestFailure | None:
+        if digest in self.quarantined:
+            message = f"adapter {digest[:12]} produced non-finite values repeatedly"
+            return RequestFailure("adapter_quarantined", message)
+        if digest in self._leaving or digest not in self._host:
+            return RequestFailure("adapter_not_loaded", f"adapter {digest[:12]} was unloaded")
+        return None
 
     def take_slots(self, sequence: Sequence) -> tuple[Slot, ...] | None:
         """Acquire a slot for every adapter of a request, or none at all (None)."""
@@ -136,14 +160,16 @@ class AdapterResidency:
                 self.quarantined.add(digest)
 
     def start_leaving(self, digest: str) -> None:
-        """Refuse new requests for a version."""
-        self._leaving.add(digest)
+        """Refuse new requests for a version from now on."""
+        with self._lock:
+            self._leaving.add(digest)
 
     def finish_leaving(self, digest: str) -> ResidentAdapter | None:
         """Free all of an unused version's memory; None if it was not loaded."""
-        state = self.describe(digest) if digest in self._host else None
-        self._drop(digest)
-        self._leaving.discard(digest)
+        with self._lock:
+            state = self.describe(digest) if digest in self._host else None
+            self._drop(digest)
+            self._leaving.discard(digest)
         self.quarantined.discard(digest)
         self._num_damaged.pop(digest, None)
         return state
@@ -172,6 +198,10 @@ class AdapterResidency:
 
     def describe_all(self) -> dict[str, ResidentAdapter]:
         """Every loaded version by digest: a new dictionary, cheap when little has changed."""
+        with self._lock:
+            return self._describe_changed()
+
+    def _describe_changed(self) -> dict[str, ResidentAdapter]:
         if self.pool.generation != self._described_generation:
             self._described_generation = self.pool.generation
             self._changed.update(self._host)
