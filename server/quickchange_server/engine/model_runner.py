@@ -71,9 +71,9 @@ class ModelRunner:
         self.is_exact = (
             self._kernels is None and base.device.type == "cpu" and base.dtype == torch.float32
         )
-        self._graphs: DecodeGraphs | None = None
+        self.graphs: DecodeGraphs | None = None
         if self._kernels is not None and settings.cuda_graphs:
-            self._graphs = self._kernels.decode_graphs(self.decode, base.max_model_len)
+            self.graphs = self._kernels.decode_graphs(self.decode, base.max_model_len)
 
     @torch.inference_mode()
     def run(self, rows: SequenceOf[ScheduledRow], merged: MergedCopy | None) -> list[Sample | None]:
@@ -101,10 +101,10 @@ class ModelRunner:
 
     def _replay(self, packed: "_Packing") -> Tensor | None:
         """Return a decode step's logits from a captured one; None where there is none."""
-        step = None if self._graphs is None else packed.decode_step()
-        if self._graphs is None or step is None:
+        step = None if self.graphs is None else packed.decode_step()
+        if self.graphs is None or step is None:
             return None
-        logits = self._graphs.run(step)
+        logits = self.graphs.run(step)
         wanted = packed.logit_rows()
         return logits if logits is None or len(wanted) == len(packed.rows) else logits[wanted]
 
