@@ -45,6 +45,7 @@ class ScriptedEngine:
         step_s: pause before each token.
         pause_after: tokens after which every request waits for `resume`.
         fail_after: tokens after which every request fails with `failure`.
+        max_requests: choices that one API request may have.
         max_queue: requests that may live at once; 0 refuses all.
         max_queue_at_submit: the same, but noticed only when a request is submitted.
         requests: all that were submitted.
@@ -55,6 +56,7 @@ class ScriptedEngine:
     answer: Answer = repeat_prompt
     base: BaseSpec = field(default_factory=scripted_base)
     max_model_len: int = 512
+    max_requests: int = 10_000
     eos_token_ids: frozenset[int] = frozenset({2})
     step_s: float = 0.0
     pause_after: int | None = None

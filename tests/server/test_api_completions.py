@@ -201,3 +201,19 @@ async def test_one_failed_choice_ends_its_siblings(
     scripted_engine.fail_after = 1
     await client.post(PATH, json={"model": "tiny", "prompt": ["a b", "the lazy dog"], "n": 2})
     assert scripted_engine.live == set()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "param"), [(["the"] * 3, "prompt"), ("the", "n")], ids=["prompts", "n"]
+)
+async def test_more_choices_than_can_ever_wait_are_the_caller_s_fault(
+    client: httpx.AsyncClient, scripted_engine: ScriptedEngine, prompt: object, param: str
+) -> None:
+    scripted_engine.max_requests = scripted_engine.max_queue = 5
+    body = {"model": "tiny", "prompt": prompt, "n": 2 if param == "prompt" else 6}
+    answer = await client.post("/v1/completions", json=body)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["param"]) == (400, "invalid_request", param)
+    assert "at most 5" in error["message"]
+    assert "--max-batch-rows and --max-queue" in error["message"]
+    assert scripted_engine.requests == []

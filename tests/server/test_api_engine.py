@@ -1,5 +1,6 @@
 """The HTTP edge over the real engine on the tiny base: what it says is what the model says."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,16 @@ async def test_steps_and_memory_show_in_the_metrics(real_client: httpx.AsyncClie
 
 
 async def test_more_requests_than_may_wait_are_refused(real_client: httpx.AsyncClient) -> None:
+    body = {"model": "tiny", "prompt": ["the"] * 10, "max_tokens": 100, "ignore_eos": True}
+    both = await asyncio.gather(*(real_client.post("/v1/completions", json=body) for _ in "ab"))
+    served, refused = sorted(both, key=lambda answer: answer.status_code)
+    assert served.status_code == 200
+    assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
+    assert int(refused.headers["retry-after"]) >= 1
+
+
+async def test_a_request_that_no_idle_engine_holds_is_400(real_client: httpx.AsyncClient) -> None:
     body = {"model": "tiny", "prompt": ["the"] * 17, "max_tokens": 2}
     answer = await real_client.post("/v1/completions", json=body)
-    assert (answer.status_code, answer.json()["error"]["code"]) == (429, "queue_full")
-    assert int(answer.headers["retry-after"]) >= 1
+    assert answer.status_code == 400
+    assert "at most 16" in answer.json()["error"]["message"]

@@ -37,7 +37,7 @@ from quickchange_server.api.generation_session import GenerationSession, Session
 from quickchange_server.api.schemas import ChatBody, CompletionBody, GenerationBody
 from quickchange_server.api.services import AppServices, Services
 from quickchange_server.api.streaming import EventStream, wait_for_disconnect
-from quickchange_server.errors import Conflict, QuickchangeError, Unavailable
+from quickchange_server.errors import Conflict, InvalidRequest, QuickchangeError, Unavailable
 from quickchange_server.metrics import RequestSummary
 from quickchange_server.stop_strings import StopStringFilter
 
@@ -91,8 +91,10 @@ def _has_usage(body: GenerationBody) -> bool:
 async def _admit(plan: GenerationPlan, services: AppServices) -> None:
     """Make sure that the plan may be submitted now.
 
-    Raises: QueueFull, Unavailable, NotFound, Conflict when an adapter is quarantined.
+    Raises: InvalidRequest when it never can be, QueueFull, Unavailable, NotFound, Conflict when an
+    adapter is quarantined.
     """
+    _check_num_choices(plan, services.engine.max_requests)
     services.engine.check_admission(len(plan.requests))
     quarantined = services.engine.snapshot().quarantined
     for resolved in plan.model.resolved:
@@ -104,6 +106,16 @@ async def _admit(plan: GenerationPlan, services: AppServices) -> None:
             )
     for resolved in plan.model.resolved:
         await services.adapters.acquire(resolved)
+
+
+def _check_num_choices(plan: GenerationPlan, max_requests: int) -> None:
+    if len(plan.requests) > max_requests:
+        raise InvalidRequest(
+            f"{len(plan.prompts)} prompts with n {plan.num_choices} are {len(plan.requests)} "
+            f"choices; at most {max_requests} may run and wait (--max-batch-rows and --max-queue): "
+            "send fewer in one request",
+            param="n" if len(plan.prompts) == 1 else "prompt",
+        )
 
 
 async def _respond(

@@ -55,6 +55,7 @@ class EngineClient:
         self.eos_token_ids = end_token_ids(base.model)
         self.max_model_len = _context_limit(runner, settings)
         freeze_rope(base.model, self.max_model_len)
+        self.max_requests = settings.max_queue + settings.max_batch_rows
         self._settings = settings
         self._base_model = base
         self._engine = Engine(
@@ -78,7 +79,7 @@ class EngineClient:
         """Say now whether so many more requests may wait. Raises: QueueFull, Unavailable."""
         if not self._engine.snapshot.is_alive:
             raise Unavailable("the engine is not running")
-        limit = self._settings.max_queue + self._settings.max_batch_rows
+        limit = self.max_requests
         if len(self._queues) + num_requests > limit:
             raise QueueFull(
                 f"{len(self._queues)} requests are running or waiting; the limit is {limit} "

@@ -62,6 +62,7 @@ class GenerationEngine(Protocol):
 
     base: BaseSpec
     max_model_len: int
+    max_requests: int  # that run and wait together; more in one call are never admitted
     eos_token_ids: frozenset[int]
 
     async def start(self) -> None:
