@@ -56,13 +56,15 @@ async def test_routes(
         (b"[1]", "invalid_request"),
         (b'"text"', "invalid_request"),
         (b"\xff\xfe", "invalid_json"),
-        (b"[" * 100_000, "invalid_request"),
+        (b'{"model": "\xff\xfe"}', "invalid_json"),
+        (b"\xfe\xff{", "invalid_json"),
+        (b"[" * 100_000, "invalid_json"),
         (b'{"model": "tiny"}', "invalid_request"),
         (b'{"model": "\\ud800", "prompt": "a"}', "invalid_request"),
         (b'{"model": "tiny", "prompt": "\\ud800"}', "invalid_request"),
         (b'{"model": "tiny", "prompt": ["\\ud800"]}', "invalid_request"),
         (b'{"model": "tiny", "prompt": "a", "stop": "\\ud800"}', "invalid_request"),
-        (b'{"model": "tiny", "prompt": "a", "n": ' + b"9" * 5000 + b"}", "invalid_request"),
+        (b'{"model": "tiny", "prompt": "a", "n": ' + b"9" * 5000 + b"}", "invalid_json"),
     ],
 )
 async def test_bodies_that_cannot_be_read(
@@ -72,6 +74,25 @@ async def test_bodies_that_cannot_be_read(
     assert answer.status_code == 400
     assert error_of(answer)["code"] == code
     assert (await client.get("/livez")).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"{", "property name"),
+        (b'{"model": "\xff\xfe"}', "not UTF-8 at byte 11"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"n": ' + b"9" * 5000 + b"}", "more than 4300 digits"),
+    ],
+)
+async def test_it_is_said_why_a_body_is_not_json(
+    client: httpx.AsyncClient, content: bytes, why: str
+) -> None:
+    answer = await client.post("/v1/completions", content=content, headers=JSON)
+    error = error_of(answer)
+    assert error["code"] == "invalid_json"
+    assert error["message"].startswith("the body is not JSON: ")
+    assert why in error["message"]
 
 
 async def test_surrogate_in_a_field_name_is_survived(client: httpx.AsyncClient) -> None:

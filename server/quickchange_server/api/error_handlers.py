@@ -1,6 +1,7 @@
 """Every error as `{"error": {"message", "type", "param", "code"}}`; never FastAPI's `detail`."""
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -109,10 +110,28 @@ async def _on_http(request: Request, error: Exception) -> Response:
         return error_response(answer, error.headers)
     if error.status_code == 404:
         return error_response(NotFound(f"there is no route {request.method} {path}"))
+    if isinstance(error.__cause__, ClientDisconnect):
+        return await _on_left(request, error.__cause__)
+    if _is_unread_json(error):
+        why = _why_unread(error.__cause__)
+        return error_response(InvalidRequest(f"the body is not JSON: {why}", code="invalid_json"))
     kind = _BY_STATUS.get(error.status_code, QuickchangeError)
     answer_of_kind = kind(str(error.detail))
     answer_of_kind.status = error.status_code
     return error_response(answer_of_kind, error.headers)
+
+
+def _is_unread_json(error: HTTPException) -> bool:
+    """Whether FastAPI's reading of a body failed; what it says itself tells nobody why."""
+    return error.status_code == 400 and isinstance(error.__cause__, ValueError | RecursionError)
+
+
+def _why_unread(cause: BaseException | None) -> str:
+    if isinstance(cause, UnicodeDecodeError):
+        return f"it is not {cause.encoding.upper()} at byte {cause.start}"
+    if isinstance(cause, RecursionError):
+        return "it is nested too deeply"
+    return f"a number in it has more than {sys.get_int_max_str_digits()} digits"
 
 
 async def _on_invalid(request: Request, error: Exception) -> Response:
