@@ -297,7 +297,7 @@ def make_train(num_composed: int, seed: int) -> list[dict[str, str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--composed", type=int, default=2600)
+    parser.add_argument("--composed", type=int, default=1500)
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--output", type=Path, default=HERE / "train.jsonl")
     options = parser.parse_args()

@@ -166,14 +166,14 @@ def train(model: Any, tokenizer: Any, options: argparse.Namespace, log: TextIO) 
     rows = token_rows(tokenizer, "train.jsonl")
     batches = planned_batches(Random(options.seed), rows, options)
     trainer = Trainer(model, tokenizer.pad_token_id, options.learning_rate, len(batches))
-    started = time.monotonic()
+    started = time.process_time()
     progress = tqdm(batches[: options.max_steps], unit="step")
     for step, batch in enumerate(progress, start=1):
         values = {"loss": round(trainer.step(batch), 4)}
         if step % VALIDATE_EVERY == 0 or step == len(batches):
             values |= trainer.validate(held_out, options.output)
         progress.set_postfix(values)
-        log_line(log, step=step, **values, elapsed_s=round(time.monotonic() - started, 1))
+        log_line(log, step=step, **values, cpu_s=round(time.process_time() - started, 1))
 
 
 def main() -> None:
