@@ -131,6 +131,32 @@ async def test_large_body_is_413(services: AppServices) -> None:
         assert "1000 bytes" in error_of(answer)["message"]
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize(
+    ("content", "content_type", "status"),
+    [
+        (b'{"model": "tiny"}', "application/json", 400),
+        (b"{", "application/json", 400),
+        (b"[" * 100_000, "application/json", 400),
+        (b"{}", "text/plain", 415),
+        (b" " * 1_000_001, "application/json", 413),
+    ],
+    ids=["schema", "malformed", "nested", "type", "large"],
+)
+async def test_refusals_before_the_route_count_as_rejected(
+    services: AppServices, path: str, content: bytes, content_type: str, status: int
+) -> None:
+    limits = replace(services.limits, json_bytes=1_000_000)
+    async for client in serve_in_process(create_app(replace(services, limits=limits))):
+        headers = {"content-type": content_type}
+        answer = await client.post(path, content=content, headers=headers)
+        unrelated = await client.post("/tokenize", content=b"{", headers=JSON)
+    assert (answer.status_code, unrelated.status_code) == (status, 400)
+    assert error_of(answer)["message"]
+    counted = services.metrics.registry.get_sample_value
+    assert counted("quickchange_requests_total", {"outcome": "rejected"}) == 1
+
+
 async def _chunks() -> AsyncIterator[bytes]:
     for _ in range(20):
         yield b"x" * 100

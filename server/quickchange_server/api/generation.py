@@ -33,6 +33,7 @@ from quickchange_server.api.generation_planner import (
     plan_chat,
     plan_completion,
 )
+from quickchange_server.api.generation_route import GenerationRoute
 from quickchange_server.api.generation_session import GenerationSession, SessionLabel
 from quickchange_server.api.schemas import ChatBody, CompletionBody, GenerationBody
 from quickchange_server.api.services import AppServices, Services
@@ -43,7 +44,7 @@ from quickchange_server.stop_strings import StopStringFilter
 
 MAX_STARTS = 4
 
-router = APIRouter(tags=["generation"])
+router = APIRouter(tags=["generation"], route_class=GenerationRoute)
 
 
 @router.post("/v1/chat/completions")

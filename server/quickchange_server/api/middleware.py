@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from quickchange_server.api.auth import check_loopback
 from quickchange_server.api.error_handlers import error_response
-from quickchange_server.errors import QuickchangeError, TooLarge
+from quickchange_server.errors import QuickchangeError
 from quickchange_server.metrics import ServerMetrics
 
 _SANE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/=+-]{0,127}")
@@ -88,7 +88,10 @@ class LoopbackGuard:
 
 
 class BodyLimit:
-    """Stop reading a body at a limit that depends on the path, and answer 413."""
+    """Stop reading a body at a limit that depends on the path.
+
+    The route that reads gets the refusal (413), so that it is counted and shaped as its others are.
+    """
 
     def __init__(self, app: ASGIApp, limit: Callable[[Scope], int]) -> None:
         self._app = app
@@ -101,12 +104,13 @@ class BodyLimit:
         limit = self._limit(scope)
         message = f"the body is larger than {limit} bytes, the limit of this route"
         announced = Headers(scope=scope).get("content-length", "")
-        if announced.isdigit() and int(announced) > limit:
-            return await error_response(TooLarge(message))(scope, receive, send)
+        is_too_large = announced.isdecimal() and int(announced) > limit
         num_bytes = 0
 
         async def receive_counted() -> Message:
             nonlocal num_bytes
+            if is_too_large:
+                raise HTTPException(413, message)
             event = await receive()
             num_bytes += len(event.get("body", b""))
             if num_bytes > limit:
