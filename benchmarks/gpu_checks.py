@@ -6,7 +6,7 @@ Errors of log probabilities are the largest difference.
 
 import copy
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,9 +122,9 @@ def _slot(pool: AdapterPool, layout: AdapterLayout, rank: int, seed: int) -> Slo
     adapter = pack_adapter(
         AdapterWeights(f"check-{seed}", pairs), layout, pool.arenas["group"].lora_a.dtype
     )
-    slot = pool.acquire(adapter)
-    assert slot is not None
-    return slot
+    slots = pool.acquire(adapter)
+    assert slots is not None
+    return slots[0]
 
 
 def _row_blocks(slots: list[Slot]) -> list[RowBlock]:
@@ -193,8 +193,7 @@ def engine_settings(device: torch.device, dtype: str, **values: Any) -> EngineSe
         max_step_tokens=48,
         max_batch_rows=8,
         merged_bytes=0,
-        kernels="triton",
-        **values,
+        **{"kernels": "triton", **values},
     )
 
 
@@ -207,7 +206,8 @@ ROWS = [
 ]
 
 
-def _ready_engine(device: torch.device, family: str, dtype: str, **values: Any) -> GpuEngine:
+def ready_engine(device: torch.device, family: str, dtype: str, **values: Any) -> GpuEngine:
+    """Make an engine with the two adapters that `ROWS` use."""
     engine = GpuEngine(family, FAMILIES[family], engine_settings(device, dtype, **values))
     for seed, rank in enumerate((8, 20)):
         engine.add_adapter(random_adapter(engine.base, rank, seed))
@@ -216,27 +216,32 @@ def _ready_engine(device: torch.device, family: str, dtype: str, **values: Any) 
 
 def engine_checks(device: torch.device, family: str) -> Iterator[Check]:
     """Compare the float32 engine with Hugging Face's code, and captured steps with eager ones."""
-    engine = _ready_engine(device, family, "float32")
+    engine = ready_engine(device, family, "float32")
     answers = engine.run(ROWS, 8, VOCABULARY)
     graphs = engine.runner.graphs
     assert graphs is not None
     num_missing = 0.0 if graphs.num_captured else float("nan")
     yield Check(f"engine, {family}: decode steps were captured", num_missing, 0)
-    oracle = random_model(family, FAMILIES[family], torch.float32, device, "eager")
-    errors = [
-        _logprob_error(_adapted(oracle, engine, row), row, answer)
-        for row, answer in zip(ROWS, answers, strict=True)
-    ]
-    yield Check(f"engine, {family}: against Hugging Face", _worst(errors), LOGPROB_TOLERANCE)
-    eager = _ready_engine(device, family, "float32", cuda_graphs=False).run(ROWS, 8, VOCABULARY)
+    error = hugging_face_error(engine, family, answers)
+    yield Check(f"engine, {family}: against Hugging Face", error, LOGPROB_TOLERANCE)
+    eager = ready_engine(device, family, "float32", cuda_graphs=False).run(ROWS, 8, VOCABULARY)
     differences = [_difference(*pair) for pair in zip(answers, eager, strict=True)]
     yield Check(f"engine, {family}: captured against eager", _worst(differences), 1e-4)
+
+
+def hugging_face_error(engine: GpuEngine, family: str, answers: Sequence[Answer]) -> float:
+    """Return the worst log probability of `ROWS`' answers against the unmodified model's."""
+    oracle = random_model(family, FAMILIES[family], torch.float32, engine.base.device, "eager")
+    return _worst(
+        _logprob_error(_adapted(oracle, engine, row), row, answer)
+        for row, answer in zip(ROWS, answers, strict=True)
+    )
 
 
 def half_precision_checks(device: torch.device, dtype: torch.dtype) -> Iterator[Check]:
     """Count how often the engine in half precision picks what float32 would pick next."""
     name = str(dtype).removeprefix("torch.")
-    engine = _ready_engine(device, "llama", name)
+    engine = ready_engine(device, "llama", name)
     answers = engine.run(ROWS, 16, VOCABULARY)
     oracle = random_model("llama", FAMILIES["llama"], torch.float32, device, "eager")
     agreed = []

@@ -180,11 +180,13 @@ class GpuEngine:
         name = f"request-{self._num_requests}"
         adapters = tuple(AdapterRef(f"adapter-{index}", weight) for index, weight in row.adapters)
         sampling = SamplingParams(temperature=0, logprobs=num_logprobs)
-        self._engine.add(
-            GenerationRequest(
-                name, row.prompt, adapters, sampling, num_tokens, ignore_eos=True, cache_scope=name
-            )
+        request = GenerationRequest(
+            name, row.prompt, adapters, sampling, num_tokens, ignore_eos=True, cache_scope=name
         )
+        refusal = self._engine.residency.claim(request)
+        if refusal is not None:
+            raise RuntimeError(f"{name} was refused: {refusal.message}")
+        self._engine.add(request)
         return name
 
     def _answer(self, name: str) -> Answer:

@@ -221,12 +221,12 @@ def _load_seconds(engine: GpuEngine, seed: int) -> float:
     """Load a new adapter into the pool and wait for it."""
     adapter = engine.add_adapter(random_adapter(engine.base, 16, seed))
     started = time.perf_counter()
-    slot = engine.pool.acquire(adapter)
+    slots = engine.pool.acquire(adapter)
     if engine.base.device.type == "cuda":
         torch.cuda.synchronize(engine.base.device)
     seconds = time.perf_counter() - started
-    assert slot is not None
-    engine.pool.release(slot)
+    assert slots is not None
+    engine.pool.release(slots[0])
     return seconds
 
 
