@@ -2,12 +2,12 @@
 
 import asyncio
 from collections.abc import AsyncIterable, AsyncIterator, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from quickchange_adapters.errors import BlobTooLarge, Problem, StoreUnavailable
 from quickchange_adapters.names import DEFAULT_TENANT, adapter_name_problem, alias_problem
-from quickchange_adapters.records import CONFIG_FILE, WEIGHTS_FILE, FileRecord
+from quickchange_adapters.records import CONFIG_FILE, TASK_FILE, WEIGHTS_FILE, FileRecord
 from quickchange_adapters.store import StagedFile, Store
 
 from quickchange_server.errors import (
@@ -22,13 +22,20 @@ FileName = Literal["adapter_config.json", "adapter_model.safetensors", "task.jso
 
 BLOCK_BYTES = 1 << 20
 VISIBILITIES = (None, "public", "private")
+PART_OF: dict[str, str] = {
+    CONFIG_FILE: "adapter_config",
+    WEIGHTS_FILE: "adapter_model",
+    TASK_FILE: "task",
+}
+"""The form's part that holds a file."""
 
 
 @dataclass(frozen=True, slots=True)
 class UploadForm:
     """The fields of `POST /v1/adapters`; a missing file is reported, not raised by the caller.
 
-    `tags` empty and `visibility` None leave those of an adapter that exists as they are.
+    `tags` empty and `visibility` None leave those of an adapter that exists as they are. `problems`
+    are what was found while the form was read; what they are about is not looked at again.
     """
 
     name: str
@@ -41,6 +48,7 @@ class UploadForm:
     allow_noop: bool = False
     strict_base: bool = False
     tenant: str = DEFAULT_TENANT
+    problems: tuple[Problem, ...] = ()
 
     @property
     def staged(self) -> tuple[StagedFile, ...]:
@@ -61,16 +69,17 @@ class UploadRefused(InvalidRequest):
 def refusal(problems: Sequence[Problem]) -> QuickchangeError:
     """Return the error that refuses an upload; its status is that of the first problem's code."""
     first = problems[0]
-    if first.code == "conflict":
-        return Conflict(_sentence(problems), param=first.where or None)
-    if first.code == "too_large":
-        return TooLarge(_sentence(problems), param=first.where or None)
-    return UploadRefused(problems)
+    kind = {"conflict": Conflict, "too_large": TooLarge}.get(first.code)
+    if kind is None:
+        return UploadRefused(problems)
+    error = kind(_sentence(problems), param=first.where or None)
+    error.problems = tuple(problems)
+    return error
 
 
 def form_problems(form: UploadForm, taken_names: Collection[str]) -> list[Problem]:
     """Return what is wrong with an upload apart from what its two files hold."""
-    problems = [adapter_name_problem(form.name)]
+    problems = [adapter_name_problem(form.name) if form.name else _MISSING_NAME]
     if form.name in taken_names:
         message = f"the name {form.name!r} is served by this process itself"
         problems.append(Problem("conflict", "name", message, "take another name"))
@@ -86,7 +95,14 @@ def form_problems(form: UploadForm, taken_names: Collection[str]) -> list[Proble
     if form.task is not None:
         message = "task.json is not served by this version"
         problems.append(Problem("task_invalid", "task", message, "leave the part out"))
-    return [problem for problem in problems if problem is not None]
+    said = {problem.where for problem in form.problems}
+    found = [problem for problem in problems if problem is not None and problem.where not in said]
+    return [*form.problems, *found]
+
+
+def by_part(problem: Problem) -> Problem:
+    """Name the form's part where a problem is about a whole file."""
+    return replace(problem, where=PART_OF.get(problem.where, problem.where))
 
 
 def file_records(config: StagedFile, weights: StagedFile) -> tuple[FileRecord, ...]:
@@ -113,7 +129,7 @@ async def stage_file(
         finally:
             writer.abort()
     except BlobTooLarge as error:
-        raise TooLarge(f"{file} is larger than {max_bytes} bytes", param=file) from error
+        raise TooLarge(f"{file} is larger than {max_bytes} bytes", param=PART_OF[file]) from error
     except StoreUnavailable as error:
         raise Unavailable(str(error), code="store_unavailable") from error
 
@@ -128,6 +144,9 @@ async def _blocks(chunks: AsyncIterable[bytes]) -> AsyncIterator[bytes]:
             block.clear()
     if block:
         yield bytes(block)
+
+
+_MISSING_NAME = Problem("invalid_name", "name", "name: is missing")
 
 
 def _missing(code: str, where: str, file: str) -> Problem:

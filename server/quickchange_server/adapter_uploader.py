@@ -11,7 +11,13 @@ from quickchange_adapters.records import NewVersion, Published
 from quickchange_adapters.store import StagedFile, Store
 from quickchange_adapters.validate import Report, ValidationJob, refused
 
-from quickchange_server.adapter_upload import UploadForm, file_records, form_problems, refusal
+from quickchange_server.adapter_upload import (
+    UploadForm,
+    by_part,
+    file_records,
+    form_problems,
+    refusal,
+)
 from quickchange_server.answers import as_answers
 from quickchange_server.live_catalog import LiveCatalog
 from quickchange_server.shared_tasks import SharedTasks
@@ -69,7 +75,7 @@ class AdapterUploader:
             form.strict_base,
         )
         report = await self.validate(job)
-        return replace(report, problems=(*problems, *report.problems))
+        return replace(report, problems=(*problems, *map(by_part, report.problems)))
 
     async def validate(self, job: ValidationJob) -> Report:
         """Do a job when its turn comes; a few at a time bound their memory."""

@@ -21,6 +21,8 @@ QuickchangeError                     500 internal_error
     └── BaseUnavailable              the base cannot be fetched, read or held
 """
 
+from quickchange_adapters.errors import Problem
+
 
 class QuickchangeError(Exception):
     """Root of the tree: an answer with a status, a code and a sentence.
@@ -31,12 +33,14 @@ class QuickchangeError(Exception):
         code: the machine-readable code of the contract.
         param: the field of the request that caused it, if one did.
         retry_after_s: sent as `Retry-After` when set.
+        problems: every reason why an upload is refused; empty for anything else.
     """
 
     status = 500
     type = "server_error"
     code = "internal_error"
     retry_after_s: int | None = None
+    problems: tuple[Problem, ...] = ()
 
     def __init__(
         self,

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from quickchange_adapters.errors import Problem
 from quickchange_adapters.store import StagedFile
-from quickchange_server.adapter_service import AdapterService, FileName, UploadForm, UploadRefused
+from quickchange_server.adapter_service import AdapterService, FileName, UploadForm
+from quickchange_server.adapter_upload import form_problems, refusal
 from quickchange_server.adapter_views import ModelView, ResolvedModel, UploadResult, VersionView
 from quickchange_server.errors import NotFound
 
@@ -65,10 +66,13 @@ class ScriptedAdapters(AdapterService):
         self.num_discarded += len(staged)
 
     async def upload(self, form: UploadForm) -> UploadResult:
-        """Refuse with `problems`, or accept."""
+        """Refuse with the form's problems and `problems`, or accept."""
+        problems = [*form_problems(form, self.base_names), *self.problems]
+        if form.task is not None:
+            problems = [problem for problem in problems if problem.where != "task"]
+        if problems:
+            raise refusal(problems)
         self.uploads.append(form)
-        if self.problems:
-            raise UploadRefused(self.problems)
         is_new = form.name not in self.digests
         self.digests[form.name] = "d1" * 32
         return UploadResult(is_new, version_view(form.name))

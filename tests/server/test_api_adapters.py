@@ -204,6 +204,25 @@ async def test_dry_run_reports_and_keeps_nothing(
     assert list((tmp_path / "incoming").iterdir()) == []
 
 
+async def test_dry_run_reports_what_is_wrong_with_the_form(
+    real_client: httpx.AsyncClient, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    files = {
+        "task": ("task.json", b" " * 20_000),
+        "adapter_config": (CONFIG, b"no json"),
+        "adapter_model": (WEIGHTS, (make_adapter(seed=1) / WEIGHTS).read_bytes()),
+    }
+    answer = await real_client.post("/v1/adapters?dry_run=true", files=files)
+    assert (answer.status_code, answer.json()["object"]) == (200, "adapter.report")
+    problems = [(problem["code"], problem["where"]) for problem in answer.json()["problems"]]
+    assert problems == [
+        ("too_large", "task"),
+        ("invalid_name", "name"),
+        ("config_invalid", "adapter_config"),
+    ]
+    assert list((tmp_path / "incoming").iterdir()) == []
+
+
 async def test_noop_may_be_asked_for(
     real_client: httpx.AsyncClient, make_adapter: MakeAdapter
 ) -> None:
@@ -221,6 +240,7 @@ async def test_too_large_part_is_413_and_leaves_nothing(
     answer = await real_client.post("/v1/adapters", data={"name": "ada"}, files=files)
     assert (answer.status_code, answer.json()["error"]["code"]) == (413, "too_large")
     assert "20000 bytes" in answer.json()["error"]["message"]
+    assert answer.json()["error"]["param"] == "adapter_config"
     assert list((tmp_path / "incoming").iterdir()) == []
 
 
@@ -235,6 +255,9 @@ async def test_base_s_name_is_taken(
 ) -> None:
     answer = await push(real_client, make_adapter(seed=1), "tiny")
     assert (answer.status_code, answer.json()["error"]["code"]) == (409, "conflict")
+    assert [problem["where"] for problem in answer.json()["problems"]] == ["name"]
+    text = (await real_client.get("/metrics")).text
+    assert 'quickchange_adapter_rejections_total{code="conflict"} 1.0' in text
 
 
 async def test_series_of_a_deleted_adapter_go(

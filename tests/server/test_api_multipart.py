@@ -2,15 +2,18 @@
 
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from dataclasses import replace
 
 import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from quickchange_adapters.errors import Problem
+from quickchange_server.api.app import AppServices, BodyLimits, create_app
 from quickchange_server.api.multipart import MultipartReader
 from quickchange_server.errors import InvalidRequest, TooLarge
 
+from tests.server.conftest import serve_in_process
 from tests.server.scripted_adapters import ScriptedAdapters
 
 PATH = "/v1/adapters"
@@ -97,6 +100,46 @@ async def test_broken_forms_are_the_caller_s_fault(
     assert message in answer.json()["error"]["message"]
     assert adapters.num_discarded == len(adapters.received)
     assert adapters.uploads == []
+
+
+async def test_every_fault_of_a_form_is_said_at_once(
+    client: httpx.AsyncClient, adapters: ScriptedAdapters
+) -> None:
+    wrong = [part("allow_noop", b"maybe"), part("surprise", b"x" * 9999), PARTS["config"]]
+    answer = await post(client, b"".join(wrong) + PARTS["config"] + PARTS["weights"] + END)
+    problems = {each["where"]: each["code"] for each in answer.json()["problems"]}
+    assert problems == {
+        "surprise": "unknown_field",
+        "adapter_config": "invalid_request",
+        "allow_noop": "invalid_request",
+        "name": "invalid_name",
+    }
+    assert adapters.num_discarded == 2
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "code"),
+    [
+        (PARTS["config"] + FORM, KIND, "invalid_request"),
+        (PARTS["config"] + PARTS["weights"] + END, KIND, "invalid_name"),
+        (part("surprise", b"x") + FORM, KIND, "unknown_field"),
+        (part("alias", b"x" * 5000) + FORM, KIND, "too_large"),
+        (FORM[:40], KIND, "invalid_form"),
+        (FORM, "text/plain", "unsupported_media_type"),
+        (FORM.replace(b"\r\nada\r\n", b"\r\ntiny\r\n"), KIND, "conflict"),
+        (FORM + b" " * 3_000_000, KIND, "too_large"),
+    ],
+)
+async def test_every_refusal_is_counted_and_lists_its_problems(
+    services: AppServices, body: bytes, kind: str, code: str
+) -> None:
+    limits = BodyLimits(upload_bytes=2_000_000)
+    async for client in serve_in_process(create_app(replace(services, limits=limits))):
+        answer = await post(client, body, kind)
+    assert answer.json()["error"]["code"] == code
+    assert [problem["code"] for problem in answer.json()["problems"]] == [code]
+    counted = services.metrics.registry.get_sample_value
+    assert counted("quickchange_adapter_rejections_total", {"code": code}) == 1
 
 
 async def test_long_field_is_413(client: httpx.AsyncClient) -> None:

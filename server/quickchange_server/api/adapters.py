@@ -3,15 +3,16 @@
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Path, Query, Request
+from quickchange_adapters.errors import Problem
 from starlette.responses import FileResponse, JSONResponse, Response
 
-from quickchange_server.adapter_service import FileName, UploadRefused
+from quickchange_server.adapter_service import FileName
 from quickchange_server.adapter_views import AdapterView, DeletionView
 from quickchange_server.api.auth import Caller
 from quickchange_server.api.schemas import ActionBody, AliasBody
-from quickchange_server.api.services import Services
+from quickchange_server.api.services import AppServices, Services
 from quickchange_server.api.upload import FILES, OPENAPI_BODY, UploadReader
-from quickchange_server.errors import NotFound, TooLarge
+from quickchange_server.errors import NotFound, QuickchangeError
 
 Json = dict[str, Any]
 Version = Annotated[int, Path(ge=1, le=999_999_999)]
@@ -35,12 +36,20 @@ async def upload(
         if dry_run:
             return JSONResponse(await services.adapters.check(form))
         result = await services.adapters.upload(form)
-    except (UploadRefused, TooLarge) as error:
-        services.metrics.on_upload_refused(error.code)
+    except QuickchangeError as error:
+        _note_refusal(error, services)
         raise
     finally:
         await reader.discard()
     return JSONResponse(result.version.to_json(), 201 if result.created else 200)
+
+
+def _note_refusal(error: QuickchangeError, services: AppServices) -> None:
+    """Count what the caller can mend, and list its reason as any other refusal's."""
+    if error.status < 500:
+        services.metrics.on_upload_refused(error.code)
+        if not error.problems:
+            error.problems = (Problem(error.code, error.param or "", error.message),)
 
 
 @router.get("")

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -11,7 +12,6 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from quickchange_server.adapter_service import UploadRefused
 from quickchange_server.errors import (
     Conflict,
     Forbidden,
@@ -46,11 +46,8 @@ def error_body(error: QuickchangeError) -> Json:
             "code": error.code,
         }
     }
-    if isinstance(error, UploadRefused):
-        names = ("code", "where", "message", "hint")
-        body["problems"] = [
-            {name: getattr(problem, name) for name in names} for problem in error.problems
-        ]
+    if error.problems:
+        body["problems"] = [asdict(problem) for problem in error.problems]
     return body
 
 

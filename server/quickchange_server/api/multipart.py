@@ -20,6 +20,12 @@ MAX_PARTS = 32
 _PART_END: Final = None
 
 
+class FormInvalid(InvalidRequest):
+    """The bytes are not a form, or break off: nothing after this place can be read."""
+
+    code = "invalid_form"
+
+
 @dataclass(frozen=True, slots=True)
 class _PartBegin:
     name: str
@@ -50,12 +56,12 @@ class MultipartReader:
         try:
             return MultipartParser(boundary, callbacks)
         except FormParserError as error:
-            raise InvalidRequest(f"the form cannot be read: {error}", code=_INVALID) from error
+            raise FormInvalid(f"the form cannot be read: {error}") from error
 
     def _begin_part(self) -> None:
         self._num_parts += 1
         if self._num_parts > MAX_PARTS:
-            raise InvalidRequest(f"the form has more than {MAX_PARTS} parts", code=_INVALID)
+            raise FormInvalid(f"the form has more than {MAX_PARTS} parts")
         self._events.append(_PartBegin(_part_name(self._headers)))
 
     def _end(self) -> None:
@@ -64,7 +70,7 @@ class MultipartReader:
     async def parts(self) -> AsyncIterator[tuple[str, AsyncIterator[bytes]]]:
         """Yield each part's name and its bytes as they come.
 
-        Raises: InvalidRequest when the body is not a form, or ends early.
+        Raises: FormInvalid when the body is not a form, or ends early.
         """
         while await self._more():
             begin = self._events.popleft()
@@ -86,13 +92,10 @@ class MultipartReader:
             try:
                 self._parser.write(await anext(self._body))
             except StopAsyncIteration:
-                raise InvalidRequest("the form ends before its last part", code=_INVALID) from None
+                raise FormInvalid("the form ends before its last part") from None
             except FormParserError as error:
-                raise InvalidRequest(f"the form cannot be read: {error}", code=_INVALID) from error
+                raise FormInvalid(f"the form cannot be read: {error}") from error
         return bool(self._events)
-
-
-_INVALID = "invalid_form"
 
 
 def _boundary(content_type: str) -> bytes:
@@ -112,13 +115,13 @@ def _part_name(headers: list[tuple[bytearray, bytearray]]) -> str:
         if bytes(field).lower() == b"content-disposition":
             _, options = parse_options_header(bytes(value))
             return options.get(b"name", b"").decode(errors="replace")
-    raise InvalidRequest("a part of the form has no Content-Disposition", code=_INVALID)
+    raise FormInvalid("a part of the form has no Content-Disposition")
 
 
 async def read_text(name: str, chunks: AsyncIterator[bytes], max_bytes: int) -> str:
     """Return the text of a small part.
 
-    Raises: TooLarge, InvalidRequest when it is not UTF-8.
+    Raises: TooLarge, InvalidRequest when it is not UTF-8, FormInvalid.
     """
     data = bytearray()
     async for chunk in chunks:

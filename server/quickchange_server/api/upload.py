@@ -4,11 +4,13 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import Request
+from quickchange_adapters.errors import Problem
 from quickchange_adapters.store import StagedFile
+from starlette.exceptions import HTTPException
 
 from quickchange_server.adapter_service import AdapterService, FileName, UploadForm
-from quickchange_server.api.multipart import MultipartReader, read_text
-from quickchange_server.errors import InvalidRequest
+from quickchange_server.api.multipart import FormInvalid, MultipartReader, read_text
+from quickchange_server.errors import InvalidRequest, TooLarge
 
 MAX_FIELD_BYTES = 4096
 MAX_TAGS = 32
@@ -23,23 +25,31 @@ _TRUTH = {"true": True, "1": True, "false": False, "0": False, "": False}
 
 
 class UploadReader:
-    """Collects the parts of one upload; `discard` forgets the staged files of a failed one."""
+    """Collects the parts of one upload; `discard` forgets the staged files of a failed one.
+
+    What is wrong with a part goes into the form's problems, and the other parts are read as well.
+    """
 
     def __init__(self, service: AdapterService, tenant: str) -> None:
         self._service = service
         self._tenant = tenant
         self._fields: dict[str, str] = {}
         self._staged: dict[str, StagedFile] = {}
+        self._seen: set[str] = set()
+        self._problems: list[Problem] = []
 
     async def read(self, request: Request) -> UploadForm:
         """Read the body to its end.
 
-        Raises: InvalidRequest, TooLarge, UnsupportedMediaType, Unavailable.
+        Raises: FormInvalid, UnsupportedMediaType, Unavailable, TooLarge when it is the body.
         """
         content_type = request.headers.get("content-type", "")
         reader = MultipartReader(content_type, request.stream())
-        async for name, chunks in reader.parts():
-            await self._take(name, chunks)
+        try:
+            async for name, chunks in reader.parts():
+                await self._take(name, chunks)
+        except HTTPException as error:
+            raise TooLarge(error.detail) from error
         return self._form()
 
     async def discard(self) -> None:
@@ -47,8 +57,22 @@ class UploadReader:
         await self._service.discard(list(self._staged.values()))
 
     async def _take(self, name: str, chunks: AsyncIterator[bytes]) -> None:
-        if name in self._fields or name in self._staged:
-            raise InvalidRequest(f"{name}: was sent twice", param=name)
+        try:
+            await self._keep(name, chunks)
+        except FormInvalid:
+            raise
+        except (InvalidRequest, TooLarge) as error:
+            self._refuse(error.code, error.param or name[:80], error.message)
+            async for _ in chunks:
+                pass  # the next part begins where this one ends
+
+    def _refuse(self, code: str, part: str, message: str) -> None:
+        self._problems.append(Problem(code, part, message))
+
+    async def _keep(self, name: str, chunks: AsyncIterator[bytes]) -> None:
+        if name in self._seen:
+            raise InvalidRequest(f"{name[:80]}: was sent twice", param=name[:80])
+        self._seen.add(name)
         if name in FILES:
             self._staged[name] = await self._service.stage(FILES[name], chunks)
         elif name in FIELDS:
@@ -60,35 +84,34 @@ class UploadReader:
             )
 
     def _form(self) -> UploadForm:
-        name = self._fields.get("name", "").strip()
-        if not name:
-            raise InvalidRequest("name: is missing", param="name", code="invalid_name")
+        switches = {name: self._switch(name) for name in SWITCHES}
+        tags = self._tags()
         return UploadForm(
-            name=name,
+            name=self._fields.get("name", "").strip(),
             adapter_config=self._staged.get("adapter_config"),
             adapter_model=self._staged.get("adapter_model"),
             task=self._staged.get("task"),
             alias=self._fields.get("alias") or None,
-            tags=_tags(self._fields.get("tags", "")),
+            tags=tags,
             visibility=self._fields.get("visibility") or None,
-            allow_noop=_switch("allow_noop", self._fields),
-            strict_base=_switch("strict_base", self._fields),
             tenant=self._tenant,
+            problems=tuple(self._problems),
+            **switches,
         )
 
+    def _switch(self, name: str) -> bool:
+        value = self._fields.get(name, "").strip().lower()
+        if value not in _TRUTH:
+            message = f"{name}: must be true or false, not {value[:20]!r}"
+            self._refuse(InvalidRequest.code, name, message)
+        return _TRUTH.get(value, False)
 
-def _switch(name: str, fields: dict[str, str]) -> bool:
-    value = fields.get(name, "").strip().lower()
-    if value not in _TRUTH:
-        raise InvalidRequest(f"{name}: must be true or false, not {value[:20]!r}", param=name)
-    return _TRUTH[value]
-
-
-def _tags(text: str) -> tuple[str, ...]:
-    tags = tuple(dict.fromkeys(tag.strip() for tag in text.split(",") if tag.strip()))
-    if len(tags) > MAX_TAGS:
-        raise InvalidRequest(f"tags: {len(tags)}; at most {MAX_TAGS}", param="tags")
-    return tags
+    def _tags(self) -> tuple[str, ...]:
+        parts = self._fields.get("tags", "").split(",")
+        tags = tuple(dict.fromkeys(tag.strip() for tag in parts if tag.strip()))
+        if len(tags) > MAX_TAGS:
+            self._refuse(InvalidRequest.code, "tags", f"tags: {len(tags)}; at most {MAX_TAGS}")
+        return tags
 
 
 def _file(description: str) -> dict[str, str]:
