@@ -11,6 +11,7 @@ AdapterError
 │   ├── NotInCatalog    no such adapter, version or alias
 │   ├── AliasInUse      a version cannot go while an alias points at it
 │   └── RevisionChanged somebody else changed the adapter meanwhile
+├── NotFinite           a merged matrix is beyond the serving dtype
 └── MergeBudgetExceeded a merged copy would pass the ceiling
 """
 
@@ -94,6 +95,10 @@ class RevisionChanged(CatalogError):
 
     def __init__(self, name: str) -> None:
         super().__init__(f"adapter {name!r} was changed meanwhile: read it again")
+
+
+class NotFinite(AdapterError):
+    """A merged matrix holds values beyond the serving dtype."""
 
 
 class MergeBudgetExceeded(AdapterError):

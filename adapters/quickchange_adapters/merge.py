@@ -3,8 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
+from quickchange_adapters.errors import NotFinite
 from quickchange_adapters.host_adapter import HostAdapter, HostGroup, iter_deltas
 from quickchange_adapters.layout import AdapterLayout, GroupShape
 from quickchange_adapters.ops.linear_weight import LinearWeight, make_linear_weight
@@ -94,10 +96,16 @@ def _merge_bias(bias: Tensor | None, group: HostGroup, layer: int) -> Tensor:
 
 
 def merge_matrix(base: Tensor, group: HostGroup, shape: GroupShape, layer: int) -> Tensor:
-    """Return base + B·A of one layer: [out, in], in the base's dtype, a new tensor."""
+    """Return base + B·A of one layer: [out, in], in the base's dtype, a new tensor.
+
+    Raises: NotFinite.
+    """
     merged = base.float()
     if merged is base:
         merged = base.clone()
     for columns, delta in iter_deltas(group, shape, layer):
         merged[columns] += delta.to(merged.device)
-    return merged.to(base.dtype)
+    merged = merged.to(base.dtype)
+    if not torch.isfinite(merged).all():
+        raise NotFinite(f"merged, {shape.kind} of layer {layer} is not finite in {base.dtype}")
+    return merged

@@ -15,6 +15,7 @@ their old (finite) values: steps mask them out.
 """
 
 from collections import Counter, OrderedDict
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -148,18 +149,32 @@ class AdapterPool:
             num_rows <= self.num_rows for num_rows in rows.values()
         )
 
-    def acquire(self, adapter: HostAdapter) -> Slot | None:
-        """Return the adapter's slot with one more reference, copying it in if need be.
+    def acquire(self, *adapters: HostAdapter) -> tuple[Slot, ...] | None:
+        """Return a slot for each adapter with one more reference, copying in what is missing.
 
-        Evicts unreferenced slots, least recently used first. None: it does not fit now, because
-        referenced slots hold the rows; nothing was changed for nothing.
+        Evicts unreferenced slots, least recently used first. None: they do not fit together now,
+        because other referenced slots hold the rows; nothing was changed.
         """
-        slot = self._slots.get(adapter.digest) or self._load(adapter)
-        if slot is None:
+        wanted = {adapter.digest: adapter for adapter in adapters}
+        missing = [adapter for digest, adapter in wanted.items() if digest not in self._slots]
+        if missing and not self._could_fit(missing, wanted):
             return None
-        self._slots.move_to_end(adapter.digest)
-        slot.num_references += 1
-        return slot
+        held = [slot for digest in wanted if (slot := self._slots.get(digest)) is not None]
+        for slot in held:
+            slot.num_references += 1  # what is wanted is not evicted for its companions
+        try:
+            for adapter in missing:
+                slot = self._load(adapter)
+                slot.num_references += 1
+                held.append(slot)
+        finally:
+            for slot in held:
+                slot.num_references -= 1
+        slots = tuple(self._slots[adapter.digest] for adapter in adapters)
+        for slot in slots:
+            self._slots.move_to_end(slot.digest)
+            slot.num_references += 1
+        return slots
 
     def release(self, slot: Slot) -> None:
         """Give one reference back; the slot stays resident until its rows are wanted."""
@@ -194,17 +209,22 @@ class AdapterPool:
             assert all(a.end <= b.start for a, b in zip(live, live[1:], strict=False))
             assert not live or live[-1].end <= arena.num_rows
 
-    def _load(self, adapter: HostAdapter) -> Slot | None:
-        if not self._make_room(adapter):
-            return None
+    def _load(self, adapter: HostAdapter) -> Slot:
+        """Copy an adapter in; `_could_fit` has said that it fits. On an error nothing is kept."""
+        self._make_room(adapter)
         slot = Slot(adapter.digest, {}, adapter.num_bytes)
-        for kind, group in adapter.groups.items():
-            rows = self.arenas[kind].find_free(group.num_rows)
-            assert rows is not None
-            slot.ranges[kind] = replace(rows, has_bias=group.has_bias)
-            self.arenas[kind].take(slot.ranges[kind])
-        with self._copies.copying():
-            self._copy_in(adapter, slot)
+        try:
+            for kind, group in adapter.groups.items():
+                rows = self.arenas[kind].find_free(group.num_rows)
+                assert rows is not None
+                slot.ranges[kind] = replace(rows, has_bias=group.has_bias)
+                self.arenas[kind].take(slot.ranges[kind])
+            with self._copies.copying():
+                self._copy_in(adapter, slot)
+        except BaseException:
+            for kind, rows in slot.ranges.items():
+                self.arenas[kind].used.remove(rows)
+            raise
         self._slots[adapter.digest] = slot
         self.generation += 1
         return slot
@@ -226,33 +246,30 @@ class AdapterPool:
             for kind, group in adapter.groups.items()
         )
 
-    def _make_room(self, adapter: HostAdapter) -> bool:
-        if self._fits(adapter):
-            return True
+    def _make_room(self, adapter: HostAdapter) -> None:
         idle = [slot for slot in self._slots.values() if slot.num_references == 0]
-        if not self._could_fit_without(adapter, idle):
-            return False
         for slot in idle:
+            if self._fits(adapter):
+                return
             self.evict(slot.digest)
             self.num_evictions += 1
-            if self._fits(adapter):
-                return True
-        for arena in self.arenas.values():
-            self._slide(arena)
-        return self._fits(adapter)
+        if not self._fits(adapter):
+            for arena in self.arenas.values():
+                self._slide(arena)
 
-    def _could_fit_without(self, adapter: HostAdapter, idle: list[Slot]) -> bool:
-        held = sum(_vocabulary_bytes(s) for s in self._slots.values() if s not in idle)
-        if held + adapter.num_vocabulary_bytes > self.vocabulary_ceiling_bytes:
-            return False
-        for kind, group in adapter.groups.items():
-            arena = self.arenas[kind]
-            held = sum(rows.num_rows for rows in arena.used) - sum(
-                slot.ranges[kind].num_rows for slot in idle if kind in slot.ranges
-            )
-            if arena.num_rows - held < group.num_rows:
-                return False
-        return True
+    def _could_fit(self, missing: list[HostAdapter], wanted: Collection[str]) -> bool:
+        """Whether all of these fit once every idle slot that is not wanted is gone."""
+        stays = [s for s in self._slots.values() if s.num_references or s.digest in wanted]
+        vocabulary_bytes = sum(_vocabulary_bytes(slot) for slot in stays)
+        vocabulary_bytes += sum(adapter.num_vocabulary_bytes for adapter in missing)
+        rows: Counter[str] = Counter()
+        for slot in stays:
+            rows.update({kind: held.num_rows for kind, held in slot.ranges.items()})
+        for adapter in missing:
+            rows.update({kind: group.num_rows for kind, group in adapter.groups.items()})
+        return vocabulary_bytes <= self.vocabulary_ceiling_bytes and all(
+            rows[kind] <= arena.num_rows for kind, arena in self.arenas.items()
+        )
 
     def _owners(self, arena: Arena) -> dict[RowRange, Slot]:
         kind = arena.shape.kind

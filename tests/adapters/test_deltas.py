@@ -6,15 +6,13 @@ from quickchange_adapters.ops.deltas import add_deltas, add_reference
 from quickchange_adapters.plan import RowBlock, Term, build_plan
 from quickchange_adapters.pool import AdapterPool, Slot
 
-from tests.adapters.test_pool import OUT, QKV, adapter_of, pool_of
+from tests.adapters.test_pool import OUT, QKV, adapter_of, only, pool_of
 
 
 def slots_of(pool: AdapterPool, ranks: list[int]) -> list[Slot]:
     slots = []
     for index, rank in enumerate(ranks):
-        slot = pool.acquire(adapter_of(f"a{index}", rank))
-        assert slot is not None
-        slots.append(slot)
+        slots.append(only(pool.acquire(adapter_of(f"a{index}", rank))))
     return slots
 
 

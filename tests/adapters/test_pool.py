@@ -50,6 +50,12 @@ def pool_of(rows: int) -> AdapterPool:
     return pool
 
 
+def only(slots: tuple[Slot, ...] | None) -> Slot:
+    assert slots is not None
+    (slot,) = slots
+    return slot
+
+
 def assert_rows_equal(pool: AdapterPool, slot: Slot, adapter: HostAdapter) -> None:
     for kind, group in adapter.groups.items():
         rows = slot.ranges[kind]
@@ -81,9 +87,7 @@ def test_least_recently_used_idle_adapter_makes_room() -> None:
     pool = pool_of(32)
     adapters = [adapter_of(f"a{i}", 16) for i in range(3)]
     for adapter in adapters[:2]:
-        slot = pool.acquire(adapter)
-        assert slot is not None
-        pool.release(slot)
+        pool.release(only(pool.acquire(adapter)))
     assert pool.acquire(adapters[0]) is not None
     assert pool.acquire(adapters[2]) is not None
     assert pool.get("a1") is None
@@ -92,10 +96,8 @@ def test_least_recently_used_idle_adapter_makes_room() -> None:
 
 def test_referenced_adapters_are_not_evicted_and_nothing_is_dropped_in_vain() -> None:
     pool = pool_of(32)
-    held = pool.acquire(adapter_of("held", 24))
-    idle = pool.acquire(adapter_of("idle", 8))
-    assert held is not None
-    assert idle is not None
+    only(pool.acquire(adapter_of("held", 24)))
+    idle = only(pool.acquire(adapter_of("idle", 8)))
     pool.release(idle)
     assert pool.acquire(adapter_of("large", 16)) is None
     assert pool.get("idle") is idle
@@ -106,6 +108,25 @@ def test_an_adapter_takes_rows_only_in_groups_it_targets() -> None:
     assert pool.acquire(adapter_of("q", 16, "qkv")) is not None
     assert pool.acquire(adapter_of("o", 16, "o")) is not None
     assert pool.acquire(adapter_of("more", 8, "o")) is None
+
+
+def test_several_adapters_come_together_or_not_at_all() -> None:
+    pool = pool_of(48)
+    pool.release(only(pool.acquire(adapter_of("idle", 16))))
+    only(pool.acquire(adapter_of("busy", 16)))
+    assert pool.acquire(adapter_of("a", 24), adapter_of("b", 16)) is None
+    assert pool.get("idle") is not None
+    assert pool.get("a") is None
+    assert pool.num_evictions == 0
+    pair = pool.acquire(adapter_of("idle", 16), adapter_of("b", 16))
+    assert pair is not None
+    assert [slot.digest for slot in pair] == ["idle", "b"]
+    assert [slot.num_references for slot in pair] == [1, 1]
+    twice = pool.acquire(adapter_of("b", 16), adapter_of("b", 16))
+    assert twice is not None
+    assert twice[0] is twice[1]
+    assert twice[0].num_references == 3
+    pool.check_integrity()
 
 
 OPERATIONS = st.lists(
@@ -131,8 +152,7 @@ def test_any_sequence_of_operations_keeps_rows_apart_and_bytes_true(
         name = f"a{index}"
         if operation == "acquire":
             adapter = adapters.setdefault(name, adapter_of(name, rank, groups))
-            slot = pool.acquire(adapter)
-            held += [slot] if slot is not None else []
+            held += pool.acquire(adapter) or ()
         elif operation == "release" and held:
             pool.release(held.pop(index % len(held)))
         elif operation == "evict" and not any(s.digest == name for s in held):

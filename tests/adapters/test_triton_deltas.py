@@ -54,7 +54,7 @@ def pool_with(
         pool.acquire(adapter_of(seed, rank, dtype, has_bias=has_bias))
         for seed, rank in enumerate(ranks)
     ]
-    return pool, [slot for slot in slots if slot is not None]
+    return pool, [slot for taken in slots if taken is not None for slot in taken]
 
 
 def blocks_of(slots: list[Slot], lengths: list[int], *, is_mixed: bool) -> list[RowBlock]:

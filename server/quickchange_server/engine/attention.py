@@ -198,7 +198,8 @@ def attend(
 
     Raises: UnsupportedAttention for a mask or an unknown keyword that is not None.
     """
-    unknown = [k for k, v in keywords.items() if v is not None and k not in _KNOWN_KEYWORDS]
+    is_set = {k for k, v in keywords.items() if v is not None and v is not False}
+    unknown = sorted(is_set - _KNOWN_KEYWORDS)
     if attention_mask is not None or unknown or not getattr(module, "is_causal", True):
         raise UnsupportedAttention(
             f"{type(module).__name__} wants attention that is not served: "

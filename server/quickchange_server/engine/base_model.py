@@ -97,6 +97,7 @@ class BaseModel:
         """Resident bytes of the base: groups, head, and what stayed in the module."""
         rest = {t.data_ptr(): t.nbytes for _, t in self._plain_tensors()}
         packed = sum(group.weight.num_bytes for group in self.groups.values())
+        packed += sum(g.bias.nbytes for g in self.groups.values() if g.bias is not None)
         head = self.head.resident.num_bytes if self.head is not None else 0
         return sum(rest.values()) + packed + head
 
@@ -150,6 +151,8 @@ class BaseModel:
                 yield f"{kind}.{layer}.bias", group.bias
         if self.head is not None:
             yield "head", self.head.resident.dense()
+            if self.head.bias_tensor is not None:
+                yield "head.bias", self.head.bias_tensor
 
     def _plain_tensors(self) -> Iterator[tuple[str, Tensor]]:
         yield from sorted(self.model.named_parameters())
@@ -224,15 +227,15 @@ def load_base(folder: Path, settings: EngineSettings) -> BaseModel:
     """
     from transformers import AutoModelForCausalLM
 
-    _check_config(folder)
     register_attention()
     dtype: Any = "auto" if settings.dtype == "auto" else getattr(torch, settings.dtype)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             str(folder), dtype=dtype, attn_implementation=ATTENTION_NAME, local_files_only=True
         )
-    except (OSError, ValueError) as error:
-        raise UnsupportedBase(f"cannot load {str(folder)!r}: {error}") from error
+    except Exception as error:  # any of the families' own ways of saying no
+        reason = f"{type(error).__name__}: {error}"
+        raise UnsupportedBase(f"cannot load {str(folder)!r}: {reason}") from error
     model.eval().requires_grad_(False)
     model.to(settings.device)
     return BaseModel(model, settings)
@@ -247,7 +250,8 @@ def end_token_ids(model: Any) -> frozenset[int]:
     return frozenset(ids)
 
 
-def _check_config(folder: Path) -> None:
+def check_config(folder: Path) -> None:
+    """Refuse what the config alone shows cannot be served. Raises: UnsupportedBase."""
     path = folder / "config.json"
     if not path.is_file():
         raise UnsupportedBase(f"{str(folder)!r} holds no config.json: not a Hugging Face model")

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from quickchange_adapters.errors import NotFinite
 from quickchange_adapters.host_adapter import HostAdapter, pack_adapter, pin_adapter
 from quickchange_adapters.merge import MergedCopy, merge_adapter, merged_bytes_of
 from quickchange_adapters.pool import AdapterPool
 from quickchange_adapters.weights import AdapterWeights
 
-from quickchange_server.engine.base_model import end_token_ids, load_base
+from quickchange_server.engine.base_model import check_config, end_token_ids, load_base
 from quickchange_server.engine.engine import Engine
 from quickchange_server.engine.interface import EngineSnapshot, MergeResult, ResidentAdapter
 from quickchange_server.engine.model_runner import ModelRunner
@@ -46,8 +47,9 @@ class EngineClient:
         settings: EngineSettings,
         observer: EngineObserver | None = None,
     ) -> None:
-        base = load_base(model_folder, settings)
+        check_config(model_folder)
         check_architecture(model_folder)
+        base = load_base(model_folder, settings)
         pool = AdapterPool(base.layout, settings.adapter_device_bytes, base.dtype, base.device)
         runner = ModelRunner(base, pool, settings.kv_cache_bytes, settings.kv_block_size, settings)
         self.base = base.spec
@@ -59,7 +61,12 @@ class EngineClient:
         self._settings = settings
         self._base_model = base
         self._engine = Engine(
-            runner, settings, self.eos_token_ids, observer or NoObserver(), self._publish
+            runner,
+            settings,
+            self.eos_token_ids,
+            observer or NoObserver(),
+            self._publish,
+            self._on_engine_exit,
         )
         self._loader = ThreadPoolExecutor(1, "quickchange-loader", _use_one_thread)
         self._queues: dict[str, asyncio.Queue[TokenOutput]] = {}
@@ -135,9 +142,14 @@ class EngineClient:
         if copy is None:
             adapter = self._loaded(digest)
             needed = merged_bytes_of(adapter, self._base_model.layout, self.dtype.itemsize)
-            await self._on_engine(lambda: residency.check_merge_budget(digest, needed))
-            made = await self._in_loader(lambda: self._merge(adapter))
-            copy = await self._on_engine(lambda: self._add_merged(made))
+            await self._on_engine(lambda: residency.reserve_merge(digest, needed))
+            try:
+                made = await self._in_loader(lambda: self._merge(adapter))
+                copy = await self._on_engine(lambda: self._add_merged(made))
+            except NotFinite as error:
+                raise Conflict(str(error), code="not_finite") from error
+            finally:
+                self._engine.call(lambda: residency.end_merge(digest))
         return MergeResult(digest, copy.num_bytes, time.monotonic() - started)
 
     async def unmerge(self, digest: str) -> MergeResult:
@@ -175,7 +187,8 @@ class EngineClient:
 
     def _check_request(self, request: GenerationRequest) -> None:
         highest = self._base_model.vocab_size - 1
-        wanted = (*request.prompt_ids, *(token for token, _ in request.sampling.logit_bias))
+        biased = (token for token, _ in request.sampling.logit_bias)
+        wanted = (*request.prompt_ids, *biased, *request.stop_token_ids)
         if wanted and not (min(wanted) >= 0 and max(wanted) <= highest):
             raise InvalidRequest(f"token ids must be from 0 to {highest}", code="invalid_token_id")
         self._check_mix(request)
@@ -220,6 +233,14 @@ class EngineClient:
         """Engine thread: hand a step's outputs to the event loop in one call."""
         if outputs and self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._dispatch, outputs)
+
+    def _on_engine_exit(self) -> None:
+        """Engine thread, last act: no request may go on waiting for it."""
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._end_all)
+
+    def _end_all(self) -> None:
+        self._dispatch([TokenOutput(request_id, (), "abort") for request_id in self._queues])
 
     def _dispatch(self, outputs: list[TokenOutput]) -> None:
         for output in outputs:

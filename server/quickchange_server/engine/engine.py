@@ -5,16 +5,18 @@ through an inbox of calls that run between steps.
 """
 
 import logging
-import queue
 import random
 import threading
 import time
 from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
 from typing import TypeVar
 
 import torch
+from quickchange_adapters.pool import Slot
 
+from quickchange_server.engine.inbox import EngineStopped, Inbox
 from quickchange_server.engine.interface import EngineSnapshot, ResidentAdapter
 from quickchange_server.engine.kv_cache import BlockManager
 from quickchange_server.engine.model_runner import ModelRunner
@@ -48,6 +50,7 @@ class Engine:
         eos_token_ids: frozenset[int],
         observer: EngineObserver,
         publish: Publish,
+        on_exit: Callable[[], None] = lambda: None,
     ) -> None:
         self.runner = runner
         self.settings = settings
@@ -66,15 +69,17 @@ class Engine:
             self.blocks,
             settings.max_batch_rows,
             self._budget,
-            self.residency.take_slots,
+            self._take_slots,
             self.residency.give_slots,
         )
         self.snapshot = EngineSnapshot()
         self._base_bytes = runner.base.num_bytes
         self._observer = observer
         self._publish = publish
-        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._on_exit = on_exit
+        self._inbox = Inbox(self._refresh_snapshot)
         self._leaving: dict[str, list[Future[ResidentAdapter | None]]] = {}
+        self._unplaced: list[tuple[Sequence, Exception]] = []
         self._num_steps = 0
         self._last_step_s = time.monotonic()
         self._is_stopping = False
@@ -94,19 +99,7 @@ class Engine:
 
     def call(self, function: Callable[[], T]) -> "Future[T]":
         """Run a function on the engine thread between two steps."""
-        future: Future[T] = Future()
-
-        def run() -> None:
-            try:
-                result = function()
-            except BaseException as error:
-                future.set_exception(error)
-            else:
-                self._refresh_snapshot()
-                future.set_result(result)
-
-        self._inbox.put(run)
-        return future
+        return self._inbox.call(function)
 
     def submit(self, request: GenerationRequest) -> RequestFailure | None:
         """Queue a request from any thread, or say at once why its adapters cannot be used.
@@ -129,34 +122,47 @@ class Engine:
         """
         self.residency.start_leaving(digest)
         done: Future[ResidentAdapter | None] = Future()
+        done.set_running_or_notify_cancel()  # from here on nobody can cancel it
 
         def start() -> None:
             self._leaving.setdefault(digest, []).append(done)
             self._finish_leaving()
 
-        self.call(start)
+        started = self.call(start)
+        if started.done() and started.exception() is not None:
+            done.set_exception(started.exception())
         return done
 
     def step(self) -> None:
-        """Advance every request that can run by one step."""
+        """Advance every request that can run by one step; what was gained is published, always."""
+        outputs: list[TokenOutput] = []
+        try:
+            step = self.scheduler.schedule()
+            self._can_admit = bool(step.rows)
+            self._give_up_unplaced(outputs)
+            if step.rows:
+                self._run_step(step, outputs)
+        finally:
+            if outputs:
+                self._refresh_snapshot()
+                self._publish(outputs)
+
+    def _run_step(self, step: ScheduledStep, outputs: list[TokenOutput]) -> None:
         started = time.monotonic()
-        step = self.scheduler.schedule()
-        self._can_admit = bool(step.rows)
-        if not step.rows:
-            return
         step.rows.sort(key=lambda row: row.num_tokens > 1)
         merged = self.residency.merged_for(row.sequence for row in step.rows)
         try:
+            self.runner.prepare_blocks(step.fresh_blocks)
             samples = self.runner.run(step.rows, merged)
         except Exception as error:
-            outputs = self._recover(step, error)
+            self._recover(step, error, outputs)
         else:
             self._budget.note_success()
-            advanced = [self._advance(*pair) for pair in zip(step.rows, samples, strict=True)]
-            outputs = [output for output in advanced if output is not None]
+            damaged: set[str] = set()
+            for row, sample in zip(step.rows, samples, strict=True):
+                self._advance(row, sample, outputs, damaged)
+            self.residency.note_damage(damaged)
         self._note_step(step, time.monotonic() - started, is_merged=merged is not None)
-        self._refresh_snapshot()
-        self._publish(outputs)
 
     def _run(self) -> None:
         torch.set_num_threads(torch.get_num_threads())
@@ -172,25 +178,25 @@ class Engine:
             log.exception("the engine thread died")
             raise
         finally:
-            self._is_stopping = True
-            outputs = [self._end(s, "abort") for s in self._live_sequences()]
-            self._refresh_snapshot()
-            self._publish(outputs)
+            self._wind_up()
+
+    def _wind_up(self) -> None:
+        """End whatever still waits for this thread: requests, calls, unloads."""
+        self._is_stopping = True
+        self._inbox.close()
+        outputs = [self._end(sequence, "abort") for sequence in self._live_sequences()]
+        self._refresh_snapshot()
+        self._publish(outputs)
+        for waiting in self._leaving.values():
+            for done in waiting:
+                done.set_exception(EngineStopped("the engine has stopped"))
+        self._on_exit()
 
     def _handle_inbox(self) -> None:
         """Run all waiting calls; sleep here while there is nothing to compute."""
         if not self.scheduler.running and not self._can_admit:
-            self._run_call(IDLE_WAIT_S if self.scheduler.waiting else 1.0)
-        while not self._inbox.empty():
-            self._run_call(None)
-
-    def _run_call(self, timeout: float | None) -> None:
-        try:
-            call = self._inbox.get(timeout=timeout) if timeout else self._inbox.get_nowait()
-        except queue.Empty:
-            self._refresh_snapshot()
-            return
-        call()
+            self._inbox.run_next(IDLE_WAIT_S if self.scheduler.waiting else 1.0)
+        self._inbox.run_waiting()
 
     def _stop_here(self) -> None:
         self._is_stopping = True
@@ -222,24 +228,55 @@ class Engine:
             self._refresh_snapshot()
             self._publish([output])
 
-    def _advance(self, row: ScheduledRow, sample: Sample | None) -> TokenOutput | None:
+    def _take_slots(self, sequence: Sequence) -> tuple[Slot, ...] | None:
+        """Take a request's slots; a request whose slots cannot be made fails alone."""
+        try:
+            return self.residency.take_slots(sequence)
+        except Exception as error:
+            log.exception("no slots for request %s", sequence.request_id)
+            self._unplaced.append((sequence, error))
+            return None
+
+    def _give_up_unplaced(self, outputs: list[TokenOutput]) -> None:
+        for sequence, error in self._unplaced:
+            code = "out_of_memory" if is_out_of_memory(error) else "load_failed"
+            message = f"its adapter could not be brought to the device: {type(error).__name__}"
+            outputs.append(self._end(sequence, "error", failure=RequestFailure(code, message)))
+        self._unplaced.clear()
+
+    def _advance(
+        self,
+        row: ScheduledRow,
+        sample: Sample | None,
+        outputs: list[TokenOutput],
+        damaged: set[str],
+    ) -> None:
         """Take one row's result: its KV counts as computed, its token is appended."""
         sequence = row.sequence
         self.scheduler.note_computed(row)
         if sample is None:
-            return None
+            return
         if sample.token_id is None:
-            self.residency.note_damage(sequence.request)
-            failure = RequestFailure("non_finite", "the model produced non-finite values")
-            return self._end(sequence, "error", failure=failure, is_damaged=True)
+            outputs.append(self._fail_row(sequence, sample, damaged))
+            return
         is_first = sequence.first_token_s is None
         if is_first:
             sequence.first_token_s = time.monotonic()
         sequence.token_ids.append(sample.token_id)
         output = self._token_output(sequence, sample, is_first=is_first)
+        outputs.append(output)
         if output.finish_reason is not None:
             self._release(sequence)
-        return output
+
+    def _fail_row(self, sequence: Sequence, sample: Sample, damaged: set[str]) -> TokenOutput:
+        if sample.error is not None:
+            failure = RequestFailure("sampling_failed", f"sampling failed: {sample.error}")
+            return self._end(sequence, "error", failure=failure)
+        adapters = sequence.request.adapters
+        if len(adapters) == 1:  # in a mix nobody can tell whose fault it was
+            damaged.add(adapters[0].digest)
+        failure = RequestFailure("non_finite", "the model produced non-finite values")
+        return self._end(sequence, "error", failure=failure, is_damaged=True)
 
     def _token_output(self, sequence: Sequence, sample: Sample, *, is_first: bool) -> TokenOutput:
         token_id = sample.token_id
@@ -265,25 +302,24 @@ class Engine:
             ttft_s=first - arrival if is_first else None,
         )
 
-    def _recover(self, step: ScheduledStep, error: Exception) -> list[TokenOutput]:
+    def _recover(self, step: ScheduledStep, error: Exception, outputs: list[TokenOutput]) -> None:
         """A failed step: out of memory is tried again smaller; else all its rows fail."""
-        rows = step.rows
         if not is_out_of_memory(error):
-            log.exception("a step of %d rows failed", len(rows))
+            log.exception("a step of %d rows failed", len(step.rows))
             failure = RequestFailure("step_failed", f"the step failed: {type(error).__name__}")
-            return [
-                self._end(row.sequence, "error", failure=failure, is_damaged=True) for row in rows
-            ]
+            for row in step.rows:
+                outputs.append(self._end(row.sequence, "error", failure=failure, is_damaged=True))
+            return
         if self._budget.shrink(step.num_tokens):
             log.warning("out of memory at %d tokens: trying fewer", step.num_tokens)
-            return []
-        largest = max((row.sequence for row in rows), key=lambda s: len(s.token_ids))
+            return
+        largest = max(self.scheduler.running, key=lambda sequence: len(sequence.token_ids))
         log.error("out of memory at a single token: giving up request %s", largest.request_id)
         failure = RequestFailure(
             "out_of_memory",
             f"not enough memory to go on with {len(largest.token_ids)} tokens of context",
         )
-        return [self._end(largest, "error", failure=failure, is_damaged=True)]
+        outputs.append(self._end(largest, "error", failure=failure, is_damaged=True))
 
     def _end(
         self,
@@ -301,7 +337,13 @@ class Engine:
         freed = self.scheduler.remove(sequence, forget=is_damaged)
         self.residency.leave(sequence.request)
         if is_damaged:
-            self.runner.clear_blocks(freed)
+            self._clear(freed)
+
+    def _clear(self, blocks: SequenceOf[int]) -> None:
+        try:
+            self.runner.clear_blocks(blocks)
+        except Exception:
+            log.exception("could not clear %d KV blocks", len(blocks))
 
     def _finish_leaving(self) -> None:
         for digest in [d for d in self._leaving if not self.residency.num_users(d)]:
@@ -316,7 +358,7 @@ class Engine:
         self._last_step_s = time.monotonic()
         digests = {a.digest for row in step.rows for a in row.sequence.request.adapters}
         weights: StepWeights = "merged" if is_merged else "unmerged" if digests else "base"
-        self._observer.on_step(
+        self._tell(
             StepStats(
                 _kind_of(step),
                 weights,
@@ -329,6 +371,12 @@ class Engine:
                 step.prefix_hits,
             )
         )
+
+    def _tell(self, stats: StepStats) -> None:
+        try:
+            self._observer.on_step(stats)
+        except Exception:
+            log.exception("an observer of steps failed")
 
     def _refresh_snapshot(self) -> None:
         pool, storage = self.runner.pool, self.runner.storage

@@ -29,6 +29,7 @@ class BlockManager:
         self._references = [0] * num_blocks
         self._keys: list[bytes | None] = [None] * num_blocks
         self._by_key: dict[bytes, int] = {}
+        self._taken: list[int] = []
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, num_blocks))
 
     @property
@@ -72,6 +73,11 @@ class BlockManager:
         for _ in range(missing):
             sequence.blocks.append(self._take_free())
         return True
+
+    def pop_taken(self) -> list[int]:
+        """Return the blocks handed out since the last call; their content is a former owner's."""
+        taken, self._taken = self._taken, []
+        return taken
 
     def note_computed(self, sequence: Sequence) -> None:
         """Publish the keys of blocks that became complete, so that others can share them."""
@@ -137,6 +143,7 @@ class BlockManager:
         block, _ = self._free.popitem(last=False)
         self._drop_key(block)
         self._references[block] = 1
+        self._taken.append(block)
         return block
 
     def _drop_key(self, block: int) -> None:

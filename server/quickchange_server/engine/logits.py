@@ -31,7 +31,7 @@ def adjust_logits(logits: Tensor, sequence: Sequence) -> Tensor:
     logits = logits.clone()
     params = sequence.request.sampling
     if sequence.num_generated < sequence.request.min_tokens:
-        barred = [token_id for token_id in sequence.end_ids if token_id < logits.shape[0]]
+        barred = [token_id for token_id in sequence.end_ids if 0 <= token_id < logits.shape[0]]
         logits[barred] = float("-inf")
     for token_id, bias in params.logit_bias:
         logits[token_id] += bias

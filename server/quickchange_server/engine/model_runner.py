@@ -4,7 +4,7 @@ Knows the packed form of a step. Does not know queues, callers or adapters beyon
 """
 
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,7 +27,7 @@ from quickchange_server.engine.attention_tiles import KvRow
 from quickchange_server.engine.base_model import BaseModel
 from quickchange_server.engine.cuda_graphs import DecodeBatch, DecodeGraphs, DecodeStep
 from quickchange_server.engine.request import TokenLogprobs
-from quickchange_server.engine.sampler import Sample, sample, token_logprobs
+from quickchange_server.engine.sampler import Sample, rows_logprobs, sample
 from quickchange_server.engine.scheduler import ScheduledRow
 from quickchange_server.engine.settings import EngineSettings
 
@@ -35,14 +35,6 @@ if TYPE_CHECKING:
     from quickchange_server.engine.triton_kernels import TritonKernels
 
 MAX_LENGTH_SPREAD = 2.0
-LOGPROB_CHUNK_ROWS = 64
-
-
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """Samples by row; rows that stop short of their newest token have none."""
-
-    samples: dict[int, Sample]
 
 
 class ModelRunner:
@@ -86,6 +78,11 @@ class ModelRunner:
         if logits is None:
             logits = self._compute(packed, merged)
         return self._sample(packed, logits)
+
+    def prepare_blocks(self, blocks: SequenceOf[int]) -> None:
+        """Make new owners' blocks safe to read behind the last token, where a path does that."""
+        if self._kernels is None and not self.is_exact:
+            self.clear_blocks(blocks)
 
     def clear_blocks(self, blocks: SequenceOf[int]) -> None:
         """Zero the KV of blocks whose content may be damaged."""
@@ -175,7 +172,8 @@ class ModelRunner:
         device = self.base.device
         longest = max(row.end for _, row in rows)
         width = -(-longest // self.storage.block_size)
-        tables = [(row.sequence.blocks + [0] * width)[:width] for _, row in rows]
+        # behind its end a row reads, masked, its own last block: never another's, nor scratch
+        tables = [_padded(row.sequence.blocks, width) for _, row in rows]
         return DecodeBucket(
             torch.tensor([index for index, _ in rows], device=device),
             torch.tensor(tables, device=device),
@@ -208,11 +206,11 @@ class ModelRunner:
         noted: list[TokenLogprobs | None] = sequence.prompt_logprobs
         if not noted:
             noted.append(None)
-        for position in range(row.start, row.end):
-            target = position + 1
-            if target == len(noted) and target < sequence.num_prompt:
-                token_id = sequence.token_ids[target]
-                noted.append(token_logprobs(logits[position - row.start], token_id, num_top))
+        targets = range(len(noted), min(row.end + 1, sequence.num_prompt))
+        if targets:
+            wanted = [sequence.token_ids[target] for target in targets]
+            scores = logits[targets[0] - 1 - row.start : targets[-1] - row.start]
+            noted.extend(rows_logprobs(scores, wanted, num_top or 0))
 
     def _make_kernels(self, settings: EngineSettings) -> "TritonKernels | None":
         is_cuda = self.base.device.type == "cuda"
@@ -335,6 +333,10 @@ class _Packing:
             end = start + row.num_tokens
             wanted.extend(range(end - self.num_logits(row), end))
         return wanted
+
+
+def _padded(blocks: list[int], width: int) -> list[int]:
+    return blocks[:width] + blocks[-1:] * (width - len(blocks))
 
 
 def _terms_of(row: ScheduledRow) -> tuple[Term, ...]:

@@ -32,6 +32,7 @@ class AdapterResidency:
         self._host: OrderedDict[str, HostAdapter] = OrderedDict()
         self._host_ceiling_bytes = host_ceiling_bytes
         self._users: Counter[str] = Counter()
+        self._merging: dict[str, int] = {}
         self.quarantined: set[str] = set()
         self._leaving: set[str] = set()
         self._num_damaged: Counter[str] = Counter()
@@ -72,15 +73,17 @@ class AdapterResidency:
             raise MemoryError(f"adapter {adapter.digest[:12]} is being unloaded: try again")
         if adapter.digest in self._host:
             return
-        for digest in [d for d in self._host if not self._users[d] and d not in self.merged]:
+        idle = [d for d in self._host if not self._users[d] and d not in self.merged]
+        in_use = self.host_bytes - sum(self._host[digest].num_bytes for digest in idle)
+        if in_use + adapter.num_bytes > self._host_ceiling_bytes:
+            raise MemoryError(
+                f"adapter needs {adapter.num_bytes} bytes of host memory; {in_use} of "
+                f"{self._host_ceiling_bytes} are in use"
+            )
+        for digest in idle:
             if self.host_bytes + adapter.num_bytes <= self._host_ceiling_bytes:
                 break
             self._drop(digest)
-        if self.host_bytes + adapter.num_bytes > self._host_ceiling_bytes:
-            raise MemoryError(
-                f"adapter needs {adapter.num_bytes} bytes of host memory; {self.host_bytes} of "
-                f"{self._host_ceiling_bytes} are in use"
-            )
         self._host[adapter.digest] = adapter
         self._changed.add(adapter.digest)
 
@@ -115,30 +118,28 @@ class AdapterResidency:
 
     def take_slots(self, sequence: Sequence) -> tuple[Slot, ...] | None:
         """Acquire a slot for every adapter of a request, or none at all (None)."""
-        taken: list[Slot] = []
-        for adapter in sequence.request.adapters:
-            slot = self.pool.acquire(self._host[adapter.digest])
-            if slot is None:
-                self._release(taken)
-                return None
-            taken.append(slot)
-        return tuple(taken)
+        adapters = [self._host[adapter.digest] for adapter in sequence.request.adapters]
+        return self.pool.acquire(*adapters)
 
     def give_slots(self, sequence: Sequence) -> None:
         """Release a request's slots; they stay resident until their rows are wanted."""
         self._release(sequence.slots)
         sequence.slots = ()
 
-    def check_merge_budget(self, digest: str, needed_bytes: int) -> None:
-        """Say whether a merged copy fits. Raises: MergeBudgetExceeded."""
-        if digest not in self.merged:
-            used = self.merged_bytes
+    def reserve_merge(self, digest: str, needed_bytes: int) -> None:
+        """Keep room for a merged copy until `end_merge`. Raises: MergeBudgetExceeded."""
+        if digest not in self.merged and digest not in self._merging:
+            used = self.merged_bytes + sum(self._merging.values())
             if used + needed_bytes > self.merged_ceiling_bytes:
                 raise MergeBudgetExceeded(needed_bytes, used, self.merged_ceiling_bytes)
+            self._merging[digest] = needed_bytes
+
+    def end_merge(self, digest: str) -> None:
+        """Give back the room that was kept, whether the copy was made or not."""
+        self._merging.pop(digest, None)
 
     def add_merged(self, copy: MergedCopy) -> MergedCopy:
-        """Keep a merged copy, or the one that is there already. Raises: MergeBudgetExceeded."""
-        self.check_merge_budget(copy.digest, copy.num_bytes)
+        """Keep a merged copy whose room was reserved, or the one that is there already."""
         self._changed.add(copy.digest)
         return self.merged.setdefault(copy.digest, copy)
 
@@ -148,13 +149,12 @@ class AdapterResidency:
         self._changed.add(digest)
         return 0 if copy is None else copy.num_bytes
 
-    def note_damage(self, request: GenerationRequest) -> None:
-        """Count a non-finite result against the request's adapters; the second time they are out.
+    def note_damage(self, digests: Iterable[str]) -> None:
+        """Count a step's non-finite results, once per adapter; the second time it is out.
 
-        In a mix nobody can tell whose fault it was, so only a request with one adapter counts.
+        It stays out whatever is unloaded and loaded again: the same digest is the same numbers.
         """
-        if len(request.adapters) == 1:
-            digest = request.adapters[0].digest
+        for digest in digests:
             self._num_damaged[digest] += 1
             if self._num_damaged[digest] >= MAX_DAMAGED:
                 self.quarantined.add(digest)
@@ -170,8 +170,6 @@ class AdapterResidency:
             state = self.describe(digest) if digest in self._host else None
             self._drop(digest)
             self._leaving.discard(digest)
-        self.quarantined.discard(digest)
-        self._num_damaged.pop(digest, None)
         return state
 
     def merged_for(self, sequences: Iterable[Sequence]) -> MergedCopy | None:

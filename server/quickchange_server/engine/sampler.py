@@ -5,6 +5,7 @@ hash makes from the key: no state, so a preempted or re-batched request goes on 
 Source of the hash: SplitMix64 (Steele et al. 2014, doi 10.1145/2660193.2660195).
 """
 
+import logging
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
@@ -15,16 +16,18 @@ from quickchange_server.engine.logits import adjust_logits, needs_adjusting
 from quickchange_server.engine.request import SamplingParams, TokenLogprobs
 from quickchange_server.engine.sequence import Sequence
 
+log = logging.getLogger(__name__)
 _MASK = (1 << 64) - 1
 _NUM_CANDIDATES = 256
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One row's result; token_id is None when the row's logits are not finite."""
+    """One row's result; token_id is None when its logits are not finite, or `error` says why."""
 
     token_id: int | None
     logprobs: TokenLogprobs | None = None
+    error: str | None = None
 
 
 def sample(logits: Tensor, sequences: SequenceOf[Sequence]) -> list[Sample]:
@@ -37,22 +40,42 @@ def sample(logits: Tensor, sequences: SequenceOf[Sequence]) -> list[Sample]:
         if not is_finite[row]:
             results.append(Sample(None))
             continue
-        params = sequence.request.sampling
-        token_id = greedy[row]
-        if params.temperature > 0 or needs_adjusting(sequence):
-            token_id = _choose(adjust_logits(logits[row], sequence), sequence)
-        results.append(Sample(token_id, token_logprobs(logits[row], token_id, params.logprobs)))
+        try:
+            results.append(_sample_row(logits[row], greedy[row], sequence))
+        except Exception as error:
+            log.exception("sampling failed for request %s", sequence.request_id)
+            results.append(Sample(None, error=type(error).__name__))
     return results
+
+
+def _sample_row(logits: Tensor, greedy: int, sequence: Sequence) -> Sample:
+    params = sequence.request.sampling
+    token_id = greedy
+    if params.temperature > 0 or needs_adjusting(sequence):
+        token_id = _choose(adjust_logits(logits, sequence), sequence)
+    return Sample(token_id, token_logprobs(logits, token_id, params.logprobs))
 
 
 def token_logprobs(logits: Tensor, token_id: int, num_top: int | None) -> TokenLogprobs | None:
     """Report one token of a row [vocabulary] under the model's own distribution."""
     if num_top is None:
         return None
+    (entry,) = rows_logprobs(logits[None], [token_id], num_top)
+    return entry
+
+
+def rows_logprobs(logits: Tensor, token_ids: list[int], num_top: int) -> list[TokenLogprobs]:
+    """Report one token for each row [rows, vocabulary]."""
     logprobs = torch.log_softmax(logits.float(), dim=-1)
-    values, ids = logprobs.topk(min(num_top, logprobs.shape[0]))
-    top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-    return TokenLogprobs(token_id, float(logprobs[token_id]), top)
+    wanted = torch.tensor(token_ids, device=logits.device)[:, None]
+    chosen = logprobs.gather(1, wanted)[:, 0].tolist()
+    if num_top == 0:
+        return [TokenLogprobs(*pair) for pair in zip(token_ids, chosen, strict=True)]
+    values, ids = logprobs.topk(min(num_top, logprobs.shape[1]))
+    tops = [
+        tuple(zip(*row, strict=True)) for row in zip(ids.tolist(), values.tolist(), strict=True)
+    ]
+    return [TokenLogprobs(*entry) for entry in zip(token_ids, chosen, tops, strict=True)]
 
 
 def uniform(seed: int, choice: int, position: int) -> float:

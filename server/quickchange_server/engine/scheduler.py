@@ -19,6 +19,7 @@ from quickchange_server.engine.sequence import Sequence
 from quickchange_server.engine.step_budget import StepBudget
 
 MAX_PASSED_OVER = 64
+MAX_SCORED_TOKENS = 64  # prompt tokens of a request whose logits one step makes
 TakeSlots = Callable[[Sequence], tuple[Slot, ...] | None]
 GiveSlots = Callable[[Sequence], None]
 
@@ -44,9 +45,14 @@ class ScheduledRow:
 
 @dataclass(slots=True)
 class ScheduledStep:
-    """Rows of one step, decode rows first; and what scheduling did on the way."""
+    """Rows of one step, decode rows first; and what scheduling did on the way.
+
+    `fresh_blocks` hold a former owner's KV and are to be cleared: behind a row's last token a
+    product is masked, not skipped, and even a masked NaN spreads.
+    """
 
     rows: list[ScheduledRow] = field(default_factory=list)
+    fresh_blocks: list[int] = field(default_factory=list)
     num_preempted: int = 0
     prefix_queries: int = 0
     prefix_hits: int = 0
@@ -73,6 +79,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self._max_rows = max_rows
         self._budget = budget
+        self._num_steps = 0
         self._take_slots = take_slots
         self._give_slots = give_slots
 
@@ -90,11 +97,15 @@ class Scheduler:
     def schedule(self) -> ScheduledStep:
         """Choose the rows of the next step and hold what they need; no rows: nothing can run."""
         step = ScheduledStep()
-        for sequence in [s for s in self.running if s.num_pending == 1]:
-            self._schedule_running(step, sequence)
-        for sequence in [s for s in self.running if s.num_pending > 1]:
-            self._schedule_running(step, sequence)
+        self._num_steps += 1
+        # whoever waited longest comes first, so that a small budget goes round
+        in_turn = sorted(self.running, key=lambda sequence: sequence.last_step)
+        for is_decode in (True, False):
+            for sequence in in_turn:
+                if (sequence.num_pending == 1) == is_decode:
+                    self._schedule_running(step, sequence)
         self._admit_waiting(step)
+        step.fresh_blocks = self.blocks.pop_taken()
         return step
 
     def note_computed(self, row: ScheduledRow) -> None:
@@ -118,8 +129,7 @@ class Scheduler:
     def _schedule_running(self, step: ScheduledStep, sequence: Sequence) -> None:
         if sequence not in self.running:
             return  # preempted for an older one in this very step
-        budget = self._budget.num_tokens - step.num_tokens
-        num_tokens = min(sequence.num_pending, budget)
+        num_tokens = self._share(step, sequence)
         if num_tokens <= 0:
             return
         while not self.blocks.grow(sequence, sequence.num_computed + num_tokens):
@@ -127,6 +137,17 @@ class Scheduler:
             self._preempt(step, victim)
             if victim is sequence:
                 return
+        self._append(step, sequence, num_tokens)
+
+    def _share(self, step: ScheduledStep, sequence: Sequence) -> int:
+        """How many of its pending tokens a sequence may compute in this step."""
+        budget = self._budget.num_tokens - step.num_tokens
+        if sequence.request.prompt_logprobs is not None:
+            budget = min(budget, MAX_SCORED_TOKENS)
+        return min(sequence.num_pending, budget)
+
+    def _append(self, step: ScheduledStep, sequence: Sequence, num_tokens: int) -> None:
+        sequence.last_step = self._num_steps
         step.rows.append(ScheduledRow(sequence, sequence.num_computed, num_tokens))
 
     def _youngest(self) -> Sequence:
@@ -156,7 +177,7 @@ class Scheduler:
             if slots is None:
                 passed_over.append(sequence)
                 continue
-            self._admit(step, sequence, slots, budget)
+            self._admit(step, sequence, slots)
         if step.rows:
             for sequence in passed_over:
                 sequence.num_passed_over += 1
@@ -168,9 +189,7 @@ class Scheduler:
         needed = self.blocks.num_needed(len(sequence.token_ids))
         return needed + spare <= self.blocks.num_free
 
-    def _admit(
-        self, step: ScheduledStep, sequence: Sequence, slots: tuple[Slot, ...], budget: int
-    ) -> None:
+    def _admit(self, step: ScheduledStep, sequence: Sequence, slots: tuple[Slot, ...]) -> None:
         sequence.slots = slots
         sequence.num_passed_over = 0
         self.blocks.adopt_prefix(sequence)
@@ -179,11 +198,11 @@ class Scheduler:
             sequence.num_cached = min(sequence.num_computed, sequence.num_prompt)
         step.prefix_queries += sequence.num_prompt
         step.prefix_hits += min(sequence.num_computed, sequence.num_prompt)
-        num_tokens = min(sequence.num_pending, budget)
+        num_tokens = self._share(step, sequence)
         grown = self.blocks.grow(sequence, sequence.num_computed + num_tokens)
         assert grown, "admission checked the blocks"
         self.running.append(sequence)
-        step.rows.append(ScheduledRow(sequence, sequence.num_computed, num_tokens))
+        self._append(step, sequence, num_tokens)
 
     def check_integrity(self) -> None:
         """Assert that waiting sequences hold nothing and that blocks add up."""

@@ -30,6 +30,7 @@ class Sequence:
     block_keys: list[bytes] = field(default_factory=list)
     slots: tuple[Slot, ...] = ()
     num_passed_over: int = 0
+    last_step: int = 0
     arrival_s: float = field(default_factory=time.monotonic)
     scheduled_s: float | None = None
     first_token_s: float | None = None

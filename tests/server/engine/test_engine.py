@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 from quickchange_adapters.errors import MergeBudgetExceeded
+from quickchange_adapters.host_adapter import HostAdapter, pack_adapter
 from quickchange_adapters.merge import MergedCopy
-from quickchange_adapters.pool import AdapterPool
+from quickchange_adapters.pool import AdapterPool, Slot
 from quickchange_adapters.weights import AdapterWeights, LoraPair
 from quickchange_server.engine.base_model import load_base
 from quickchange_server.engine.client import EngineClient
 from quickchange_server.engine.engine import Engine
+from quickchange_server.engine.inbox import EngineStopped
 from quickchange_server.engine.model_runner import ModelRunner
 from quickchange_server.engine.observer import NoObserver
 from quickchange_server.engine.request import (
@@ -207,7 +209,7 @@ async def test_a_non_finite_row_fails_alone_and_twice_is_quarantine(
     assert engine.snapshot().kv_blocks_used == 0
     assert await engine.base_checksum() == checksum
     await engine.unload_adapter("huge")
-    assert not engine.snapshot().quarantined
+    assert engine.snapshot().quarantined == {"huge"}
 
 
 class FaultyRunner(ModelRunner):
@@ -224,11 +226,15 @@ class FaultyRunner(ModelRunner):
         return super().run(rows, merged)
 
 
-def faulty_engine(folder: Path) -> tuple[Engine, FaultyRunner, list[TokenOutput]]:
-    settings = EngineSettings(dtype="float32", max_step_tokens=64)
+def faulty_engine(
+    folder: Path, pool_class: type[AdapterPool] = AdapterPool, **changes: Any
+) -> tuple[Engine, FaultyRunner, list[TokenOutput]]:
+    settings = EngineSettings(
+        **{"dtype": "float32", "max_step_tokens": 64, "kv_cache_bytes": MIB, **changes}
+    )
     base = load_base(folder, settings)
-    pool = AdapterPool(base.layout, MIB, base.dtype, base.device)
-    runner = FaultyRunner(base, pool, MIB, 16)
+    pool = pool_class(base.layout, MIB, base.dtype, base.device)
+    runner = FaultyRunner(base, pool, settings.kv_cache_bytes, 16)
     outputs: list[TokenOutput] = []
     engine = Engine(runner, settings, frozenset(), NoObserver(), outputs.extend)
     return engine, runner, outputs
@@ -261,8 +267,8 @@ def test_out_of_memory_shrinks_steps_and_loses_nothing(tiny_base: Path) -> None:
 
 def test_out_of_memory_at_one_token_fails_the_largest_request(tiny_base: Path) -> None:
     engine, runner, outputs = faulty_engine(tiny_base)
-    engine.add(greedy("long", num=30))
     engine.add(greedy("short", num=30, prompt_ids=PROMPT[:5]))
+    engine.add(greedy("long", num=30))
     engine.step()
     runner.max_tokens = 0
     for _ in range(10):
@@ -316,6 +322,145 @@ async def test_what_memory_held_before_reaches_nobody(
         ]
         answers = await run_all(engine, asks)
     assert {answer.finish_reason for answer in answers} == {"length"}
+
+
+def faulty_bfloat16(folder: Path, weights: AdapterWeights) -> tuple[Engine, list[TokenOutput]]:
+    """An engine on padded bfloat16 paths, with an adapter whose products overflow."""
+    engine, _, outputs = faulty_engine(
+        folder, dtype="bfloat16", max_step_tokens=16, kv_cache_bytes=MIB // 8
+    )
+    base = engine.runner.base
+    engine.residency.add_host(pack_adapter(overflowing(weights), base.layout, base.dtype))
+    return engine, outputs
+
+
+def test_non_finite_kv_of_a_request_that_left_reaches_nobody(
+    tiny_base: Path, weights: AdapterWeights
+) -> None:
+    """Its damage shows only at the end of its prompt; it leaves before, its blocks go on."""
+    engine, outputs = faulty_bfloat16(tiny_base, weights)
+    prompt = tuple(3 + i % 300 for i in range(400))
+    for turn in range(4):
+        bad = greedy(f"bad{turn}", "huge", prompt_ids=prompt, cache_scope=str(turn))
+        assert engine.residency.claim(bad) is None
+        engine.add(bad)
+        for _ in range(20):
+            engine.step()
+        assert not engine.runner.storage.keys[1].isfinite().all()
+        sequence = engine.scheduler.find(bad.request_id)
+        assert sequence is not None
+        engine.scheduler.remove(sequence)
+    for index in range(12):
+        ids = PROMPT[: 3 + 3 * index]
+        engine.add(greedy(f"base{index}", prompt_ids=ids, num=20, cache_scope="fresh"))
+    run_to_end(engine)
+    ends = {o.request_id: o.finish_reason for o in outputs if o.finish_reason}
+    assert ends == {f"base{index}": "length" for index in range(12)}
+
+
+async def test_a_merge_that_overflows_is_refused(tiny_base: Path, weights: AdapterWeights) -> None:
+    async with started(tiny_base, dtype="bfloat16") as engine:
+        pairs = {m: LoraPair(p.lora_a * 1e20, p.lora_b * 1e20) for m, p in weights.pairs.items()}
+        await engine.load_adapter(AdapterWeights("huge", pairs))
+        with pytest.raises(Conflict, match="not finite"):
+            await engine.merge("huge")
+        memory = engine.snapshot().memory_bytes
+        assert memory["merged"] == 0
+
+
+async def test_a_cancelled_call_does_not_hurt_the_engine(engine: EngineClient) -> None:
+    running = asyncio.create_task(collect(engine.generate(greedy("r", num=100))))
+    await until(lambda: engine.snapshot().num_running == 1)
+    for _ in range(5):
+        call = asyncio.create_task(engine.base_checksum())
+        await asyncio.sleep(0)
+        call.cancel()
+    assert len((await running).token_ids) == 100
+    assert await engine.base_checksum() == engine.base.digest
+
+
+async def test_after_the_stop_nobody_waits(tiny_base: Path, weights: AdapterWeights) -> None:
+    engine = make_engine(tiny_base)
+    await engine.start()
+    await engine.load_adapter(weights)
+    await engine.stop()
+    with pytest.raises(Unavailable):
+        await collect(engine.generate(greedy("late")))
+    async with asyncio.timeout(5):
+        for call in (engine.unmerge("one"), engine.base_checksum(), engine.unload_adapter("one")):
+            with pytest.raises(EngineStopped):
+                await call
+
+
+class FullPool(AdapterPool):
+    """Cannot bring one adapter to the device."""
+
+    def acquire(self, *adapters: HostAdapter) -> tuple[Slot, ...] | None:
+        if any(adapter.digest == "one" for adapter in adapters):
+            raise MemoryError
+        return super().acquire(*adapters)
+
+
+def test_slots_that_cannot_be_made_fail_their_request_alone(
+    tiny_base: Path, weights: AdapterWeights
+) -> None:
+    engine, _, outputs = faulty_engine(tiny_base, pool_class=FullPool)
+    base = engine.runner.base
+    engine.residency.add_host(pack_adapter(weights, base.layout, base.dtype))
+    engine.residency.claim(greedy("bad", "one"))
+    engine.add(greedy("bad", "one"))
+    engine.add(greedy("good"))
+    run_to_end(engine)
+    ends = {o.request_id: o.failure and o.failure.code for o in outputs if o.finish_reason}
+    assert ends == {"bad": "out_of_memory", "good": None}
+    assert engine.blocks.num_used == 0
+
+
+async def test_a_load_beyond_the_host_ceiling_drops_nothing(
+    tiny_base: Path, weights: AdapterWeights, make_adapter: MakeAdapter
+) -> None:
+    async with started(tiny_base, adapter_host_bytes=100_000) as engine:
+        await engine.load_adapter(weights)
+        large = peft_weights(make_adapter(seed=3, r=32), "large")
+        with pytest.raises(Unavailable, match="host memory"):
+            await engine.load_adapter(large)
+        assert engine.is_loaded("one")
+
+
+async def test_ids_beyond_the_vocabulary_are_refused_wherever_they_stand(
+    engine: EngineClient,
+) -> None:
+    biased = SamplingParams(temperature=0, logit_bias=((-1, 5.0),))
+    for fields in (
+        {"stop_token_ids": frozenset({-1_000_000}), "min_tokens": 4},
+        {"stop_token_ids": frozenset({99_999})},
+        {"sampling": biased},
+    ):
+        with pytest.raises(InvalidRequest, match="token ids") as caught:
+            await collect(engine.generate(greedy("ids", **fields)))
+        assert caught.value.code == "invalid_token_id"
+
+
+def test_a_row_that_cannot_be_sampled_fails_alone(tiny_base: Path) -> None:
+    engine, _, outputs = faulty_engine(tiny_base)
+    broken = SamplingParams(temperature=0, logit_bias=((10**6, 1.0),))
+    engine.add(greedy("bad", sampling=broken))
+    engine.add(greedy("good"))
+    run_to_end(engine)
+    ends = {o.request_id: o.failure and o.failure.code for o in outputs if o.finish_reason}
+    assert ends == {"bad": "sampling_failed", "good": None}
+
+
+def test_a_small_budget_goes_round(tiny_base: Path) -> None:
+    engine, runner, outputs = faulty_engine(tiny_base)
+    for index in range(4):
+        engine.add(greedy(f"r{index}", prompt_ids=(5 + index,), num=40))
+    engine.step()
+    runner.max_tokens = 1
+    for _ in range(40):
+        engine.step()
+    counts = [len(tokens_of(outputs, f"r{index}")) for index in range(4)]
+    assert max(counts) - min(counts) <= 2
 
 
 async def test_same_seed_same_text_whatever_the_batch(

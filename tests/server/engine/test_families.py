@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from quickchange_server.engine.base_model import UnsupportedBase
+from quickchange_server.engine.base_model import UnsupportedBase, load_base
+from quickchange_server.engine.settings import EngineSettings
+from safetensors.torch import load_file, save_file
 
 from tests.conftest import save_peft_adapter, save_tiny_base
 from tests.server.engine.conftest import collect, make_engine, run_all
@@ -181,6 +183,32 @@ def test_a_family_that_computes_differently_here_is_found_out_at_start(tmp_path:
     base = save_tiny_base(tmp_path / "base", "gpt_oss", num_local_experts=2, head_dim=16)
     with pytest.raises(UnsupportedBase, match="gpt_oss"):
         make_engine(base)
+
+
+@pytest.mark.parametrize("model_type", ["bloom", "falcon", "gptj", "mamba", "rwkv"])
+def test_families_beyond_the_engine_are_refused_by_name(tmp_path: Path, model_type: str) -> None:
+    overrides = {
+        "n_embd": 64,
+        "n_layer": 2,
+        "n_head": 4,
+        "rotary_dim": 8,
+        "attention_hidden_size": 64,
+    }
+    base = save_tiny_base(tmp_path / "base", model_type, **overrides)
+    with pytest.raises(UnsupportedBase, match=model_type):
+        make_engine(base)
+
+
+def test_the_digest_covers_the_bias_of_the_head(tmp_path: Path) -> None:
+    digests = set()
+    for bias in (0.0, 1.0):
+        base = save_tiny_base(tmp_path / str(bias), "phi", tie_word_embeddings=False)
+        path = base / "model.safetensors"
+        tensors = load_file(path)
+        tensors["lm_head.bias"] = torch.full_like(tensors["lm_head.bias"], bias)
+        save_file(tensors, path, {"format": "pt"})
+        digests.add(load_base(base, EngineSettings(dtype="float32")).digest)
+    assert len(digests) == 2
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
