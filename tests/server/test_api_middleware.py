@@ -1,14 +1,17 @@
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 
 import httpx
 import pytest
 import pytest_asyncio
+from fastapi import FastAPI
 from quickchange_server.api.app import AppServices, create_app
+from starlette.types import Message
 
 from tests.server.conftest import serve_in_process
 
 PAGE = "https://app.example"
+Headers = Sequence[tuple[bytes, bytes]]
 
 
 @pytest_asyncio.fixture
@@ -38,14 +41,24 @@ async def test_other_request_ids_are_replaced(client: httpx.AsyncClient, sent: s
 
 
 @pytest.mark.parametrize(
-    "host", ["localhost:8000", "127.0.0.1", "127.1.2.3:80", "[::1]:8000", "a.localhost"]
+    "host",
+    [
+        *("localhost:8000", "127.0.0.1", "127.1.2.3:80", "[::1]:8000", "a.localhost"),
+        *("localhost.", "localhost.:8000", "LOCALHOST", "127.0.0.1:"),
+    ],
 )
 async def test_loopback_names_are_answered(client: httpx.AsyncClient, host: str) -> None:
     assert (await client.get("/livez", headers={"host": host})).status_code == 200
 
 
 @pytest.mark.parametrize(
-    "host", ["evil.example", "10.0.0.1:8000", "", "localhost.evil.example", "[bad", "127.0.0.1@x"]
+    "host",
+    [
+        *("evil.example", "10.0.0.1:8000", "", "localhost.evil.example", "[bad", "127.0.0.1@x"),
+        *("evil.example@localhost", "localhost/evil.example", "localhost?evil.example"),
+        *("localhost#evil.example", "localhost\\evil.example", "localhost, evil.example"),
+        *("localhost..", ".", "localhost:80:80", "localhost:x", "[localhost]", "127.0.0.1."),
+    ],
 )
 async def test_other_hosts_are_refused(client: httpx.AsyncClient, host: str) -> None:
     answer = await client.get("/v1/models", headers={"host": host})
@@ -54,9 +67,54 @@ async def test_other_hosts_are_refused(client: httpx.AsyncClient, host: str) -> 
     assert answer.headers["x-request-id"]
 
 
+@pytest.mark.parametrize("hosts", [("localhost", "evil.example"), ("localhost", "localhost")])
+async def test_a_second_host_header_is_refused(
+    client: httpx.AsyncClient, hosts: tuple[str, ...]
+) -> None:
+    answer = await client.get("/v1/models", headers=[("host", host) for host in hosts])
+    assert (answer.status_code, answer.json()["error"]["code"]) == (403, "foreign_host")
+
+
+async def ask_old(app: FastAPI, path: str, headers: Headers = (), version: str = "1.0") -> int:
+    """Send a request by hand: httpx always names a host."""
+    scope = {
+        "type": "http",
+        "http_version": version,
+        "method": "GET",
+        "path": path,
+        "query_string": b"",
+        "headers": list(headers),
+    }
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    await app(scope, receive, send)
+    status: int = sent[0]["status"]
+    return status
+
+
+async def test_probes_without_host_pass_over_http_1_0(services: AppServices) -> None:
+    app = create_app(services)
+    async with app.router.lifespan_context(app):
+        for path in ("/livez", "/readyz", "/health"):
+            assert await ask_old(app, path) == 200
+            assert await ask_old(app, path, version="1.1") == 403
+            assert await ask_old(app, path, [(b"host", b"evil.example")]) == 403
+            assert await ask_old(app, path, [(b"origin", b"https://evil.example")]) == 403
+        assert await ask_old(app, "/v1/models") == 403
+
+
 @pytest.mark.parametrize(
     ("origin", "status"),
-    [("http://localhost:3000", 200), (PAGE, 403), ("null", 403), ("http://[bad", 403)],
+    [
+        *(("http://localhost:3000", 200), ("https://127.0.0.1", 200), (PAGE, 403), ("null", 403)),
+        *(("http://[bad", 403), ("http://evil.example@localhost", 403), ("localhost", 403)),
+    ],
 )
 async def test_pages_of_other_sites_are_refused(
     client: httpx.AsyncClient, origin: str, status: int

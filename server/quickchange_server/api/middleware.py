@@ -17,6 +17,7 @@ from quickchange_server.metrics import ServerMetrics
 _SANE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/=+-]{0,127}")
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 UNMATCHED = "_unmatched"
+PROBES = frozenset({"/livez", "/readyz", "/health"})
 
 
 class RequestContext:
@@ -81,10 +82,16 @@ class LoopbackGuard:
         """Pass a request on, or answer 403."""
         if scope["type"] == "http":
             try:
-                check_loopback(Headers(scope=scope), self._cors_origins)
+                needs_host = not _is_old_probe(scope)
+                check_loopback(Headers(scope=scope), self._cors_origins, needs_host=needs_host)
             except QuickchangeError as error:
                 return await error_response(error)(scope, receive, send)
         return await self._app(scope, receive, send)
+
+
+def _is_old_probe(scope: Scope) -> bool:
+    """Whether a load balancer asks for health in HTTP/1.0, which has no Host; no browser does."""
+    return scope["http_version"] == "1.0" and scope["path"] in PROBES
 
 
 class BodyLimit:
