@@ -3,6 +3,7 @@ from dataclasses import replace
 from typing import Any
 
 import httpx
+import pytest
 from quickchange_server.api.app import AppServices, create_app
 from quickchange_server.engine.interface import EngineSnapshot
 
@@ -13,6 +14,15 @@ from tests.server.scripted_engine import ScriptedEngine
 async def test_probes_of_a_running_server(client: httpx.AsyncClient) -> None:
     for path in ("/livez", "/readyz", "/health"):
         assert (await client.get(path)).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/livez", "/readyz", "/health"])
+async def test_probes_may_ask_with_head(
+    client: httpx.AsyncClient, scripted_engine: ScriptedEngine, path: str
+) -> None:
+    assert (await client.head(path)).status_code == 200
+    scripted_engine.is_running = False
+    assert (await client.head(path)).status_code == 503
 
 
 async def test_not_ready_before_start_and_after_stop(services: AppServices) -> None:

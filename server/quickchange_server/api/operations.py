@@ -18,6 +18,7 @@ Json = dict[str, Any]
 router = APIRouter(tags=["operations"])
 
 
+@router.head("/livez", include_in_schema=False)
 @router.get("/livez")
 async def livez(services: Services) -> Json:
     """Say whether event loop and engine go on; 503 when the engine died or hangs."""
@@ -25,6 +26,8 @@ async def livez(services: Services) -> Json:
     return {"status": "alive"}
 
 
+@router.head("/health", include_in_schema=False)
+@router.head("/readyz", include_in_schema=False)
 @router.get("/health")
 @router.get("/readyz")
 async def readyz(request: Request, services: Services) -> Json:
