@@ -142,6 +142,15 @@ async def test_every_refusal_is_counted_and_lists_its_problems(
     assert counted("quickchange_adapter_rejections_total", {"code": code}) == 1
 
 
+async def test_broken_forms_do_not_fill_the_log(
+    client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("WARNING"):
+        await post(client, FORM + b"garbage behind the end")
+        await post(client, b"nonsense")
+    assert caplog.records == []
+
+
 async def test_long_field_is_413(client: httpx.AsyncClient) -> None:
     answer = await post(client, part("name", b"x" * 5000) + FORM)
     assert answer.status_code == 413

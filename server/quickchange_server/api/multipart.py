@@ -3,6 +3,7 @@
 Source: RFC 7578. The syntax is python_multipart's job; what a part is for, the caller's.
 """
 
+import logging
 from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks
 
 MAX_PARTS = 32
+# It warns of any malformed byte, so anybody could fill the log; the answer says what is wrong.
+logging.getLogger("python_multipart").setLevel(logging.ERROR)
 _PART_END: Final = None
 
 
