@@ -113,6 +113,52 @@ async def test_missing_field_is_named(client: httpx.AsyncClient) -> None:
     assert error_of(answer)["message"] == "prompt: is missing"
 
 
+@pytest.mark.parametrize(
+    ("path", "field", "value"),
+    [
+        ("/v1/completions", "prompt", [5] * 600),
+        ("/v1/completions", "prompt", ["the", "the " * 600]),
+        ("/v1/chat/completions", "messages", [{"role": "user", "content": "the " * 600}]),
+    ],
+)
+async def test_the_field_that_is_too_long_is_named(
+    client: httpx.AsyncClient, path: str, field: str, value: Any
+) -> None:
+    answer = await client.post(path, json={"model": "tiny", field: value})
+    assert error_of(answer)["code"] == "context_length_exceeded"
+    assert error_of(answer)["param"] == field
+
+
+@pytest.mark.parametrize("prompt", [[True], [5, False], [[True, 5]], [5, 1.0], [5, "6"]])
+async def test_token_ids_are_numbers(client: httpx.AsyncClient, prompt: Any) -> None:
+    answer = await client.post("/v1/completions", json={"model": "tiny", "prompt": prompt})
+    assert answer.status_code == 400
+    assert error_of(answer)["param"] == "prompt"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "param"),
+    [
+        ("POST", "/detokenize", {"tokens": [True]}, "tokens[0]"),
+        (
+            "POST",
+            "/v1/completions",
+            {"model": "tiny", "prompt": "a", "stop_token_ids": [True]},
+            "stop_token_ids[0]",
+        ),
+        ("PUT", "/v1/adapters/ada/aliases/blue", {"version": True}, "version"),
+        ("PUT", "/v1/adapters/ada/aliases/blue", {"version": "1"}, "version"),
+        ("POST", "/v1/adapters/ada/load", {"version": True}, "version"),
+    ],
+)
+async def test_true_is_no_number(
+    client: httpx.AsyncClient, method: str, path: str, body: dict[str, Any], param: str
+) -> None:
+    answer = await client.request(method, path, json=body)
+    assert answer.status_code == 400
+    assert error_of(answer)["param"] == param
+
+
 async def test_several_faults_are_said_at_once(client: httpx.AsyncClient) -> None:
     answer = await client.post("/v1/completions", json={"model": "tiny", "prompt": 3, "n": 99})
     message = error_of(answer)["message"]

@@ -52,7 +52,8 @@ async def plan_chat(body: ChatBody, services: AppServices, tenant: str) -> Gener
     top = chat_top_logprobs(body)
     prompt = await read_chat(body.messages, services.tokenizer)
     wanted = body.max_completion_tokens or body.max_tokens
-    limit = fit_max_tokens(len(prompt.token_ids), wanted, None, services.engine.max_model_len)
+    max_model_len = services.engine.max_model_len
+    limit = fit_max_tokens(len(prompt.token_ids), wanted, None, max_model_len, "messages")
     head = answer_head("chatcmpl", body.model, services.engine.base.digest, model)
     shared = _shared_request(head.id, body, model, services, tenant, top)
     n = body.n or 1
@@ -92,8 +93,9 @@ def _completion_limits(
     body: CompletionBody, prompts: Sequence[PromptIds], max_model_len: int
 ) -> list[int]:
     wanted = 1 if body.max_tokens == 0 else body.max_tokens
+    default = DEFAULT_COMPLETION_TOKENS
     return [
-        fit_max_tokens(len(prompt.token_ids), wanted, DEFAULT_COMPLETION_TOKENS, max_model_len)
+        fit_max_tokens(len(prompt.token_ids), wanted, default, max_model_len, "prompt")
         for prompt in prompts
     ]
 

@@ -34,7 +34,7 @@ async def read_prompts(
     texts = [prompt] if isinstance(prompt, str) else [p for p in prompt if isinstance(p, str)]
     if texts:
         encoded = await tokenizer.encode_many_async(texts)
-        return tuple(map(PromptIds, map(_some, encoded), texts))
+        return tuple(PromptIds(_some(i), text) for i, text in zip(encoded, texts, strict=True))
     lists = [p for p in prompt if isinstance(p, list)]
     if not lists:
         lists = [[p for p in prompt if isinstance(p, int)]]
@@ -51,9 +51,9 @@ def _known(token_ids: tuple[int, ...], vocab_size: int) -> tuple[int, ...]:
     return token_ids
 
 
-def _some(token_ids: Sequence[int]) -> tuple[int, ...]:
+def _some(token_ids: Sequence[int], field: str = "prompt") -> tuple[int, ...]:
     if not token_ids:
-        raise InvalidRequest("prompt: is empty; send at least 1 token", param="prompt")
+        raise InvalidRequest(f"{field}: is empty; send at least 1 token", param=field)
     return tuple(token_ids)
 
 
@@ -62,7 +62,8 @@ async def read_chat(messages: Sequence[ChatMessage], tokenizer: Tokenizer) -> Pr
 
     Raises: InvalidRequest.
     """
-    return PromptIds(_some(await tokenizer.encode_chat(template_messages(messages))))
+    token_ids = await tokenizer.encode_chat(template_messages(messages))
+    return PromptIds(_some(token_ids, "messages"))
 
 
 def template_messages(messages: Sequence[ChatMessage]) -> list[Mapping[str, str]]:
@@ -109,19 +110,24 @@ def _content_text(place: str, message: ChatMessage) -> str:
 
 
 def fit_max_tokens(
-    num_prompt_tokens: int, wanted: int | None, default: int | None, max_model_len: int
+    num_prompt_tokens: int,
+    wanted: int | None,
+    default: int | None,
+    max_model_len: int,
+    field: str,
 ) -> int:
     """Return how many tokens may be generated: `wanted`, or `default` as far as there is room.
 
     A default of None fills the context.
 
-    Raises: ContextLengthExceeded.
+    Raises: ContextLengthExceeded, which names the `field` that holds the prompt.
     """
     room = max_model_len - num_prompt_tokens
     if room < 1:
         raise ContextLengthExceeded(
             f"the prompt has {num_prompt_tokens} tokens and the context holds {max_model_len}, "
             "of which one must be left for the answer; shorten the prompt",
+            param=field,
         )
     if wanted is None:
         return room if default is None else min(default, room)
@@ -129,5 +135,6 @@ def fit_max_tokens(
         raise ContextLengthExceeded(
             f"{num_prompt_tokens} prompt tokens and max_tokens {wanted} are more than the "
             f"context's {max_model_len}; shorten the prompt or ask for at most {room}",
+            param=field,
         )
     return wanted

@@ -8,6 +8,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    StrictInt,
     ValidationError,
     ValidatorFunctionWrapHandler,
     WrapValidator,
@@ -72,7 +73,8 @@ def _check_num_biases(value: Any) -> Any:
 # Without fail_fast, a list of a million wrong items takes minutes: each gets an error of its own.
 Text = Annotated[str, AfterValidator(_check_text)]
 Texts = Annotated[list[Text], Field(fail_fast=True)]
-TokenIds = Annotated[list[int], Field(fail_fast=True)]
+# Strict: `true` is no number.
+TokenIds = Annotated[list[StrictInt], Field(fail_fast=True)]
 Prompt = Annotated[
     Text | TokenIds | Texts | Annotated[list[TokenIds], Field(fail_fast=True)],
     _one_of("a string, a list of strings, a list of token ids, or a list of such lists"),
@@ -186,7 +188,7 @@ class DetokenizeBody(OpenModel):
     """Body of `POST /detokenize`."""
 
     model: Text | None = None
-    tokens: Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)]
+    tokens: Annotated[list[Annotated[StrictInt, Field(ge=0)]], Field(fail_fast=True)]
 
 
 class AliasBody(BaseModel):
@@ -194,7 +196,7 @@ class AliasBody(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    version: int = Field(ge=1, lt=INT64)
+    version: StrictInt = Field(ge=1, lt=INT64)
 
 
 class ActionBody(BaseModel):
@@ -202,5 +204,5 @@ class ActionBody(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    version: int | None = Field(None, ge=1, lt=INT64)
+    version: StrictInt | None = Field(None, ge=1, lt=INT64)
     tier: Literal["host"] | None = None
