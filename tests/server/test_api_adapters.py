@@ -145,7 +145,32 @@ async def test_events_tell_what_was_done(
     await push(real_client, make_adapter(seed=1))
     events = (await real_client.get("/v1/adapters/ada/events")).json()
     assert events["object"] == "list"
-    assert events["data"]
+    assert [event["action"] for event in events["data"]] == ["publish"]
+
+
+async def test_events_come_in_pages(
+    real_client: httpx.AsyncClient, make_adapter: MakeAdapter
+) -> None:
+    await push(real_client, make_adapter(seed=1), alias="blue")
+    for version in (1, 1, 1):
+        path = "/v1/adapters/ada/aliases/green"
+        await real_client.put(path, json={"version": version})
+        await real_client.delete(path)
+    path = "/v1/adapters/ada/events"
+    whole = (await real_client.get(path)).json()
+    assert (whole["has_more"], whole["first_id"]) == (False, whole["data"][0]["id"])
+    pages = [(await real_client.get(f"{path}?limit=3")).json()]
+    while pages[-1]["has_more"]:
+        after = pages[-1]["last_id"]
+        pages.append((await real_client.get(f"{path}?limit=3&after={after}")).json())
+    assert all(len(page["data"]) == 3 for page in pages[:-1])
+    assert [event for page in pages for event in page["data"]] == whole["data"]
+    assert len({event["id"] for event in whole["data"]}) == len(whole["data"]) >= 7
+    beyond = (await real_client.get(f"{path}?after={whole['last_id']}")).json()
+    assert (beyond["data"], beyond["first_id"], beyond["last_id"]) == ([], None, None)
+    assert beyond["has_more"] is False
+    for query in ("limit=0", "limit=101", "after=x", "after=-1"):
+        assert (await real_client.get(f"{path}?{query}")).status_code == 400
 
 
 async def test_unload_gives_bytes_back_and_the_next_request_loads_again(

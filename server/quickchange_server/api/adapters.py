@@ -17,6 +17,7 @@ from quickchange_server.errors import NotFound, QuickchangeError
 Json = dict[str, Any]
 Version = Annotated[int, Path(ge=1, le=999_999_999)]
 Timeout = Annotated[float, Query(ge=0, le=3600, allow_inf_nan=False)]
+Limit = Annotated[int, Query(ge=1, le=100)]
 IfMatch = Annotated[str | None, Header()]
 
 router = APIRouter(prefix="/v1/adapters", tags=["adapters"])
@@ -57,7 +58,7 @@ async def list_adapters(
     services: Services,
     caller: Caller,
     after: str | None = None,
-    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    limit: Limit = 20,
 ) -> Json:
     """List adapters by name."""
     page = await services.adapters.list(after=after, limit=limit, tenant=caller.tenant)
@@ -71,10 +72,24 @@ async def get_adapter(name: str, services: Services, caller: Caller) -> Response
 
 
 @router.get("/{name}/events")
-async def get_events(name: str, services: Services, caller: Caller) -> Json:
-    """Show what was done to a name, oldest first."""
+async def get_events(
+    name: str,
+    services: Services,
+    caller: Caller,
+    after: Annotated[int, Query(ge=0)] = 0,
+    limit: Limit = 20,
+) -> Json:
+    """Show what was done to a name, oldest first; an event's id is its place in that log."""
     events = await services.adapters.events(name, tenant=caller.tenant)
-    return {"object": "list", "data": list(events), "has_more": False}
+    numbered = [{"id": str(place), **event} for place, event in enumerate(events, start=1)]
+    page = numbered[after : after + limit]
+    return {
+        "object": "list",
+        "data": page,
+        "has_more": len(events) > after + limit,
+        "first_id": page[0]["id"] if page else None,
+        "last_id": page[-1]["id"] if page else None,
+    }
 
 
 @router.get("/{name}/versions/{version}")
