@@ -103,7 +103,7 @@ class Recorder:
 def random_model(
     family: str, values: dict[str, Any], dtype: torch.dtype, device: torch.device, attention: str
 ) -> Any:
-    """Make a model on the device whose logits vary; equal arguments give equal weights."""
+    """Make a model on the device whose logits vary; it has the same weights in every dtype."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
@@ -115,7 +115,8 @@ def random_model(
     generator = torch.Generator(device).manual_seed(1)
     for parameter in model.parameters():
         if parameter.dim() == 2:
-            parameter.normal_(0.0, parameter.shape[-1] ** -0.5, generator=generator)
+            drawn = torch.randn(parameter.shape, generator=generator, device=device)
+            parameter.copy_(drawn * parameter.shape[-1] ** -0.5)
     return model
 
 
