@@ -6,7 +6,7 @@ blocks runs in threads. Knows nothing of HTTP: views say what to show, errors ca
 
 import asyncio
 import time
-from collections.abc import AsyncIterable, Sequence
+from collections.abc import AsyncIterable, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -290,9 +290,17 @@ class AdapterService:
         return await self._remove(name, version, (gone,), timeout_s)
 
     async def delete_adapter(
-        self, name: str, *, timeout_s: float = 30.0, tenant: str = DEFAULT_TENANT
+        self,
+        name: str,
+        *,
+        timeout_s: float = 30.0,
+        tenant: str = DEFAULT_TENANT,
+        on_gone: Callable[[str], None] | None = None,
     ) -> DeletionView:
         """Take a name away with all versions and aliases, as `delete_version` does.
+
+        `on_gone` is called with the name once nobody finds it, before what runs on it is awaited:
+        from then on the name may be somebody else's.
 
         Raises: NotFound, Conflict (static), Unavailable.
         """
@@ -300,6 +308,8 @@ class AdapterService:
         gone = await self._live.change(
             owner, name, lambda: self._catalog.begin_delete_adapter(name, tenant=owner)
         )
+        if on_gone is not None:
+            on_gone(name)
         return await self._remove(name, None, gone, timeout_s)
 
     async def load(

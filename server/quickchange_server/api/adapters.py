@@ -119,8 +119,12 @@ async def delete_adapter(
     name: str, services: Services, caller: Caller, timeout_s: Timeout = 30.0
 ) -> Response:
     """Delete an adapter: unknown at once, running requests finish; 202 when they still run."""
-    done = await services.adapters.delete_adapter(name, timeout_s=timeout_s, tenant=caller.tenant)
-    services.metrics.forget_adapter(name)
+    done = await services.adapters.delete_adapter(
+        name,
+        timeout_s=timeout_s,
+        tenant=caller.tenant,
+        on_gone=services.metrics.forget_adapter,
+    )
     return _deletion(done)
 
 
