@@ -4,12 +4,14 @@ A call that was cancelled before it ran is skipped; one that arrives after `clos
 so that nobody waits for a thread that is gone.
 """
 
+import logging
 import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TypeVar
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -42,7 +44,7 @@ class Inbox:
         try:
             call = self._calls.get(timeout=timeout_s)
         except queue.Empty:
-            self._after_call()
+            self._tidy_up()
             return
         call()
 
@@ -63,8 +65,14 @@ class Inbox:
         try:
             result = function()
         except BaseException as error:
-            self._after_call()
+            self._tidy_up()
             future.set_exception(error)
         else:
-            self._after_call()
+            self._tidy_up()
             future.set_result(result)
+
+    def _tidy_up(self) -> None:
+        try:
+            self._after_call()
+        except Exception:
+            log.exception("what follows a call failed")

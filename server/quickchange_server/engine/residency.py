@@ -36,7 +36,7 @@ class AdapterResidency:
         self.quarantined: set[str] = set()
         self._leaving: set[str] = set()
         self._num_damaged: Counter[str] = Counter()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._described: dict[str, ResidentAdapter] = {}
         self._changed: set[str] = set()
         self._described_generation = pool.generation
@@ -44,7 +44,8 @@ class AdapterResidency:
     @property
     def host_bytes(self) -> int:
         """Bytes of all host copies."""
-        return sum(adapter.num_bytes for adapter in self._host.values())
+        with self._lock:
+            return sum(adapter.num_bytes for adapter in self._host.values())
 
     @property
     def merged_bytes(self) -> int:

@@ -1,0 +1,50 @@
+"""Who holds which adapter, asked and changed by two threads at once."""
+
+import threading
+from pathlib import Path
+
+from quickchange_adapters.host_adapter import pack_adapter
+from quickchange_adapters.pool import AdapterPool
+from quickchange_adapters.weights import AdapterWeights
+from quickchange_server.engine.base_model import load_base
+from quickchange_server.engine.request import AdapterRef, GenerationRequest
+from quickchange_server.engine.residency import AdapterResidency
+from quickchange_server.engine.settings import EngineSettings
+
+from tests.conftest import MakeAdapter
+from tests.server.engine.conftest import MIB, peft_weights
+
+NUM_ADAPTERS, NUM_ROUNDS = 200, 300
+BYTES = 2 * 8 * (3 * 64 + 128) * 4  # layers, rank rows, q k v in and out, float32
+
+
+def test_claims_of_one_thread_and_snapshots_of_another_do_not_meet(
+    tiny_base: Path, make_adapter: MakeAdapter
+) -> None:
+    base = load_base(tiny_base, EngineSettings(dtype="float32"))
+    pool = AdapterPool(base.layout, MIB, base.dtype, base.device)
+    residency = AdapterResidency(pool, 1 << 30, 0)
+    pairs = peft_weights(make_adapter(r=1, target_modules=["q_proj"])).pairs
+    for index in range(NUM_ADAPTERS):
+        weights = AdapterWeights(f"a{index}", pairs)
+        residency.add_host(pack_adapter(weights, base.layout, base.dtype))
+    requests = [
+        GenerationRequest(f"r{index}", (1,), (AdapterRef(f"a{index}"),))
+        for index in range(NUM_ADAPTERS)
+    ]
+
+    def claim() -> None:
+        for _ in range(NUM_ROUNDS):
+            for request in requests:
+                assert residency.claim(request) is None
+
+    claiming = threading.Thread(target=claim)
+    claiming.start()
+    num_snapshots = 0
+    while claiming.is_alive():
+        assert residency.host_bytes == NUM_ADAPTERS * BYTES
+        assert len(residency.describe_all()) == NUM_ADAPTERS
+        num_snapshots += 1
+    claiming.join()
+    assert num_snapshots > 10
+    assert all(residency.num_users(f"a{index}") == NUM_ROUNDS for index in range(NUM_ADAPTERS))
