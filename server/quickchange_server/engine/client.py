@@ -7,6 +7,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -36,6 +37,7 @@ from quickchange_server.errors import (
 )
 
 T = TypeVar("T")
+_num_threads: int | None = None  # before anybody was kept to one
 
 
 class EngineClient:
@@ -47,6 +49,7 @@ class EngineClient:
         settings: EngineSettings,
         observer: EngineObserver | None = None,
     ) -> None:
+        settings = replace(settings, num_threads=settings.num_threads or _claim_threads())
         check_config(model_folder)
         check_architecture(model_folder)
         base = load_base(model_folder, settings)
@@ -264,6 +267,19 @@ def _as_error(refusal: RequestFailure) -> QuickchangeError:
     if refusal.code == "adapter_quarantined":
         return Conflict(refusal.message, code=refusal.code)
     return Unavailable(refusal.message, code=refusal.code, retry_after_s=1)
+
+
+def _claim_threads() -> int:
+    """Return how many threads torch would use, and keep the caller to one.
+
+    OpenMP lets idle workers spin only while there are no more workers than cores. A second thread
+    with workers of its own would put them all to sleep between products, hundreds of times a step.
+    """
+    global _num_threads
+    if _num_threads is None:
+        _num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    return _num_threads
 
 
 def _use_one_thread() -> None:

@@ -165,7 +165,8 @@ class Engine:
         self._note_step(step, time.monotonic() - started, is_merged=merged is not None)
 
     def _run(self) -> None:
-        torch.set_num_threads(torch.get_num_threads())
+        if self.settings.num_threads is not None:
+            torch.set_num_threads(self.settings.num_threads)
         device = self.runner.base.device
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)  # kernels launch on the thread's current device

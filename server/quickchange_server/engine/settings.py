@@ -24,6 +24,7 @@ class EngineSettings:
         adapter_host_bytes: ceiling of the host copies of adapters.
         merged_bytes: ceiling of all merged copies together; None: as large as the base.
         max_lora_rank: largest rank that is served.
+        num_threads: threads of the engine's products; None: as torch would have it.
         kernels: `triton`, `plain`, or `auto`: Triton's on a GPU, plain ones elsewhere.
         cuda_graphs: whether decode steps are captured and replayed, where Triton's kernels run.
     """
@@ -41,5 +42,6 @@ class EngineSettings:
     adapter_host_bytes: int = GIB
     merged_bytes: int | None = None
     max_lora_rank: int = 256
+    num_threads: int | None = None
     kernels: Literal["auto", "plain", "triton"] = "auto"
     cuda_graphs: bool = True
