@@ -10,8 +10,6 @@ from torch import Tensor
 from quickchange_adapters.merge import MergedCopy
 from quickchange_adapters.pool import AdapterPool, Arena, Slot
 
-MAX_MIX = 4
-
 
 @dataclass(frozen=True, slots=True)
 class Term:

@@ -5,6 +5,7 @@ Knows the packed form of a step. Does not know queues, callers or adapters beyon
 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -126,7 +127,7 @@ class ModelRunner:
         if merged is not None:
             return StepPlan(packed.num_tokens, merged=merged)
         plan = build_plan(
-            packed.row_blocks(),
+            packed.row_blocks,
             packed.num_tokens,
             self.pool,
             is_exact=self.is_exact,
@@ -140,7 +141,7 @@ class ModelRunner:
         step = self._attention_step(packed)
         token_ids = torch.tensor(packed.token_ids, device=device)
         embeds = self.base.embed(token_ids)
-        for block in packed.row_blocks():
+        for block in packed.row_blocks:
             add_embedding(embeds, token_ids, block, is_exact=self.is_exact)
         output = self.base.model(
             inputs_embeds=embeds.unsqueeze(0),
@@ -261,8 +262,9 @@ class _Packing:
         """Tokens of the step, padding included."""
         return len(self.token_ids)
 
+    @cached_property
     def row_blocks(self) -> list[RowBlock]:
-        """Rows that need adapters, neighbours with equal adapters joined."""
+        """A block for each row that needs adapters, in row order."""
         blocks: list[RowBlock] = []
         for start, row in zip(self.starts, self.rows, strict=True):
             terms = _terms_of(row)
@@ -305,7 +307,7 @@ class _Packing:
 
         Anything else: several tokens of a row, or adapters that change the vocabulary's two ends.
         """
-        blocks = self.row_blocks()
+        blocks = self.row_blocks
         slots = [term.slot for block in blocks for term in block.terms]
         has_ends = any(slot.head is not None or slot.embedding is not None for slot in slots)
         if has_ends or any(row.num_tokens > 1 for row in self.rows):
