@@ -5,20 +5,14 @@ blocks runs in threads. Knows nothing of HTTP: views say what to show, errors ca
 """
 
 import asyncio
-import time
-from collections.abc import AsyncIterable, Callable, Sequence
+from collections.abc import AsyncIterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from quickchange_adapters.catalog import Catalog
 from quickchange_adapters.limits import AdapterLimits
-from quickchange_adapters.names import (
-    DEFAULT_ALIAS,
-    DEFAULT_TENANT,
-    adapter_name_problem,
-    alias_problem,
-)
+from quickchange_adapters.names import DEFAULT_TENANT, adapter_name_problem
 from quickchange_adapters.records import (
     CONFIG_FILE,
     TASK_FILE,
@@ -29,8 +23,11 @@ from quickchange_adapters.records import (
 from quickchange_adapters.store import StagedFile, Store
 from quickchange_adapters.validate import Report, ValidationJob
 
+from quickchange_server.adapter_actions import AdapterActions
+from quickchange_server.adapter_changes import AdapterChanges
 from quickchange_server.adapter_directory import AdapterDirectory
 from quickchange_server.adapter_loader import AdapterLoader
+from quickchange_server.adapter_lookup import AdapterLookup, unknown_adapter
 from quickchange_server.adapter_remover import AdapterRemover
 from quickchange_server.adapter_upload import (
     FileName,
@@ -41,11 +38,8 @@ from quickchange_server.adapter_upload import (
 )
 from quickchange_server.adapter_uploader import AdapterUploader, Validate, validate_in_thread
 from quickchange_server.adapter_views import (
-    ActionView,
     AdapterPage,
     AdapterView,
-    DeletionView,
-    FreedBytes,
     Json,
     ModelView,
     ResolvedModel,
@@ -54,11 +48,11 @@ from quickchange_server.adapter_views import (
 )
 from quickchange_server.answers import as_answers
 from quickchange_server.engine.interface import GenerationEngine
-from quickchange_server.errors import Conflict, Forbidden, NotFound, PreconditionFailed, Unavailable
+from quickchange_server.errors import Conflict, NotFound
 from quickchange_server.live_catalog import LiveCatalog
 from quickchange_server.static_folder import read_folder, static_record
 from quickchange_server.version_files import VersionFiles
-from quickchange_server.view_builder import ViewBuilder, event_json, freed_bytes
+from quickchange_server.view_builder import ViewBuilder, event_json
 
 __all__ = ["AdapterService", "FileName", "UploadForm", "UploadRefused"]
 
@@ -70,6 +64,8 @@ class AdapterService:
     """Everything the routes may do with adapters.
 
     `version` arguments: a number, or None for what the bare name means (alias `default`).
+    What moves a version between tiers is `AdapterActions`', what changes its rows
+    `AdapterChanges`'; both are called here.
     `validate` may be replaced by one that runs the job in a worker process.
     """
 
@@ -95,7 +91,15 @@ class AdapterService:
         self._loader = AdapterLoader(engine, self._files.read_weights, self._directory.is_served)
         self._remover = AdapterRemover(store, self._live, self._directory, self._loader)
         self._views = ViewBuilder(engine)
+        self._lookup = AdapterLookup(self._directory)
         self._static_reports: dict[str, Json] = {}
+        actions = AdapterActions(self._lookup, self._loader, self._views)
+        self.load, self.unload = actions.load, actions.unload
+        self.merge, self.unmerge = actions.merge, actions.unmerge
+        changes = AdapterChanges(self._live, self._lookup, self._remover, self._views)
+        self.set_alias, self.delete_alias = changes.set_alias, changes.delete_alias
+        self.delete_version = changes.delete_version
+        self.delete_adapter = changes.delete_adapter
 
     async def start(self) -> None:
         """Read the catalog once, finish deletions that a crash cut short, sweep orphans.
@@ -189,7 +193,7 @@ class AdapterService:
 
         Raises: NotFound (adapter_not_found), Unavailable.
         """
-        record = self._adapter(name, tenant)
+        record = self._lookup.adapter(name, tenant)
         reports = {v.number: await self._report(v) for v in record.versions}
         return self._adapter_view(record, reports)
 
@@ -200,7 +204,7 @@ class AdapterService:
 
         Raises: NotFound (adapter_not_found, version_not_found), Unavailable.
         """
-        record = self._version(name, version, tenant)
+        record = self._lookup.version(name, version, tenant)
         return self._views.version(record, await self._report(record))
 
     async def file_path(
@@ -210,7 +214,7 @@ class AdapterService:
 
         Raises: NotFound (adapter_not_found, version_not_found, file_not_found), Unavailable.
         """
-        record = self._version(name, version, tenant)
+        record = self._lookup.version(name, version, tenant)
         if record.file(file) is None:
             raise NotFound(f"{name}:{version} has no {file}", code="file_not_found")
         with as_answers():
@@ -225,154 +229,8 @@ class AdapterService:
         owner = tenant if record is None else record.tenant
         found = await self._live.ask(lambda: self._catalog.list_events(name, owner))
         if not found and record is None:
-            raise NotFound(f"there is no adapter {name[:80]!r}", code="adapter_not_found")
+            raise unknown_adapter(name)
         return [event_json(event) for event in found]
-
-    async def set_alias(
-        self,
-        name: str,
-        alias: str,
-        version: int,
-        *,
-        if_match: str | None = None,
-        tenant: str = DEFAULT_TENANT,
-    ) -> AdapterView:
-        """Point an alias at a version; `if_match` is the ETag the caller saw.
-
-        Raises: UploadRefused (invalid_name), NotFound, Conflict (static), PreconditionFailed.
-        """
-        problem = alias_problem(alias)
-        if problem is not None:
-            raise UploadRefused([problem])
-        revision = _revision_of(if_match, name)
-        target = self._version(name, version, self._owner(name, tenant))
-        record = await self._live.change(
-            target.tenant,
-            name,
-            lambda: self._catalog.set_alias(alias, target, revision=revision),
-        )
-        return self._adapter_view(record, {})
-
-    async def delete_alias(
-        self,
-        name: str,
-        alias: str,
-        *,
-        if_match: str | None = None,
-        tenant: str = DEFAULT_TENANT,
-    ) -> AdapterView:
-        """Remove an alias; its version stays.
-
-        Raises: NotFound (alias_not_found too), Conflict (static), PreconditionFailed.
-        """
-        revision = _revision_of(if_match, name)
-        owner = self._owner(name, tenant)
-        record = await self._live.change(
-            owner,
-            name,
-            lambda: self._catalog.delete_alias(name, alias, tenant=owner, revision=revision),
-        )
-        return self._adapter_view(record, {})
-
-    async def delete_version(
-        self, name: str, version: int, *, timeout_s: float = 30.0, tenant: str = DEFAULT_TENANT
-    ) -> DeletionView:
-        """Take a version away: unknown to new requests at once, running ones finish.
-
-        Waits up to `timeout_s`; after that `done` is False and it goes on in the background.
-
-        Raises: NotFound, Conflict (alias_in_use, or static), Unavailable.
-        """
-        owner = self._owner(name, tenant)
-        gone = await self._live.change(
-            owner, name, lambda: self._catalog.begin_delete_version(name, version, tenant=owner)
-        )
-        return await self._remove(name, version, (gone,), timeout_s)
-
-    async def delete_adapter(
-        self,
-        name: str,
-        *,
-        timeout_s: float = 30.0,
-        tenant: str = DEFAULT_TENANT,
-        on_gone: Callable[[str], None] | None = None,
-    ) -> DeletionView:
-        """Take a name away with all versions and aliases, as `delete_version` does.
-
-        `on_gone` is called with the name once nobody finds it, before what runs on it is awaited:
-        from then on the name may be somebody else's.
-
-        Raises: NotFound, Conflict (static), Unavailable.
-        """
-        owner = self._owner(name, tenant)
-        gone = await self._live.change(
-            owner, name, lambda: self._catalog.begin_delete_adapter(name, tenant=owner)
-        )
-        if on_gone is not None:
-            on_gone(name)
-        return await self._remove(name, None, gone, timeout_s)
-
-    async def load(
-        self, name: str, version: int | None = None, *, tenant: str = DEFAULT_TENANT
-    ) -> ActionView:
-        """Bring a version into host memory; a repeat is a no-op.
-
-        Raises: NotFound, Conflict, Unavailable.
-        """
-        started = time.monotonic()
-        record = self._ready_version(name, version, tenant)
-        await self._loader.load(record)
-        return await self._views.action("load", record, started, FreedBytes())
-
-    async def unload(
-        self,
-        name: str,
-        version: int | None = None,
-        *,
-        timeout_s: float = 30.0,
-        tenant: str = DEFAULT_TENANT,
-    ) -> ActionView:
-        """Give device, host and merged bytes back; the next request loads it again.
-
-        Raises: NotFound, Unavailable (requests still run after `timeout_s`).
-        """
-        started = time.monotonic()
-        record = self._ready_version(name, version, tenant)
-        try:
-            resident = await self._loader.unload(record.digest, timeout_s)
-        except TimeoutError as error:
-            raise Unavailable(
-                f"requests still run on {name}:{record.number} after {timeout_s:g} s; "
-                "it is unloaded when they end",
-                code="draining",
-            ) from error
-        return await self._views.action("unload", record, started, freed_bytes(resident))
-
-    async def merge(
-        self, name: str, version: int | None = None, *, tenant: str = DEFAULT_TENANT
-    ) -> ActionView:
-        """Load a version and make a merged copy of it beside the untouched base.
-
-        Raises: NotFound, Conflict (merge_budget), Unavailable.
-        """
-        started = time.monotonic()
-        record = self._ready_version(name, version, tenant)
-        with as_answers():
-            await self._loader.merge(record)
-        return await self._views.action("merge", record, started, FreedBytes())
-
-    async def unmerge(
-        self, name: str, version: int | None = None, *, tenant: str = DEFAULT_TENANT
-    ) -> ActionView:
-        """Drop the merged copy; a repeat is a no-op.
-
-        Raises: NotFound.
-        """
-        started = time.monotonic()
-        record = self._ready_version(name, version, tenant)
-        result = await self._loader.unmerge(record.digest)
-        freed = FreedBytes(merged=result.merged_bytes)
-        return await self._views.action("unmerge", record, started, freed)
 
     def resolve(self, model: str, *, tenant: str = DEFAULT_TENANT) -> ResolvedModel:
         """Say what a model string means now. A look-up in memory: never waits.
@@ -381,9 +239,7 @@ class AdapterService:
         """
         if model in self.base_names:
             return ResolvedModel("base", self.base_names[0], self._engine.base.digest, tenant)
-        version = self._directory.find(model, tenant)
-        if version is None:
-            raise _unknown_model(model)
+        version = self._lookup.meant(model, tenant)
         return ResolvedModel(
             "adapter", version.name, version.digest, version.tenant, version.number
         )
@@ -398,10 +254,7 @@ class AdapterService:
         """
         if resolved.kind == "base":
             return
-        adapter = self._directory.get(resolved.served_name, resolved.tenant)
-        version = adapter.version(resolved.version or 0) if adapter else None
-        if version is None or version.state != "ready" or version.digest != resolved.digest:
-            raise _unknown_model(resolved.served_name)
+        version = self._lookup.still_served(resolved)
         if version.digest in self._engine.snapshot().quarantined:
             raise Conflict(
                 f"{version.name}:{version.number} gave values that are not finite, repeatedly: "
@@ -426,10 +279,7 @@ class AdapterService:
         """
         if model_id in self.base_names:
             return self._views.base(model_id)
-        version = self._directory.find(model_id, tenant)
-        if version is None:
-            raise _unknown_model(model_id)
-        return self._views.model(model_id, version)
+        return self._views.model(model_id, self._lookup.meant(model_id, tenant))
 
     def _taken_names(self) -> tuple[str, ...]:
         return (*self.base_names, *self._directory.static_names())
@@ -445,75 +295,11 @@ class AdapterService:
             raise Conflict(f"--adapter {record.name!r} was given twice, with different files")
         return self._views.version(version, self._static_reports[record.name])
 
-    async def _remove(
-        self, name: str, number: int | None, gone: Sequence[VersionRecord], timeout_s: float
-    ) -> DeletionView:
-        self._views.forget(gone)
-        try:
-            freed = await self._remover.remove(gone, timeout_s)
-        except TimeoutError:
-            return DeletionView(name, number, done=False)
-        return DeletionView(name, number, done=True, freed=freed)
-
-    def _adapter(self, name: str, tenant: str) -> AdapterRecord:
-        record = self._directory.get(name, tenant)
-        if record is None:
-            raise NotFound(f"there is no adapter {name[:80]!r}", code="adapter_not_found")
-        return record
-
-    def _owner(self, name: str, tenant: str) -> str:
-        """Return the tenant whose adapter is to be changed: the caller's own, and not static.
-
-        Raises: NotFound, Conflict, Forbidden.
-        """
-        record = self._adapter(name, tenant)
-        if self._directory.get_static(name) is not None:
-            raise Conflict(f"{name!r} is static (--adapter): it cannot be changed over REST")
-        if record.tenant != tenant:
-            raise Forbidden(f"{name!r} belongs to another tenant")
-        return record.tenant
-
-    def _version(self, name: str, number: int | None, tenant: str) -> VersionRecord:
-        adapter = self._adapter(name, tenant)
-        wanted = adapter.aliases.get(DEFAULT_ALIAS) if number is None else number
-        version = None if wanted is None else adapter.version(wanted)
-        if version is None:
-            what = f"{name}@{DEFAULT_ALIAS}" if number is None else f"{name}:{number}"
-            raise NotFound(f"there is no version {what}", code="version_not_found")
-        return version
-
-    def _ready_version(self, name: str, number: int | None, tenant: str) -> VersionRecord:
-        version = self._version(name, number, tenant)
-        if version.state != "ready":
-            raise NotFound(f"{name}:{version.number} is being deleted", code="version_not_found")
-        return version
-
     async def _report(self, version: VersionRecord) -> Json:
-        if self._directory.get_static(version.name) is not None:
+        if self._lookup.is_static(version.name):
             return self._static_reports[version.name]
         return await self._live.ask(lambda: self._catalog.report(version))
 
     def _adapter_view(self, record: AdapterRecord, reports: dict[int, Json]) -> AdapterView:
-        is_static = self._directory.get_static(record.name) is not None
+        is_static = self._lookup.is_static(record.name)
         return self._views.adapter(record, reports, is_static=is_static)
-
-
-def _unknown_model(model: str) -> NotFound:
-    return NotFound(
-        f"there is no model {model[:80]!r}; GET /v1/models lists them",
-        code="model_not_found",
-        param="model",
-    )
-
-
-def _revision_of(if_match: str | None, name: str) -> int | None:
-    """Return the revision an ETag stands for; None when any will do.
-
-    Raises: PreconditionFailed.
-    """
-    if if_match is None or if_match.strip() == "*":
-        return None
-    text = if_match.strip().removeprefix("W/").strip('"')
-    if not (text.isascii() and text.isdigit() and len(text) < 19):
-        raise PreconditionFailed(f"adapter {name[:80]!r} has no such ETag: read it again")
-    return int(text)
