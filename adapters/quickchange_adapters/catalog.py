@@ -13,26 +13,24 @@ Methods block; call them off the event loop. Knows no files and no engine.
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, cast
 
 from sqlalchemy import Connection, delete, exists, insert, select, update
-from sqlalchemy.exc import DBAPIError
 
 from quickchange_adapters import catalog_rows as rows
+from quickchange_adapters.catalog_database import CatalogDatabase
 from quickchange_adapters.catalog_schema import (
     adapters,
     aliases,
     blobs,
     catalog_state,
     events,
-    open_database,
     reservations,
     versions,
 )
-from quickchange_adapters.errors import AliasInUse, NotInCatalog, StoreUnavailable
+from quickchange_adapters.errors import AliasInUse, NotInCatalog
 from quickchange_adapters.names import DEFAULT_ALIAS, DEFAULT_TENANT, parse_model
 from quickchange_adapters.records import (
     AdapterRecord,
@@ -60,26 +58,25 @@ class Catalog:
 
     def __init__(self, url: str, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
-        with _unavailable():
-            self._engine = open_database(url)
+        self.database = CatalogDatabase(url)
 
     def close(self) -> None:
         """Close all connections."""
-        self._engine.dispose()
+        self.database.close()
 
     def revision(self) -> int:
         """Return a number that grows with every change of any adapter."""
-        with self._reading() as connection:
+        with self.database.reading() as connection:
             return cast(int, connection.scalar(select(catalog_state.c.revision)))
 
     def list_adapters(self) -> list[AdapterRecord]:
         """Return all adapters of all tenants, sorted by tenant and name."""
-        with self._reading() as connection:
+        with self.database.reading() as connection:
             return rows.read_adapters(connection, adapters.c.deleted_at.is_(None))
 
     def get(self, name: str, tenant: str = DEFAULT_TENANT) -> AdapterRecord | None:
         """Return one adapter."""
-        with self._reading() as connection:
+        with self.database.reading() as connection:
             return rows.read_adapter(connection, tenant, name)
 
     def resolve(self, model: str, tenant: str = DEFAULT_TENANT) -> VersionRecord | None:
@@ -96,7 +93,7 @@ class Catalog:
             .where(rows.is_named(version.tenant, version.name))
             .where(versions.c.number == version.number)
         )
-        with self._reading() as connection:
+        with self.database.reading() as connection:
             text = connection.scalar(query)
         report: dict[str, Any] = json.loads(text) if text else {}
         return report
@@ -109,19 +106,19 @@ class Catalog:
             .where(events.c.tenant == tenant, events.c.name == name)
             .order_by(events.c.id)
         )
-        with self._reading() as connection:
+        with self.database.reading() as connection:
             return [EventRecord(**row) for row in connection.execute(query).mappings()]
 
     def list_deleting(self) -> list[VersionRecord]:
         """Return all versions whose deletion was begun and not ended by `purge`."""
         ids = select(versions.c.adapter_id).where(versions.c.state == "deleting")
-        with self._reading() as connection:
+        with self.database.reading() as connection:
             found = rows.read_adapters(connection, adapters.c.id.in_(ids))
         return [v for adapter in found for v in adapter.versions if v.state == "deleting"]
 
     def reserve(self, upload_id: str, files: Iterable[FileRecord]) -> None:
         """Protect blobs from `collect` while an upload puts them; lapses after ten minutes."""
-        with self._writing() as connection:
+        with self.database.writing() as connection:
             for sha256, num_bytes in {f.sha256: f.num_bytes for f in files}.items():
                 rows.add_blob(connection, sha256, num_bytes)
                 connection.execute(
@@ -132,7 +129,7 @@ class Catalog:
 
     def release(self, upload_id: str) -> None:
         """Give up an upload's reservation; a repeat is a no-op."""
-        with self._writing() as connection:
+        with self.database.writing() as connection:
             rows.release_blobs(connection, upload_id)
 
     def publish(self, new: NewVersion) -> Published:
@@ -141,7 +138,7 @@ class Catalog:
         The first version of a name becomes its alias `default`. The same bytes under the same name
         are the version that is there. The upload's reservation ends.
         """
-        with self._writing() as connection:
+        with self.database.writing() as connection:
             adapter_id = self._open_adapter(connection, new)
             number = _number_of(connection, adapter_id, new.digest)
             created = number is None
@@ -163,7 +160,7 @@ class Catalog:
         Raises: NotInCatalog, RevisionChanged.
         """
         tenant, name, number = version.tenant, version.name, version.number
-        with self._writing() as connection:
+        with self.database.writing() as connection:
             adapter_id = rows.adapter_id_of(connection, tenant, name, revision)
             row = rows.version_row(connection, adapter_id, number)
             if row is None or row["state"] != "ready":
@@ -185,7 +182,7 @@ class Catalog:
 
         Raises: NotInCatalog, RevisionChanged.
         """
-        with self._writing() as connection:
+        with self.database.writing() as connection:
             adapter_id = rows.adapter_id_of(connection, tenant, name, revision)
             gone = connection.execute(
                 delete(aliases).where(aliases.c.adapter_id == adapter_id, aliases.c.alias == alias)
@@ -205,7 +202,7 @@ class Catalog:
 
         Raises: NotInCatalog, AliasInUse.
         """
-        with self._writing() as connection:
+        with self.database.writing() as connection:
             adapter = _existing(connection, tenant, name)
             version = adapter.version(number)
             if version is None:
@@ -224,7 +221,7 @@ class Catalog:
 
         Raises: NotInCatalog.
         """
-        with self._writing() as connection:
+        with self.database.writing() as connection:
             adapter = _existing(connection, tenant, name)
             adapter_id = rows.adapter_id_of(connection, tenant, name)
             connection.execute(delete(aliases).where(aliases.c.adapter_id == adapter_id))
@@ -249,7 +246,7 @@ class Catalog:
             .where(rows.is_named(version.tenant, version.name))
             .where(versions.c.number == version.number, versions.c.state == "deleting")
         )
-        with self._writing() as connection:
+        with self.database.writing() as connection:
             version_id = connection.scalar(of_version)
             if version_id is not None:
                 rows.remove_version(connection, version_id)
@@ -259,7 +256,7 @@ class Catalog:
         """Remove every blob that nothing refers to; return the bytes that `delete_blob` freed."""
         is_lapsed = reservations.c.created_at <= self._clock() - RESERVATION_S
         is_reserved = exists().where(reservations.c.sha256 == blobs.c.sha256)
-        with self._writing() as connection:
+        with self.database.writing() as connection:
             connection.execute(delete(reservations).where(is_lapsed))
             unused = select(blobs.c.sha256).where(blobs.c.num_refs == 0, ~is_reserved)
             num_bytes = 0
@@ -355,21 +352,6 @@ class Catalog:
         )
         rows.note(connection, event)
 
-    @contextmanager
-    def _reading(self) -> Iterator[Connection]:
-        with _unavailable(), self._engine.connect() as connection:
-            yield connection
-
-    @contextmanager
-    def _writing(self) -> Iterator[Connection]:
-        """One transaction: all of it is committed when the block ends, or nothing is."""
-        with (
-            _unavailable(),
-            self._engine.connect().execution_options(is_write=True) as connection,
-            connection.begin(),
-        ):
-            yield connection
-
 
 def _existing(connection: Connection, tenant: str, name: str) -> AdapterRecord:
     adapter = rows.read_adapter(connection, tenant, name)
@@ -394,13 +376,3 @@ def _has_ready_version(connection: Connection, adapter_id: int) -> bool:
         versions.c.adapter_id == adapter_id, versions.c.state == "ready"
     )
     return connection.scalar(of_adapter.limit(1)) is not None
-
-
-@contextmanager
-def _unavailable() -> Iterator[None]:
-    """Turn the database's errors into ours; the text names no path and no row."""
-    try:
-        yield
-    except DBAPIError as error:
-        reason = str(error.orig).split("\n")[0]
-        raise StoreUnavailable(f"the catalog does not answer: {reason}") from error
