@@ -8,6 +8,7 @@ QuickchangeError                     500 internal_error
 │   └── ContextLengthExceeded        400 context_length_exceeded
 ├── InvalidApiKey                    401 invalid_api_key
 ├── Forbidden                        403 forbidden
+│   └── ScopeMissing                 403 scope_missing
 ├── NotFound                         404 not_found (or per thing: model_not_found, …)
 ├── Conflict                         409 conflict (alias_in_use, merge_budget, …)
 ├── PreconditionFailed               412 precondition_failed
@@ -87,6 +88,18 @@ class Forbidden(QuickchangeError):
     status = 403
     type = "permission_error"
     code = "forbidden"
+
+
+class ScopeMissing(Forbidden):
+    """The caller's key is good, but not for this."""
+
+    code = "scope_missing"
+
+    def __init__(self, scope: str) -> None:
+        super().__init__(
+            f"this needs an API key with the scope {scope!r}, which the one that came does not have"
+        )
+        self.scope = scope
 
 
 class NotFound(QuickchangeError):

@@ -8,8 +8,9 @@ from starlette.responses import FileResponse, JSONResponse, Response
 
 from quickchange_server.adapter_service import FileName
 from quickchange_server.adapter_views import AdapterView, DeletionView
-from quickchange_server.api.auth import Caller
+from quickchange_server.api.auth import Admin, Reader, Writer
 from quickchange_server.api.schemas import ActionBody, AliasBody
+from quickchange_server.api.scoped_route import ScopedRoute
 from quickchange_server.api.services import AppServices, Services
 from quickchange_server.api.upload import FILES, OPENAPI_BODY, UploadReader
 from quickchange_server.errors import NotFound, QuickchangeError
@@ -20,12 +21,12 @@ Timeout = Annotated[float, Query(ge=0, le=3600, allow_inf_nan=False)]
 Limit = Annotated[int, Query(ge=1, le=100)]
 IfMatch = Annotated[str | None, Header()]
 
-router = APIRouter(prefix="/v1/adapters", tags=["adapters"])
+router = APIRouter(prefix="/v1/adapters", tags=["adapters"], route_class=ScopedRoute)
 
 
 @router.post("", status_code=201, openapi_extra=OPENAPI_BODY)
 async def upload(
-    request: Request, services: Services, caller: Caller, dry_run: bool = False
+    request: Request, services: Services, caller: Writer, dry_run: bool = False
 ) -> Response:
     """Check and keep an adapter; 201 with the version, 200 when these bytes were there.
 
@@ -56,7 +57,7 @@ def _note_refusal(error: QuickchangeError, services: AppServices) -> None:
 @router.get("")
 async def list_adapters(
     services: Services,
-    caller: Caller,
+    caller: Reader,
     after: str | None = None,
     limit: Limit = 20,
 ) -> Json:
@@ -66,7 +67,7 @@ async def list_adapters(
 
 
 @router.get("/{name}")
-async def get_adapter(name: str, services: Services, caller: Caller) -> Response:
+async def get_adapter(name: str, services: Services, caller: Reader) -> Response:
     """Show an adapter with its versions and aliases; the ETag covers both."""
     return _adapter(await services.adapters.get(name, tenant=caller.tenant))
 
@@ -75,7 +76,7 @@ async def get_adapter(name: str, services: Services, caller: Caller) -> Response
 async def get_events(
     name: str,
     services: Services,
-    caller: Caller,
+    caller: Reader,
     after: Annotated[int, Query(ge=0)] = 0,
     limit: Limit = 20,
 ) -> Json:
@@ -93,7 +94,7 @@ async def get_events(
 
 
 @router.get("/{name}/versions/{version}")
-async def get_version(name: str, version: Version, services: Services, caller: Caller) -> Json:
+async def get_version(name: str, version: Version, services: Services, caller: Reader) -> Json:
     """Show one version with the report of its upload."""
     view = await services.adapters.get_version(name, version, tenant=caller.tenant)
     return view.to_json()
@@ -101,7 +102,7 @@ async def get_version(name: str, version: Version, services: Services, caller: C
 
 @router.get("/{name}/versions/{version}/files/{file}", response_class=FileResponse)
 async def get_file(
-    name: str, version: Version, file: str, services: Services, caller: Caller
+    name: str, version: Version, file: str, services: Services, caller: Reader
 ) -> FileResponse:
     """Download one file of a version, byte for byte as it was uploaded."""
     known: dict[str, FileName] = {each: each for each in FILES.values()}
@@ -116,7 +117,7 @@ async def get_file(
 
 @router.delete("/{name}")
 async def delete_adapter(
-    name: str, services: Services, caller: Caller, timeout_s: Timeout = 30.0
+    name: str, services: Services, caller: Writer, timeout_s: Timeout = 30.0
 ) -> Response:
     """Delete an adapter: unknown at once, running requests finish; 202 when they still run."""
     done = await services.adapters.delete_adapter(
@@ -130,7 +131,7 @@ async def delete_adapter(
 
 @router.delete("/{name}/versions/{version}")
 async def delete_version(
-    name: str, version: Version, services: Services, caller: Caller, timeout_s: Timeout = 30.0
+    name: str, version: Version, services: Services, caller: Writer, timeout_s: Timeout = 30.0
 ) -> Response:
     """Delete one version that no alias points at."""
     done = await services.adapters.delete_version(
@@ -145,7 +146,7 @@ async def put_alias(
     alias: str,
     body: AliasBody,
     services: Services,
-    caller: Caller,
+    caller: Writer,
     if_match: IfMatch = None,
 ) -> Response:
     """Point an alias at a version, atomically; `If-Match` makes it compare-and-swap."""
@@ -157,7 +158,7 @@ async def put_alias(
 
 @router.delete("/{name}/aliases/{alias}")
 async def delete_alias(
-    name: str, alias: str, services: Services, caller: Caller, if_match: IfMatch = None
+    name: str, alias: str, services: Services, caller: Writer, if_match: IfMatch = None
 ) -> Response:
     """Remove an alias; its version stays."""
     view = await services.adapters.delete_alias(
@@ -168,7 +169,7 @@ async def delete_alias(
 
 @router.post("/{name}/load")
 async def load(
-    name: str, services: Services, caller: Caller, body: ActionBody | None = None
+    name: str, services: Services, caller: Writer, body: ActionBody | None = None
 ) -> Json:
     """Bring a version into host memory; the engine moves it to the device when it is used."""
     view = await services.adapters.load(name, _version(body), tenant=caller.tenant)
@@ -179,7 +180,7 @@ async def load(
 async def unload(
     name: str,
     services: Services,
-    caller: Caller,
+    caller: Writer,
     body: ActionBody | None = None,
     timeout_s: Timeout = 30.0,
 ) -> Json:
@@ -192,7 +193,7 @@ async def unload(
 
 @router.post("/{name}/merge")
 async def merge(
-    name: str, services: Services, caller: Caller, body: ActionBody | None = None
+    name: str, services: Services, caller: Admin, body: ActionBody | None = None
 ) -> Json:
     """Make a merged copy beside the untouched base."""
     view = await services.adapters.merge(name, _version(body), tenant=caller.tenant)
@@ -201,7 +202,7 @@ async def merge(
 
 @router.post("/{name}/unmerge")
 async def unmerge(
-    name: str, services: Services, caller: Caller, body: ActionBody | None = None
+    name: str, services: Services, caller: Admin, body: ActionBody | None = None
 ) -> Json:
     """Drop the merged copy."""
     view = await services.adapters.unmerge(name, _version(body), tenant=caller.tenant)

@@ -8,9 +8,15 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Scope
 
 from quickchange_server import __version__
-from quickchange_server.api import adapters, generation, models, operations
+from quickchange_server.api import adapters, documentation, generation, models, operations
 from quickchange_server.api.error_handlers import add_error_handlers
-from quickchange_server.api.middleware import BodyLimit, HttpMetrics, LoopbackGuard, RequestContext
+from quickchange_server.api.middleware import (
+    BodyLimit,
+    HttpMetrics,
+    KeyGuard,
+    LoopbackGuard,
+    RequestContext,
+)
 from quickchange_server.api.services import AppServices, BodyLimits
 
 UPLOAD_PATH = "/v1/adapters"
@@ -26,12 +32,13 @@ def create_app(services: AppServices) -> FastAPI:
         version=__version__,
         lifespan=_lifespan,
         redirect_slashes=False,
+        openapi_url=None,  # what FastAPI would add itself knows nothing of keys
     )
     app.state.services = services
     app.state.is_ready = False
     services.metrics.watch(services.engine.snapshot)
     add_error_handlers(app)
-    for room in (generation, adapters, models, operations):
+    for room in (generation, adapters, models, operations, documentation):
         app.include_router(room.router)
     _add_middleware(app, services)
     return app
@@ -46,8 +53,10 @@ def _add_middleware(app: FastAPI, services: AppServices) -> None:
         return limits.upload_bytes if is_upload else limits.json_bytes
 
     app.add_middleware(BodyLimit, limit=limit_of)
+    app.add_middleware(KeyGuard, keyring=services.keyring)
     if services.is_loopback_only:
-        app.add_middleware(LoopbackGuard, cors_origins=services.cors_origins)
+        origins = services.cors_origins
+        app.add_middleware(LoopbackGuard, cors_origins=origins, keyring=services.keyring)
     if services.cors_origins:
         app.add_middleware(
             CORSMiddleware,

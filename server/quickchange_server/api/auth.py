@@ -1,36 +1,86 @@
-"""Who calls, and from where. Without keys only this machine may: its names, its pages.
+"""Who calls, from where, and what a route asks of the caller's key.
 
-The guard on `Host` and `Origin` keeps web pages of other sites, and names that were re-pointed to
-this machine (DNS rebinding), away from a server that asks for no key.
+A route declares the scope that it needs by its caller's type: `Generator`, `Reader`, `Writer`,
+`Admin`, `Scraper`, or `AnyKey`. Without keys only this machine may call: the guard on `Host` and
+`Origin` keeps web pages of other sites, and names that were re-pointed to this machine (DNS
+rebinding), away from a server that asks for no key.
 """
 
 import ipaddress
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Annotated
 
-from fastapi import Depends
-from quickchange_adapters.names import DEFAULT_TENANT
+from fastapi import Depends, Request
+from quickchange_adapters.api_keys import KeyScope
 from starlette.datastructures import Headers
 
-from quickchange_server.errors import Forbidden
+from quickchange_server.adapter_lookup import unknown_adapter
+from quickchange_server.errors import Forbidden, InvalidApiKey, ScopeMissing
+from quickchange_server.keyring import Keyring
+from quickchange_server.principal import Principal
+
+OPEN_PATHS = frozenset({"/livez", "/readyz", "/health", "/version"})
+"""What is answered without a key."""
 
 _HOST = re.compile(r"(?P<name>[A-Za-z0-9.-]+|\[(?P<address>[0-9A-Fa-f:.]+)\])(:[0-9]{0,5})?")
 
 
-@dataclass(frozen=True, slots=True)
-class Principal:
-    """The caller. Without keys there is one tenant, and everybody is it."""
+class Needs:
+    """A dependency that hands a route its caller, whose key must have a scope (None: any key).
 
-    tenant: str = DEFAULT_TENANT
+    `check` is called before the body is read; see ScopedRoute.
+    """
+
+    def __init__(self, scope: KeyScope | None) -> None:
+        self.scope = scope
+
+    async def __call__(self, request: Request) -> Principal:
+        """Return the caller."""
+        return caller_of(request)
+
+    def check(self, request: Request) -> None:
+        """Refuse a caller whose key does not cover the route, or the adapter in its path.
+
+        Raises: ScopeMissing, NotFound (the adapter is not one of the key's).
+        """
+        caller = caller_of(request)
+        if self.scope is not None and self.scope not in caller.scopes:
+            raise ScopeMissing(self.scope)
+        name = request.path_params.get("name")
+        if name is not None and not caller.may_name(name):
+            raise unknown_adapter(name)
 
 
-async def _principal() -> Principal:
-    return Principal()
+Generator = Annotated[Principal, Depends(Needs("generate"))]
+Reader = Annotated[Principal, Depends(Needs("adapters:read"))]
+Writer = Annotated[Principal, Depends(Needs("adapters:write"))]
+Admin = Annotated[Principal, Depends(Needs("admin"))]
+Scraper = Annotated[Principal, Depends(Needs("metrics"))]
+AnyKey = Annotated[Principal, Depends(Needs(None))]
 
 
-Caller = Annotated[Principal, Depends(_principal)]
+def caller_of(request: Request) -> Principal:
+    """Return who sent a request, as the key guard found out."""
+    caller: Principal = request.state.principal
+    return caller
+
+
+def authenticate(headers: Headers, keyring: Keyring) -> Principal:
+    """Return who sent a request; without any key in the world, everybody is the default tenant.
+
+    Raises: InvalidApiKey.
+    """
+    if keyring.is_empty:
+        return Principal()
+    sent = headers.getlist("authorization")
+    scheme, _, token = sent[0].partition(" ") if len(sent) == 1 else ("", "", "")
+    if scheme.lower() != "bearer" or not token.strip():
+        raise InvalidApiKey("no API key came with this request; send Authorization: Bearer KEY")
+    principal = keyring.authenticate(token.strip())
+    if principal is None:
+        raise InvalidApiKey("this API key is not known here, or was revoked; use another one")
+    return principal
 
 
 def check_loopback(headers: Headers, cors_origins: Sequence[str], *, needs_host: bool) -> None:

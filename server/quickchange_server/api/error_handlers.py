@@ -16,6 +16,7 @@ from quickchange_server.errors import (
     Conflict,
     Forbidden,
     GenerationFailed,
+    InvalidApiKey,
     InvalidRequest,
     NotFound,
     QuickchangeError,
@@ -58,6 +59,8 @@ def error_response(error: QuickchangeError, headers: Mapping[str, str] | None = 
         sent["retry-after"] = str(error.retry_after_s)
     if isinstance(error, Conflict | GenerationFailed):
         sent["x-should-retry"] = "false"
+    if isinstance(error, InvalidApiKey):
+        sent["www-authenticate"] = "Bearer"
     text = json.dumps(error_body(error))
     return Response(text, error.status, sent, media_type="application/json")
 

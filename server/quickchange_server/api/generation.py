@@ -11,7 +11,7 @@ from pydantic_core import to_json
 from starlette.responses import Response
 
 from quickchange_server.api.answer_format import AnswerFormat, CollectedChoice, timing_ms
-from quickchange_server.api.auth import Caller
+from quickchange_server.api.auth import Generator
 from quickchange_server.api.chat_format import ChatFormat
 from quickchange_server.api.choice_reader import (
     ChoiceDelta,
@@ -49,7 +49,7 @@ router = APIRouter(tags=["generation"], route_class=GenerationRoute)
 
 @router.post("/v1/chat/completions")
 async def chat_completions(
-    body: ChatBody, request: Request, services: Services, caller: Caller
+    body: ChatBody, request: Request, services: Services, caller: Generator
 ) -> Response:
     """Answer a conversation, whole or as server-sent events."""
     try:
@@ -65,7 +65,7 @@ async def chat_completions(
 
 @router.post("/v1/completions")
 async def completions(
-    body: CompletionBody, request: Request, services: Services, caller: Caller
+    body: CompletionBody, request: Request, services: Services, caller: Generator
 ) -> Response:
     """Continue one or more prompts, whole or as server-sent events."""
     try:

@@ -8,19 +8,20 @@ from typing import Any
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
+from quickchange_server.api.scoped_route import ScopedRoute
 from quickchange_server.api.services import AppServices
+from quickchange_server.errors import ScopeMissing
 from quickchange_server.metrics import RequestSummary
 
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
-class GenerationRoute(APIRoute):
-    """A route whose unreadable and invalid bodies count as rejected requests."""
+class GenerationRoute(ScopedRoute):
+    """A route whose unreadable and invalid bodies, and foreign keys, count as rejected requests."""
 
     def get_route_handler(self) -> Handler:
         """Return FastAPI's handler with the counting around it."""
@@ -29,7 +30,7 @@ class GenerationRoute(APIRoute):
         async def counted(request: Request) -> Response:
             try:
                 return await handle(request)
-            except (RequestValidationError, HTTPException) as error:
+            except (RequestValidationError, HTTPException, ScopeMissing) as error:
                 services: AppServices = request.app.state.services
                 has_left = isinstance(error.__cause__, ClientDisconnect)
                 outcome = RequestSummary("cancelled" if has_left else "rejected")

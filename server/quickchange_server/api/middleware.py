@@ -1,4 +1,4 @@
-"""What every request passes, as plain ASGI: its id and clock, metrics, the guard, body limits."""
+"""What every request passes, as plain ASGI: id and clock, metrics, guards, key, body limits."""
 
 import re
 import time
@@ -9,9 +9,10 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from quickchange_server.api.auth import check_loopback
+from quickchange_server.api.auth import OPEN_PATHS, authenticate, check_loopback
 from quickchange_server.api.error_handlers import error_response
 from quickchange_server.errors import QuickchangeError
+from quickchange_server.keyring import Keyring
 from quickchange_server.metrics import ServerMetrics
 
 _SANE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/=+-]{0,127}")
@@ -72,15 +73,16 @@ class HttpMetrics:
 
 
 class LoopbackGuard:
-    """Refuse other hosts' names and other sites' pages while no key is configured."""
+    """Refuse other hosts' names and other sites' pages while nobody is asked for a key."""
 
-    def __init__(self, app: ASGIApp, cors_origins: Sequence[str]) -> None:
+    def __init__(self, app: ASGIApp, cors_origins: Sequence[str], keyring: Keyring) -> None:
         self._app = app
         self._cors_origins = cors_origins
+        self._keyring = keyring
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer 403."""
-        if scope["type"] == "http":
+        if scope["type"] == "http" and self._keyring.is_empty:
             try:
                 needs_host = not _is_old_probe(scope)
                 check_loopback(Headers(scope=scope), self._cors_origins, needs_host=needs_host)
@@ -92,6 +94,24 @@ class LoopbackGuard:
 def _is_old_probe(scope: Scope) -> bool:
     """Whether a load balancer asks for health in HTTP/1.0, which has no Host; no browser does."""
     return scope["http_version"] == "1.0" and scope["path"] in PROBES
+
+
+class KeyGuard:
+    """Find out who calls, before anything of a body is read; the open paths are for everybody."""
+
+    def __init__(self, app: ASGIApp, keyring: Keyring) -> None:
+        self._app = app
+        self._keyring = keyring
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on with its caller, or answer 401."""
+        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
+            try:
+                principal = authenticate(Headers(scope=scope), self._keyring)
+            except QuickchangeError as error:
+                return await error_response(error)(scope, receive, send)
+            scope.setdefault("state", {})["principal"] = principal
+        return await self._app(scope, receive, send)
 
 
 class BodyLimit:

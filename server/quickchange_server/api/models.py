@@ -4,33 +4,34 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from quickchange_server.api.auth import Caller
+from quickchange_server.api.auth import Generator
 from quickchange_server.api.generation_planner import vocab_size
 from quickchange_server.api.prompts import template_messages
 from quickchange_server.api.schemas import DetokenizeBody, TokenizeBody
+from quickchange_server.api.scoped_route import ScopedRoute
 from quickchange_server.api.services import AppServices, Services
 from quickchange_server.errors import InvalidRequest
 
 Json = dict[str, Any]
 
-router = APIRouter(tags=["models"])
+router = APIRouter(tags=["models"], route_class=ScopedRoute)
 
 
 @router.get("/v1/models")
-async def list_models(services: Services, caller: Caller) -> Json:
+async def list_models(services: Services, caller: Generator) -> Json:
     """List the base, the adapters, and their aliases."""
     models = services.adapters.models(tenant=caller.tenant)
     return {"object": "list", "data": [model.to_json() for model in models]}
 
 
 @router.get("/v1/models/{model_id:path}")
-async def get_model(model_id: str, services: Services, caller: Caller) -> Json:
+async def get_model(model_id: str, services: Services, caller: Generator) -> Json:
     """Show one model; any model string that a request may name."""
     return services.adapters.model(model_id, tenant=caller.tenant).to_json()
 
 
 @router.post("/tokenize")
-async def tokenize(body: TokenizeBody, services: Services, caller: Caller) -> Json:
+async def tokenize(body: TokenizeBody, services: Services, caller: Generator) -> Json:
     """Return the token ids of a prompt, or of messages in the base's chat template."""
     _check_model(body.model, services, caller.tenant)
     token_ids = await _token_ids(body, services)
@@ -46,7 +47,7 @@ async def tokenize(body: TokenizeBody, services: Services, caller: Caller) -> Js
 
 
 @router.post("/detokenize")
-async def detokenize(body: DetokenizeBody, services: Services, caller: Caller) -> Json:
+async def detokenize(body: DetokenizeBody, services: Services, caller: Generator) -> Json:
     """Return the text of token ids, special tokens included."""
     _check_model(body.model, services, caller.tenant)
     limit = vocab_size(services)

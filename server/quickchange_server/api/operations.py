@@ -9,13 +9,14 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from quickchange_server import __version__
-from quickchange_server.api.auth import Caller
+from quickchange_server.api.auth import Admin, Scraper
+from quickchange_server.api.scoped_route import ScopedRoute
 from quickchange_server.api.services import AppServices, Services
 from quickchange_server.errors import Unavailable
 
 Json = dict[str, Any]
 
-router = APIRouter(tags=["operations"])
+router = APIRouter(tags=["operations"], route_class=ScopedRoute)
 
 
 @router.head("/livez", include_in_schema=False)
@@ -57,7 +58,7 @@ async def version(services: Services) -> Json:
 
 
 @router.get("/metrics", response_class=Response)
-async def metrics(request: Request, services: Services) -> Response:
+async def metrics(request: Request, services: Services, caller: Scraper) -> Response:
     """Show the metrics in Prometheus' text format, or OpenMetrics when asked for."""
     accept = request.headers.get("accept", "")
     text, content_type = await asyncio.to_thread(services.metrics.render, accept)
@@ -65,7 +66,7 @@ async def metrics(request: Request, services: Services) -> Response:
 
 
 @router.get("/v1/memory")
-async def memory(services: Services, caller: Caller) -> Json:
+async def memory(services: Services, caller: Admin) -> Json:
     """Show bytes by part, and by adapter version."""
     state = services.engine.snapshot()
     parts = {**state.memory_bytes, "process_rss": psutil.Process().memory_info().rss}
