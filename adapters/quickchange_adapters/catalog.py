@@ -13,13 +13,14 @@ Methods block; call them off the event loop. Knows no files and no engine.
 
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 from sqlalchemy import Connection, delete, exists, insert, select, update
 
 from quickchange_adapters import catalog_rows as rows
+from quickchange_adapters.catalog_changes import AdapterKey, CatalogChanges, read_changes
 from quickchange_adapters.catalog_database import CatalogDatabase
 from quickchange_adapters.catalog_schema import (
     adapters,
@@ -73,6 +74,11 @@ class Catalog:
         """Return all adapters of all tenants, sorted by tenant and name."""
         with self.database.reading() as connection:
             return rows.read_adapters(connection, adapters.c.deleted_at.is_(None))
+
+    def changes_since(self, known: Mapping[AdapterKey, int]) -> CatalogChanges:
+        """Return what differs from `known`, each adapter's revision as the caller last saw it."""
+        with self.database.reading() as connection:
+            return read_changes(connection, known)
 
     def get(self, name: str, tenant: str = DEFAULT_TENANT) -> AdapterRecord | None:
         """Return one adapter."""

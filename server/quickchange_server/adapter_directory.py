@@ -4,8 +4,9 @@ Holds the catalog's last known records and this process's static adapters, which
 on the event loop. Knows no bytes and no engine.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
+from quickchange_adapters.catalog_changes import AdapterKey
 from quickchange_adapters.names import DEFAULT_ALIAS, parse_model
 from quickchange_adapters.records import AdapterRecord, VersionRecord
 
@@ -17,21 +18,26 @@ class AdapterDirectory:
         self._records: dict[str, dict[str, AdapterRecord]] = {}
         self._static: dict[str, AdapterRecord] = {}
 
-    def load(self, records: Iterable[AdapterRecord]) -> None:
-        """Forget the catalog's records and take these."""
-        self._records = {}
-        for record in records:
-            self.replace(record.tenant, record.name, record)
-
     def replace(self, tenant: str, name: str, record: AdapterRecord | None) -> None:
-        """Take one adapter's new record; None: it is gone."""
+        """Take one adapter's new record; None: it is gone. An older state is not taken."""
         of_name = self._records.setdefault(name, {})
+        known = of_name.get(tenant)
+        if known is not None and record is not None and record.revision < known.revision:
+            return
         if record is not None:
             of_name[tenant] = record
         else:
             of_name.pop(tenant, None)
         if not of_name:
             del self._records[name]
+
+    def revisions(self) -> dict[AdapterKey, int]:
+        """Return the revision of each of the catalog's adapters, as it was last seen here."""
+        return {
+            (tenant, name): record.revision
+            for name, of_name in self._records.items()
+            for tenant, record in of_name.items()
+        }
 
     def add_static(self, record: AdapterRecord) -> None:
         """Add an adapter that shadows the catalog's of that name."""

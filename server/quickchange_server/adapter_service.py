@@ -47,6 +47,7 @@ from quickchange_server.adapter_views import (
     VersionView,
 )
 from quickchange_server.answers import as_answers
+from quickchange_server.catalog_poll import POLL_S, CatalogPoll, OnChange
 from quickchange_server.engine.interface import GenerationEngine
 from quickchange_server.errors import Conflict, NotFound
 from quickchange_server.live_catalog import LiveCatalog
@@ -66,7 +67,8 @@ class AdapterService:
     `version` arguments: a number, or None for what the bare name means (alias `default`).
     What moves a version between tiers is `AdapterActions`', what changes its rows
     `AdapterChanges`'; both are called here.
-    `validate` may be replaced by one that runs the job in a worker process.
+    `validate` may be replaced by one that runs the job in a worker process. `poll_s`: how often the
+    catalog is asked for what other processes did.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class AdapterService:
         limits: AdapterLimits,
         dtype: torch.dtype,
         validate: Validate = validate_in_thread,
+        poll_s: float = POLL_S,
     ) -> None:
         self.base_names: tuple[str, ...] = (engine.base.name,)
         limits = replace(limits, max_value=min(limits.max_value, torch.finfo(dtype).max))
@@ -86,6 +89,7 @@ class AdapterService:
         self._catalog = catalog
         self._directory = AdapterDirectory()
         self._live = LiveCatalog(catalog, self._directory)
+        self._poll = CatalogPoll(self._live, poll_s)
         self._files = VersionFiles(store, engine.base, limits, dtype)
         self._uploader = AdapterUploader(engine.base, store, self._live, limits, validate)
         self._loader = AdapterLoader(engine, self._files.read_weights, self._directory.is_served)
@@ -102,17 +106,27 @@ class AdapterService:
         self.delete_adapter = changes.delete_adapter
 
     async def start(self) -> None:
-        """Read the catalog once, finish deletions that a crash cut short, sweep orphans.
+        """Read the catalog, finish deletions that a crash cut short, sweep orphans, follow news.
 
         Raises: Unavailable.
         """
         await self._remover.resume()
         with as_answers():
             await asyncio.to_thread(self._store.sweep_incoming, INCOMING_S)
-        await self._live.load()
+        await self._poll.look()
+        self._poll.start()
+
+    def on_catalog_change(self, renew: OnChange) -> None:
+        """Have `renew` called soon after any process changed the catalog, and once at the start.
+
+        It is for pictures of other rows that are kept in memory. It may be called without need, and
+        again if it raises.
+        """
+        self._poll.on_change.append(renew)
 
     async def stop(self) -> None:
         """End background work and close the catalog. Uploads under way are finished first."""
+        await self._poll.stop()
         await self._uploader.join()
         await self._remover.stop()
         await self._loader.stop()

@@ -24,10 +24,15 @@ class LiveCatalog:
         self._directory = directory
         self._changing = asyncio.Lock()
 
-    async def load(self) -> None:
-        """Read everything anew."""
+    async def refresh(self) -> None:
+        """Read what other processes have changed."""
         async with self._changing:
-            self._directory.load(await self.ask(self.catalog.list_adapters))
+            known = self._directory.revisions()
+            changes = await self.ask(lambda: self.catalog.changes_since(known))
+            for record in changes.changed:
+                self._directory.replace(record.tenant, record.name, record)
+            for tenant, name in changes.gone:
+                self._directory.replace(tenant, name, None)
 
     async def ask(self, function: Callable[[], T]) -> T:
         """Run a call that changes no adapter."""

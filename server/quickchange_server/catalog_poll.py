@@ -1,0 +1,88 @@
+"""Asks the catalog, twice a second, whether another process has changed it.
+
+One number tells. Only when it has grown is more read, and whoever keeps a picture of the catalog is
+told. While the catalog does not answer, the pictures stay as they are, and it is asked less often.
+"""
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Awaitable, Callable
+
+from quickchange_server.errors import Unavailable
+from quickchange_server.live_catalog import LiveCatalog
+
+POLL_S = 0.5
+MAX_PAUSE_S = 4.0
+JITTER = 0.2
+
+OnChange = Callable[[], Awaitable[None]]
+log = logging.getLogger(__name__)
+
+
+class CatalogPoll:
+    """Keeps `live` and the pictures behind `on_change` true.
+
+    A callback is called after `live` was renewed, whatever has changed; it may be called without
+    need. One that raises is called again at the next look.
+    """
+
+    def __init__(self, live: LiveCatalog, interval_s: float = POLL_S) -> None:
+        self.on_change: list[OnChange] = []
+        self.last_read_s = time.time()
+        self._live = live
+        self._interval_s = interval_s
+        self._pause_s = interval_s
+        self._seen = -1
+        self._is_troubled = False
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin to ask."""
+        self._task = asyncio.create_task(self._run())
+
+    async def stop(self) -> None:
+        """Ask no more."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def look(self) -> None:
+        """Ask once, and renew everything if the catalog has changed.
+
+        Raises: Unavailable; what a callback raises.
+        """
+        revision = await self._live.ask(self._live.catalog.revision)
+        if revision != self._seen:
+            await self._live.refresh()
+            for renew in self.on_change:
+                await renew()
+            # The number from before the reading: what came in between is read once more.
+            self._seen = revision
+        self.last_read_s = time.time()
+
+    async def _run(self) -> None:
+        while True:
+            await asyncio.sleep(self._pause_s * random.uniform(1 - JITTER, 1 + JITTER))
+            try:
+                await self.look()
+            except Unavailable as error:
+                self._note_trouble(f"{error}; adapters are served as they were last known")
+            except Exception as error:
+                self._note_trouble(f"news from the catalog cannot be taken in: {error!r}", error)
+            else:
+                self._note_end_of_trouble()
+
+    def _note_trouble(self, text: str, error: Exception | None = None) -> None:
+        """Say once what is wrong, and ask less often."""
+        self._pause_s = min(2 * self._pause_s, MAX_PAUSE_S)
+        if not self._is_troubled:
+            log.warning("%s", text, exc_info=error)
+        self._is_troubled = True
+
+    def _note_end_of_trouble(self) -> None:
+        self._pause_s = self._interval_s
+        if self._is_troubled:
+            log.warning("the catalog is followed again")
+        self._is_troubled = False
