@@ -124,7 +124,7 @@ class Catalog:
 
     def reserve(self, upload_id: str, files: Iterable[FileRecord]) -> None:
         """Protect blobs from `collect` while an upload puts them; lapses after ten minutes."""
-        with self.database.writing() as connection:
+        with self.database.writing("reserve") as connection:
             for sha256, num_bytes in {f.sha256: f.num_bytes for f in files}.items():
                 rows.add_blob(connection, sha256, num_bytes)
                 connection.execute(
@@ -135,7 +135,7 @@ class Catalog:
 
     def release(self, upload_id: str) -> None:
         """Give up an upload's reservation; a repeat is a no-op."""
-        with self.database.writing() as connection:
+        with self.database.writing("release") as connection:
             rows.release_blobs(connection, upload_id)
 
     def publish(self, new: NewVersion) -> Published:
@@ -144,7 +144,7 @@ class Catalog:
         The first version of a name becomes its alias `default`. The same bytes under the same name
         are the version that is there. The upload's reservation ends.
         """
-        with self.database.writing() as connection:
+        with self.database.writing("publish") as connection:
             adapter_id = self._open_adapter(connection, new)
             number = _number_of(connection, adapter_id, new.digest)
             created = number is None
@@ -166,7 +166,7 @@ class Catalog:
         Raises: NotInCatalog, RevisionChanged.
         """
         tenant, name, number = version.tenant, version.name, version.number
-        with self.database.writing() as connection:
+        with self.database.writing("set_alias") as connection:
             adapter_id = rows.adapter_id_of(connection, tenant, name, revision)
             row = rows.version_row(connection, adapter_id, number)
             if row is None or row["state"] != "ready":
@@ -188,7 +188,7 @@ class Catalog:
 
         Raises: NotInCatalog, RevisionChanged.
         """
-        with self.database.writing() as connection:
+        with self.database.writing("delete_alias") as connection:
             adapter_id = rows.adapter_id_of(connection, tenant, name, revision)
             gone = connection.execute(
                 delete(aliases).where(aliases.c.adapter_id == adapter_id, aliases.c.alias == alias)
@@ -208,7 +208,7 @@ class Catalog:
 
         Raises: NotInCatalog, AliasInUse.
         """
-        with self.database.writing() as connection:
+        with self.database.writing("begin_delete") as connection:
             adapter = _existing(connection, tenant, name)
             version = adapter.version(number)
             if version is None:
@@ -227,7 +227,7 @@ class Catalog:
 
         Raises: NotInCatalog.
         """
-        with self.database.writing() as connection:
+        with self.database.writing("begin_delete") as connection:
             adapter = _existing(connection, tenant, name)
             adapter_id = rows.adapter_id_of(connection, tenant, name)
             connection.execute(delete(aliases).where(aliases.c.adapter_id == adapter_id))
@@ -252,7 +252,7 @@ class Catalog:
             .where(rows.is_named(version.tenant, version.name))
             .where(versions.c.number == version.number, versions.c.state == "deleting")
         )
-        with self.database.writing() as connection:
+        with self.database.writing("purge") as connection:
             version_id = connection.scalar(of_version)
             if version_id is not None:
                 rows.remove_version(connection, version_id)
@@ -262,7 +262,7 @@ class Catalog:
         """Remove every blob that nothing refers to; return the bytes that `delete_blob` freed."""
         is_lapsed = reservations.c.created_at <= self._clock() - RESERVATION_S
         is_reserved = exists().where(reservations.c.sha256 == blobs.c.sha256)
-        with self.database.writing() as connection:
+        with self.database.writing("collect") as connection:
             connection.execute(delete(reservations).where(is_lapsed))
             unused = select(blobs.c.sha256).where(blobs.c.num_refs == 0, ~is_reserved)
             num_bytes = 0

@@ -1,5 +1,6 @@
 """The catalog's database as transactions: one to read, one to write. Knows no tables' meaning."""
 
+import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -7,11 +8,17 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
 from quickchange_adapters.catalog_schema import open_database
-from quickchange_adapters.errors import StoreUnavailable
+from quickchange_adapters.errors import StoreFull, StoreUnavailable
+from quickchange_adapters.fault_points import step
+
+SQLSTATE_DISK_FULL = "53100"
 
 
 class CatalogDatabase:
-    """An open database. Everything raises StoreUnavailable when it does not answer."""
+    """An open database.
+
+    Everything raises StoreUnavailable when it does not answer, StoreFull when it has no room.
+    """
 
     def __init__(self, url: str) -> None:
         with _unavailable():
@@ -28,14 +35,19 @@ class CatalogDatabase:
             yield connection
 
     @contextmanager
-    def writing(self) -> Iterator[Connection]:
-        """One transaction: all of it is committed when the block ends, or nothing is."""
+    def writing(self, what: str = "write") -> Iterator[Connection]:
+        """One transaction: all of it is committed when the block ends, or nothing is.
+
+        `what` names the step of its commit among the fault points.
+        """
         with (
             _unavailable(),
             self._engine.connect().execution_options(is_write=True) as connection,
-            connection.begin(),
+            connection.begin() as transaction,
         ):
             yield connection
+            with step(f"{what}.commit"):
+                transaction.commit()
 
 
 @contextmanager
@@ -45,4 +57,12 @@ def _unavailable() -> Iterator[None]:
         yield
     except DBAPIError as error:
         reason = str(error.orig).split("\n")[0]
+        if _is_full(error.orig):
+            raise StoreFull(f"the catalog has no room: {reason}") from error
         raise StoreUnavailable(f"the catalog does not answer: {reason}") from error
+
+
+def _is_full(error: BaseException | None) -> bool:
+    if isinstance(error, sqlite3.Error):
+        return getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
+    return getattr(error, "sqlstate", None) == SQLSTATE_DISK_FULL

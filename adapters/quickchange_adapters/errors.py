@@ -5,6 +5,7 @@ AdapterError
 ├── JsonRefused, PatternRefused, HeaderRefused
 │                       one part cannot be read; becomes a Problem (in the part's own module)
 ├── StoreUnavailable    the place where bytes or rows live did not answer
+│   └── StoreFull       it has no room for more
 ├── BlobMissing         the store has no such bytes
 ├── BlobTooLarge        more bytes arrived than allowed
 ├── CatalogError        the catalog says no
@@ -49,6 +50,10 @@ class AdapterRefused(AdapterError):
 
 class StoreUnavailable(AdapterError):
     """Bytes or rows cannot be read or written at present."""
+
+
+class StoreFull(StoreUnavailable):
+    """There is no room for bytes or rows; nothing was kept of what was sent."""
 
 
 class BlobTooLarge(AdapterError):

@@ -3,42 +3,53 @@
     root/
       incoming/<random>        being written; nobody's yet
       blobs/ab/abcd…           immutable, named by the sha256 of its bytes
+      damaged/abcd…            what no longer had the bytes of its name, put aside
 
 `put` is the step that makes bytes durable: after it returns they survive a crash.
 """
 
+import errno
+import fcntl
 import hashlib
 import os
 import re
 import secrets
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Protocol, Self
 
-from quickchange_adapters.errors import BlobMissing, BlobTooLarge, StoreUnavailable
+from quickchange_adapters.disk import Disk
+from quickchange_adapters.errors import BlobMissing, BlobTooLarge, StoreFull, StoreUnavailable
+from quickchange_adapters.fault_points import step
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 @dataclass(frozen=True, slots=True)
 class StagedFile:
-    """Bytes that arrived, with their sha256 (hex); give them to `put` or to `discard`."""
+    """Bytes that arrived, with their sha256 (hex); give them to `put` or to `discard`.
+
+    `file`, while it is open, keeps every process's sweep off the path, however old it gets.
+    """
 
     path: Path
     sha256: str
     num_bytes: int
+    file: BinaryIO | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
 class BlobInfo:
-    """One blob as `list` shows it."""
+    """One blob as `list` shows it; `modified_at` in seconds since 1970, None when unknown."""
 
     sha256: str
     num_bytes: int
+    modified_at: float | None = None
 
 
 class Store(Protocol):
@@ -51,7 +62,10 @@ class Store(Protocol):
         """Open a writer for bytes to come."""
 
     def put(self, staged: StagedFile) -> None:
-        """Keep staged bytes as a blob, durably; a repeat is a no-op. Uses `staged` up."""
+        """Keep staged bytes as a blob, durably; a repeat is a no-op. Uses `staged` up.
+
+        They replace what is there, so that sending a damaged blob's bytes again heals it.
+        """
 
     def discard(self, staged: StagedFile) -> None:
         """Forget staged bytes; a repeat is a no-op."""
@@ -78,13 +92,16 @@ class StagingWriter:
     Leaving the `with` block without `finish` removes the file.
     """
 
-    def __init__(self, path: Path, max_bytes: int) -> None:
+    def __init__(self, path: Path, max_bytes: int, disk: Disk) -> None:
         self._path = path
         self._max_bytes = max_bytes
+        self._disk = disk
         self._sha256 = hashlib.sha256()
         self._num_bytes = 0
-        self._file: BinaryIO = path.open("xb")
+        self._file = disk.create(path)
         self._is_finished = False
+        with suppress(OSError):  # a file system without locks has the file's age alone
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def write(self, chunk: bytes) -> None:
         """Append bytes.
@@ -96,26 +113,26 @@ class StagingWriter:
             raise BlobTooLarge(self._max_bytes)
         self._sha256.update(chunk)
         with unavailable("an upload cannot be written"):
-            self._file.write(chunk)
+            self._disk.write(self._file, chunk)
 
     def finish(self) -> StagedFile:
         """Bring the bytes to the disk and say what they are.
 
         Raises: StoreUnavailable.
         """
-        with unavailable("an upload cannot be written"):
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        self._file.close()
+        with unavailable("an upload cannot be written"), step("stage.sync"):
+            self._disk.sync_file(self._file)
         self._is_finished = True
-        return StagedFile(self._path, self._sha256.hexdigest(), self._num_bytes)
+        return StagedFile(self._path, self._sha256.hexdigest(), self._num_bytes, self._file)
 
     def abort(self) -> None:
         """Remove what was written; a no-op after `finish`."""
         if not self._is_finished:
-            # The descriptor goes first: closing may flush, and a full disk must not keep the file.
-            self._path.unlink(missing_ok=True)
-            with _ignored_close():
+            # The name goes first: closing may flush, and a full disk must not keep the file.
+            # What cannot be removed now is swept later.
+            with suppress(OSError):
+                self._disk.remove(self._path)
+            with suppress(OSError):
                 self._file.close()
 
     def __enter__(self) -> Self:
@@ -133,37 +150,54 @@ class StagingWriter:
 
 
 class LocalStore:
-    """A store in a folder; `incoming` and `blobs` lie in the same file system."""
+    """A store in a folder; `incoming` and `blobs` lie in the same file system.
 
-    def __init__(self, root: Path) -> None:
+    `disk` may be replaced by one that watches or fails.
+    """
+
+    def __init__(self, root: Path, disk: Disk | None = None) -> None:
+        self._disk = disk or Disk()
         self._incoming = root / "incoming"
         self._blobs = root / "blobs"
+        self._damaged = root / "damaged"
         with unavailable("the store cannot be opened"):
-            self._incoming.mkdir(parents=True, exist_ok=True)
-            self._blobs.mkdir(parents=True, exist_ok=True)
-            sync_folder(root)
+            for folder in (self._incoming, self._blobs):
+                self._make_folders(folder)
+            self._disk.sync_folder(root)
+
+    def check_writable(self) -> None:
+        """Say now, rather than at the first upload, that nothing can be written here.
+
+        Raises: StoreUnavailable.
+        """
+        for folder in (self._incoming, self._blobs):
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise StoreUnavailable(f"the store's folder {folder.name!r} cannot be written to")
 
     def stage(self, max_bytes: int) -> StagingWriter:
         """Open a writer for bytes to come."""
         with unavailable("an upload cannot be written"):
-            return StagingWriter(self._incoming / secrets.token_hex(16), max_bytes)
+            path = self._incoming / secrets.token_hex(16)
+            return StagingWriter(path, max_bytes, self._disk)
 
     def put(self, staged: StagedFile) -> None:
         """Rename staged bytes to their digest; the folders are synced before it returns."""
         target = self._path(staged.sha256)
         with unavailable("the store cannot be written"):
-            if target.exists():
-                staged.path.unlink(missing_ok=True)
-            else:
-                target.parent.mkdir(exist_ok=True)
-                os.replace(staged.path, target)
-            sync_folder(target.parent)
-            sync_folder(self._blobs)
+            self._disk.make_folder(target.parent)
+            with step("put.rename"):
+                self._rename_once(staged.path, target)
+            with step("put.sync"):
+                self._disk.sync_folder(target.parent)
+                self._disk.sync_folder(self._blobs)
+            _close(staged)
 
     def discard(self, staged: StagedFile) -> None:
         """Remove staged bytes; a repeat is a no-op."""
         with unavailable("the store cannot be written"):
-            staged.path.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):
+                self._disk.remove(staged.path)
+            _close(staged)
 
     def path(self, sha256: str) -> Path:
         """Return the blob's file."""
@@ -179,28 +213,64 @@ class LocalStore:
         with unavailable("the store cannot be written"):
             try:
                 num_bytes = path.stat().st_size
-                path.unlink()
+                with step("delete.remove"):
+                    self._disk.remove(path)
             except FileNotFoundError:
                 return 0
-            sync_folder(path.parent)
+            with step("delete.sync"):
+                self._disk.sync_folder(path.parent)
         return num_bytes
+
+    def set_aside(self, sha256: str) -> Path:
+        """Move a damaged blob out of the way, so that its bytes may be put anew; return its file.
+
+        Raises: BlobMissing.
+        """
+        path, target = self.path(sha256), self._damaged / sha256
+        with unavailable("the store cannot be written"):
+            self._make_folders(self._damaged)
+            self._disk.rename(path, target)
+            self._disk.sync_folder(self._damaged)
+            self._disk.sync_folder(path.parent)
+        return target
 
     def list(self) -> Iterator[BlobInfo]:
         """Yield every blob; files with other names are not ours and are left out."""
         with unavailable("the store cannot be read"):
             for path in self._blobs.glob("??/*"):
                 if _SHA256.fullmatch(path.name):
-                    yield BlobInfo(path.name, path.stat().st_size)
+                    with suppress(FileNotFoundError):  # deleted since the folder was read
+                        found = path.stat()
+                        yield BlobInfo(path.name, found.st_size, found.st_mtime)
 
     def sweep_incoming(self, older_than_s: float) -> int:
-        """Remove staged files that nobody has written to for so long."""
-        num_removed = 0
+        """Remove staged files that nobody has written to for so long, and that nobody holds."""
+        left = self.list_incoming(older_than_s)
+        with unavailable("the store cannot be written"):
+            for path in left:
+                with suppress(FileNotFoundError):
+                    self._disk.remove(path)
+        return len(left)
+
+    def list_incoming(self, older_than_s: float) -> tuple[Path, ...]:
+        """Return what `sweep_incoming` would remove."""
         with unavailable("the store cannot be read"):
-            for path in self._incoming.iterdir():
-                if time.time() - path.stat().st_mtime >= older_than_s:
-                    path.unlink(missing_ok=True)
-                    num_removed += 1
-        return num_removed
+            return tuple(p for p in self._incoming.iterdir() if _is_left(p, older_than_s))
+
+    def _rename_once(self, source: Path, target: Path) -> None:
+        try:
+            self._disk.rename(source, target)
+        except FileNotFoundError:
+            if not target.is_file():
+                raise
+
+    def _make_folders(self, folder: Path) -> None:
+        """Make a folder and those above it, each with its entry on the disk."""
+        missing = [each for each in (folder, *folder.parents) if not each.exists()]
+        for each in reversed(missing):
+            self._disk.make_folder(each)
+            self._disk.sync_folder(each.parent)
+        folder.mkdir(exist_ok=True)  # says so when something else has that name
 
     def _path(self, sha256: str) -> Path:
         if not _SHA256.fullmatch(sha256):
@@ -208,28 +278,35 @@ class LocalStore:
         return self._blobs / sha256[:2] / sha256
 
 
-def sync_folder(folder: Path) -> None:
-    """Bring a folder's entries to the disk, so that a rename in it survives a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def _is_left(path: Path, older_than_s: float) -> bool:
+    """Whether a staged file is old, and no living process of this machine holds it."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        if time.time() - path.stat().st_mtime < older_than_s:
+            return False
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (FileNotFoundError, BlockingIOError):
+        return False
+    except OSError as error:
+        return error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+    return True
+
+
+def _close(staged: StagedFile) -> None:
+    """Let go of a staged file; its bytes were synced, so that closing says nothing new."""
+    if staged.file is not None:
+        with suppress(OSError):
+            staged.file.close()
 
 
 @contextmanager
 def unavailable(what: str) -> Iterator[None]:
-    """Turn an operating system's error into StoreUnavailable; its text names no path."""
+    """Turn an operating system's error into StoreUnavailable; its text names no path.
+
+    Raises: StoreFull when there is no room; StoreUnavailable.
+    """
     try:
         yield
     except OSError as error:
-        raise StoreUnavailable(f"{what}: {error.strerror or type(error).__name__}") from error
-
-
-@contextmanager
-def _ignored_close() -> Iterator[None]:
-    """Swallow what closing an unlinked file may say: its bytes are not wanted."""
-    try:
-        yield
-    except OSError:
-        return
+        kind = StoreFull if error.errno in _FULL else StoreUnavailable
+        raise kind(f"{what}: {error.strerror or type(error).__name__}") from error

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Iterable, Sequence
 
+from quickchange_adapters.publication import finish_deletion
 from quickchange_adapters.records import VersionRecord
 from quickchange_adapters.store import Store
 
@@ -36,10 +37,8 @@ class AdapterRemover:
 
     async def resume(self) -> None:
         """Finish what an earlier process left; nothing of it can be loaded."""
-        catalog = self._live.catalog
-        for version in await self._live.ask(catalog.list_deleting):
-            await self._purge(version)
-        await self._live.ask(lambda: catalog.collect(self._store.delete))
+        catalog, store = self._live.catalog, self._store
+        await self._live.ask(lambda: finish_deletion(catalog, store, catalog.list_deleting()))
 
     async def remove(self, gone: Sequence[VersionRecord], timeout_s: float) -> FreedBytes:
         """Drain versions, free their memory, remove their rows and bytes.

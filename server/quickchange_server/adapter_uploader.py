@@ -1,12 +1,16 @@
 """An upload's way from its form to a committed version."""
 
 import asyncio
+import logging
 import secrets
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 
 from quickchange_adapters.base_spec import BaseSpec
+from quickchange_adapters.errors import StoreUnavailable
 from quickchange_adapters.limits import AdapterLimits
+from quickchange_adapters.publication import publish_upload
 from quickchange_adapters.records import NewVersion, Published
 from quickchange_adapters.store import StagedFile, Store
 from quickchange_adapters.validate import Report, ValidationJob, refused
@@ -18,11 +22,11 @@ from quickchange_server.adapter_upload import (
     form_problems,
     refusal,
 )
-from quickchange_server.answers import as_answers
 from quickchange_server.live_catalog import LiveCatalog
 from quickchange_server.shared_tasks import SharedTasks
 
 MAX_CHECKS = 2
+log = logging.getLogger(__name__)
 
 Validate = Callable[[ValidationJob], Awaitable[Report]]
 
@@ -56,10 +60,12 @@ class AdapterUploader:
         await self._publishing.join()
 
     async def discard(self, staged: Iterable[StagedFile]) -> None:
-        """Forget staged files; what is already gone is skipped."""
-        with as_answers():
-            for file in staged:
+        """Forget staged files; what is already gone is skipped, and what stays is swept later."""
+        for file in staged:
+            try:
                 await asyncio.to_thread(self._store.discard, file)
+            except StoreUnavailable as error:
+                log.warning("a staged file is left to a later sweep: %s", error)
 
     async def check(self, form: UploadForm, taken_names: Sequence[str]) -> Report:
         """Return the report of an upload, with everything that is wrong with it."""
@@ -93,9 +99,8 @@ class AdapterUploader:
         new = self._new_version(form, report)
 
         async def work() -> Published:
-            return await self._live.change(
-                new.tenant, new.name, lambda: self._keep(new, form.staged)
-            )
+            keep = partial(publish_upload, self._live.catalog, self._store, new, form.staged)
+            return await self._live.change(new.tenant, new.name, keep)
 
         # The picture in memory must follow the commit, even if the caller leaves in between.
         return await self._publishing.run(new.upload_id, work)
@@ -117,16 +122,3 @@ class AdapterUploader:
             visibility=form.visibility,
             upload_id=secrets.token_hex(16),
         )
-
-    def _keep(self, new: NewVersion, staged: Iterable[StagedFile]) -> Published:
-        """Reserve, put, publish; a failure leaves no bytes behind. Runs in a thread."""
-        catalog = self._live.catalog
-        catalog.reserve(new.upload_id, new.files)
-        try:
-            for file in staged:
-                self._store.put(file)
-            return catalog.publish(new)
-        except BaseException:
-            catalog.release(new.upload_id)
-            catalog.collect(self._store.delete)
-            raise

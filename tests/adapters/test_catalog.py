@@ -1,12 +1,8 @@
-"""Names, versions, aliases and references: rules, transactions, and SIGKILL."""
+"""Names, versions, aliases and references: rules and transactions."""
 
 import hashlib
-import signal
 import sqlite3
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +23,6 @@ from quickchange_adapters.records import (
     VersionRecord,
     version_digest,
 )
-from quickchange_adapters.store import LocalStore
 
 
 class Clock:
@@ -406,84 +401,3 @@ def test_aliases() -> None:
     assert [a for a in ["default", "a", "a-1", "a" * 32] if not is_alias(a)] == []
     refused = ["sha256", "1", "-a", "A", "a.b", "a" * 33, "", "a\n", "a_b"]
     assert [alias for alias in refused if is_alias(alias)] == []
-
-
-UPLOADER = """
-import hashlib, os, sys
-from pathlib import Path
-from quickchange_adapters.catalog import Catalog, sqlite_url
-from quickchange_adapters.records import FileRecord, NewVersion
-from quickchange_adapters.store import LocalStore
-
-root = Path(sys.argv[1])
-store, catalog = LocalStore(root), Catalog(sqlite_url(root / "catalog.db"))
-for n in range(int(sys.argv[2]), 1_000_000):
-    staged = []
-    for text in (f"config {n}", f"weights {n} " * 50):
-        with store.stage(1 << 20) as writer:
-            writer.write(text.encode())
-            staged.append(writer.finish())
-    names = ("adapter_config.json", "adapter_model.safetensors")
-    files = tuple(FileRecord(f, s.sha256, s.num_bytes) for f, s in zip(names, staged))
-    catalog.reserve(str(n), files)
-    for each in staged:
-        store.put(each)
-    new = NewVersion("a", files, "tiny", "b" * 64, (4,), ("q_proj",), {}, upload_id=str(n))
-    done = catalog.publish(new)
-    print(n, done.version.number, done.version.digest, flush=True)
-    if n % 3 == 2:
-        catalog.set_alias("default", done.version)
-        print("deleting", done.version.number - 1, flush=True)
-        catalog.begin_delete_version("a", done.version.number - 1)
-        catalog.purge(catalog.list_deleting()[0])
-        catalog.collect(store.delete)
-        print("deleted", done.version.number - 1, flush=True)
-"""
-
-
-def run_and_kill(root: Path, start: int, num_lines: int, delay_s: float) -> list[list[str]]:
-    """Upload in a child process; kill it while it writes; return what it had acknowledged."""
-    command = [sys.executable, "-c", UPLOADER, str(root), str(start)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
-        assert child.stdout is not None
-        lines = [child.stdout.readline().split() for _ in range(num_lines)]
-        time.sleep(delay_s)
-        child.send_signal(signal.SIGKILL)
-        lines += [line.split() for line in child.stdout.read().splitlines()]
-    assert child.returncode == -signal.SIGKILL
-    return lines
-
-
-def test_what_was_acknowledged_survives_sigkill_and_nothing_is_half_there(tmp_path: Path) -> None:
-    acknowledged: dict[int, str] = {}
-    announced: dict[str, set[int]] = {"deleting": set(), "deleted": set()}
-    start = 0
-    for round_number, num_lines in enumerate((1, 5, 6, 7, 8, 9)):
-        delay_s = round_number * 0.0017
-        for word, number, *digest in run_and_kill(tmp_path, start, num_lines, delay_s):
-            if digest:
-                acknowledged[int(number)] = digest[0]
-                start = int(word) + 2
-            else:
-                announced[word].add(int(number))
-
-    catalog, store = Catalog(sqlite_url(tmp_path / "catalog.db")), LocalStore(tmp_path)
-    for version in catalog.list_deleting():
-        catalog.purge(version)
-    adapter = catalog.get("a")
-    assert adapter is not None
-    found = {version.number: version.digest for version in adapter.versions}
-    kept = {n: d for n, d in acknowledged.items() if n not in announced["deleting"]}
-    assert len(kept) >= 10
-    assert kept.items() <= found.items()
-    assert announced["deleted"]
-    assert not announced["deleted"] & found.keys()
-    for version in adapter.versions:
-        for file in version.files:
-            data = store.path(file.sha256).read_bytes()
-            assert hashlib.sha256(data).hexdigest() == file.sha256
-    # Nothing but what the rows name is left once reservations have lapsed.
-    late = Catalog(sqlite_url(tmp_path / "catalog.db"), lambda: 1e12)
-    late.collect(store.delete)
-    named = {file.sha256 for version in adapter.versions for file in version.files}
-    assert {blob.sha256 for blob in store.list()} == named

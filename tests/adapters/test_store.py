@@ -86,11 +86,28 @@ def test_discard_may_be_repeated(store: LocalStore, tmp_path: Path) -> None:
 def test_the_sweep_takes_what_is_old_and_spares_what_is_new(
     store: LocalStore, tmp_path: Path
 ) -> None:
-    old, new = stage(store, b"old"), stage(store, b"new")
-    hour_ago = time.time() - 3600
-    os.utime(old.path, (hour_ago, hour_ago))
+    held, old, new = (stage(store, text) for text in (b"held", b"old", b"new"))
+    for each in (held, old):
+        os.utime(each.path, (time.time() - 3600,) * 2)
+    assert old.file is not None
+    old.file.close()  # as when its process has ended
+    assert store.list_incoming(older_than_s=1800) == (old.path,)
     assert store.sweep_incoming(older_than_s=1800) == 1
-    assert incoming(store, tmp_path) == [new.path]
+    assert set(incoming(store, tmp_path)) == {held.path, new.path}
+
+
+def test_putting_bytes_again_heals_a_damaged_blob(store: LocalStore, tmp_path: Path) -> None:
+    store.put(stage(store))
+    for damage in (DATA[:-1], DATA[:-1] + b"?", b""):
+        store.path(SHA256).write_bytes(damage)
+        store.put(stage(store))
+        assert store.path(SHA256).read_bytes() == DATA
+    store.path(SHA256).write_bytes(b"evidence")
+    assert store.set_aside(SHA256).read_bytes() == b"evidence"
+    with pytest.raises(BlobMissing):
+        store.path(SHA256)
+    store.put(stage(store))
+    assert store.path(SHA256).read_bytes() == DATA
 
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "", "AB" * 32, SHA256 + "\n", SHA256[:-1]])

@@ -5,6 +5,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 
+from quickchange_adapters.fault_points import reach
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -40,7 +41,10 @@ class RequestContext:
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message)["x-request-id"] = request_id
+                reach("before reply")
             await send(message)
+            if message["type"] == "http.response.body" and not message.get("more_body"):
+                reach("after reply")
 
         return await self._app(scope, receive, send_with_id)
 
