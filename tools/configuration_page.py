@@ -63,7 +63,7 @@ silently ignored: {", ".join(_code("--" + name.replace("_", "-") for name in UNA
 ## The client
 
 The command line client and the Python client read {" and ".join(_code(CLIENT_VARIABLES))};
-`--url` wins over the variable. The server asks for no key yet, so a key has no effect so far.
+`--url` wins over the variable. The key goes out with every request ([security.md](security.md)).
 """
 
 

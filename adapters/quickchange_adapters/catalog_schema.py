@@ -2,6 +2,7 @@
 
     adapters 1─* versions 1─* version_files *─1 blobs        events: append only, by name
            1─* aliases *─1 versions                          reservations: uploads under way
+    api_keys: who may call
 
 A deleted adapter's row stays (`deleted_at`), so that its numbers are never given again.
 """
@@ -102,6 +103,22 @@ reservations = Table(
     Column("upload_id", String(64), primary_key=True),
     Column("sha256", ForeignKey("blobs.sha256"), primary_key=True),
     Column("created_at", Float, nullable=False),
+)
+
+# `scopes` and `adapters` are JSON lists; `adapters` null: not limited to named ones.
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("id", String(16), primary_key=True),
+    Column("tenant", String(64), nullable=False),
+    Column("secret_hash", String(64), nullable=False),
+    Column("scopes", Text, nullable=False),
+    Column("adapters", Text),
+    Column("name", String(128), nullable=False),
+    Column("created_at", Integer, nullable=False),
+    Column("created_by", String(64), nullable=False),
+    Column("revoked_at", Integer),
+    Column("revoked_by", String(64), nullable=False),
 )
 
 events = Table(

@@ -11,7 +11,9 @@ AdapterError
 ├── CatalogError        the catalog says no
 │   ├── NotInCatalog    no such adapter, version or alias
 │   ├── AliasInUse      a version cannot go while an alias points at it
-│   └── RevisionChanged somebody else changed the adapter meanwhile
+│   ├── RevisionChanged somebody else changed the adapter meanwhile
+│   ├── AdminKeyNeeded  the first key must be one that can make others
+│   └── LastAdminKey    without it nobody could make or revoke a key
 ├── NotFinite           a merged matrix is beyond the serving dtype
 └── MergeBudgetExceeded a merged copy would pass the ceiling
 """
@@ -77,7 +79,7 @@ class CatalogError(AdapterError):
 
 
 class NotInCatalog(CatalogError):
-    """No such thing; `what` is adapter, version or alias."""
+    """No such thing; `what` is adapter, version, alias or key."""
 
     def __init__(self, what: str, name: str) -> None:
         super().__init__(f"there is no {what} {name!r}")
@@ -100,6 +102,26 @@ class RevisionChanged(CatalogError):
 
     def __init__(self, name: str) -> None:
         super().__init__(f"adapter {name!r} was changed meanwhile: read it again")
+
+
+class AdminKeyNeeded(CatalogError):
+    """A key was to be made while there is nobody who could make or revoke one afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "there is no admin key yet, so the first key must have the scope 'admin' and belong to "
+            "the tenant 'default': else nobody could make or revoke keys"
+        )
+
+
+class LastAdminKey(CatalogError):
+    """The key that was to be revoked is the only one that can make and revoke keys."""
+
+    def __init__(self, key_id: str) -> None:
+        super().__init__(
+            f"the key {key_id!r} is the last admin key of the tenant 'default': make another one "
+            "first, or start the server with --admin-key-file"
+        )
 
 
 class NotFinite(AdapterError):

@@ -5,8 +5,10 @@ from contextlib import contextmanager
 
 from quickchange_adapters.errors import (
     AdapterError,
+    AdminKeyNeeded,
     AliasInUse,
     BlobMissing,
+    LastAdminKey,
     MergeBudgetExceeded,
     NotInCatalog,
     RevisionChanged,
@@ -42,6 +44,8 @@ def _answer(error: AdapterError) -> QuickchangeError | None:
         return NotFound(message, code=f"{error.what}_not_found")
     if isinstance(error, AliasInUse):
         return Conflict(message, code="alias_in_use")
+    if isinstance(error, AdminKeyNeeded | LastAdminKey):
+        return Conflict(message, code="admin_key_needed")
     if isinstance(error, RevisionChanged):
         return PreconditionFailed(message)
     if isinstance(error, MergeBudgetExceeded):

@@ -50,6 +50,9 @@ def serve(**flags: Any) -> None:
         config = load_config(_with_bare_modules(flags))
         for sentence in unknown_variables():
             _say(f"warning: {sentence}")
+        from quickchange_server.startup_keys import open_keyring
+
+        keyring = open_keyring(config)
         from quickchange_server.thread_affinity import prepare_threads
 
         prepare_threads()
@@ -58,7 +61,7 @@ def serve(**flags: Any) -> None:
         base_folder = resolve_base(config.model, config.revision, config.cache_folder)
         from quickchange_server.serving import run_server
 
-        run_server(config, base_folder)
+        run_server(config, base_folder, keyring)
 
 
 @base.callback()

@@ -167,10 +167,17 @@ class ServerConfig:
         metavar="ORIGIN",
         kind="list",
     )
+    admin_key_file: Path | None = option(
+        None,
+        lambda value: Path(o.read_text(value)).expanduser(),
+        "File that holds the first key: an admin's, 32 or more random characters.",
+        HTTP,
+        metavar="FILE",
+    )
     insecure: bool = option(
         False,
         o.read_switch,
-        "Listen on a public address although nothing asks callers for a key.",
+        "Listen on a public address although there is no key to ask callers for.",
         HTTP,
         kind="switch",
     )
@@ -230,7 +237,7 @@ class ServerConfig:
 
 
 OPTIONS: dict[str, Option] = o.options_of(ServerConfig)
-UNAVAILABLE = ("quantize", "auto_merge", "admin_port", "admin_key_file")
+UNAVAILABLE = ("quantize", "auto_merge", "admin_port")
 """Settings of the public contract that this version does not do, refused by name."""
 CLIENT_VARIABLES = ("QUICKCHANGE_URL", "QUICKCHANGE_API_KEY")
 CONFIG_VARIABLE = "QUICKCHANGE_CONFIG"
@@ -306,11 +313,6 @@ def _check(config: ServerConfig) -> None:
         _refuse(f"--adapter names {twice[0]!r} twice; give each adapter its own name")
     if config.base_name in names:
         _refuse(f"--adapter {config.base_name!r} is the base's name; choose another")
-    if config.is_public and not config.insecure:
-        _refuse(
-            f"--host {config.host} can be reached from other machines and no key is configured; "
-            "use 127.0.0.1, or accept that anybody may use and change this server: --insecure"
-        )
 
 
 def _refuse(sentence: str) -> NoReturn:

@@ -3,7 +3,7 @@
 Lives on the event loop. Knows no catalog and no HTTP.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from hmac import compare_digest
 
 from quickchange_adapters.api_keys import KeyRecord, token_hash, token_id
@@ -19,21 +19,28 @@ class Keyring:
     """Good keys by id, and the admin key that a file holds, as hashes.
 
     `file_hash`: the sha256 of the file's key; it may do everything as the default tenant.
+    `is_open`: nobody has made a key yet, so nobody is asked for one. That ends with the first key,
+    and does not come back when all are revoked.
     """
 
     def __init__(self, file_hash: str | None = None) -> None:
         self.has_file_key = file_hash is not None
+        self.is_open = file_hash is None
         self._file_hash = file_hash or _NOBODY
         self._keys: dict[str, KeyRecord] = {}
 
-    def load(self, records: Iterable[KeyRecord]) -> None:
-        """Forget all keys but the file's, and take these; revoked ones are left out."""
+    def load(self, records: Sequence[KeyRecord]) -> None:
+        """Forget all keys but the file's, and take these, of which revoked ones are not good."""
         self._keys = {record.id: record for record in records if record.revoked_at is None}
+        self.is_open = self.is_open and not records
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether there is no key at all, so that nobody can be asked for one."""
-        return not self._keys and not self.has_file_key
+    def put(self, record: KeyRecord) -> None:
+        """Take one key's new state: it is good from now on, or no longer."""
+        self.is_open = False
+        if record.revoked_at is None:
+            self._keys[record.id] = record
+        else:
+            self._keys.pop(record.id, None)
 
     def authenticate(self, token: str) -> Principal | None:
         """Return whose key this is; None if it is nobody's.

@@ -23,6 +23,7 @@ import uvicorn
 from fastapi import FastAPI
 from quickchange_adapters.catalog import Catalog
 from quickchange_adapters.errors import StoreUnavailable
+from quickchange_adapters.key_catalog import KeyCatalog
 from quickchange_adapters.limits import AdapterLimits
 from quickchange_adapters.store import LocalStore
 from transformers.utils.logging import disable_progress_bar
@@ -34,6 +35,8 @@ from quickchange_server.config import ServerConfig
 from quickchange_server.engine.client import EngineClient
 from quickchange_server.engine.settings import EngineSettings
 from quickchange_server.errors import CannotStart, ConfigInvalid, QuickchangeError
+from quickchange_server.key_service import KeyService
+from quickchange_server.keyring import Keyring
 from quickchange_server.memory_budget import MemoryBudget, resolve_budget
 from quickchange_server.memory_limit import device_memory, host_memory
 from quickchange_server.metrics import ServerMetrics
@@ -46,7 +49,7 @@ READY_POLL_S = 0.02
 CUDA_WARNING = "CUDA: written, not yet run on hardware"
 
 
-def run_server(config: ServerConfig, base_folder: Path) -> None:
+def run_server(config: ServerConfig, base_folder: Path, keyring: Keyring) -> None:
     """Serve until a signal asks to stop.
 
     Raises: CannotStart.
@@ -55,7 +58,7 @@ def run_server(config: ServerConfig, base_folder: Path) -> None:
     disable_progress_bar()
     check_adapter_folders(config.static_adapters)
     with bind(config.host, config.port) as listener:
-        services = build_services(config, base_folder)
+        services = build_services(config, base_folder, keyring)
         restore_affinity()
         app = create_app(services)
         server = uvicorn.Server(_uvicorn_config(app, config))
@@ -95,7 +98,7 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def build_services(config: ServerConfig, base_folder: Path) -> AppServices:
+def build_services(config: ServerConfig, base_folder: Path, keyring: Keyring) -> AppServices:
     """Load the base and put together what the routes work with. Blocks for seconds.
 
     Raises: CannotStart.
@@ -112,6 +115,8 @@ def build_services(config: ServerConfig, base_folder: Path) -> AppServices:
         tokenizer=Tokenizer.load(base_folder),
         metrics=metrics,
         is_strict=config.strict_fields,
+        keyring=keyring,
+        keys=KeyService(KeyCatalog(catalog.database), keyring),
         is_loopback_only=not config.is_public,
         cors_origins=config.cors_origin,
     )

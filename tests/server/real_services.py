@@ -3,12 +3,15 @@
 from pathlib import Path
 
 from quickchange_adapters.catalog import Catalog
+from quickchange_adapters.key_catalog import KeyCatalog
 from quickchange_adapters.limits import AdapterLimits
 from quickchange_adapters.store import LocalStore
 from quickchange_server.adapter_service import AdapterService
 from quickchange_server.api.app import AppServices
 from quickchange_server.engine.client import EngineClient
 from quickchange_server.engine.settings import EngineSettings
+from quickchange_server.key_service import KeyService
+from quickchange_server.keyring import Keyring
 from quickchange_server.metrics import ServerMetrics
 from quickchange_server.tokenizer import Tokenizer
 
@@ -31,4 +34,7 @@ def real_services(base: Path, store: Path, limits: AdapterLimits | None = None) 
     service = AdapterService(
         engine, LocalStore(store), catalog, limits or AdapterLimits(), engine.dtype
     )
-    return AppServices(engine, service, Tokenizer.load(base), metrics)
+    keyring = Keyring()
+    keys = KeyService(KeyCatalog(catalog.database), keyring)
+    tokenizer = Tokenizer.load(base)
+    return AppServices(engine, service, tokenizer, metrics, keyring=keyring, keys=keys)

@@ -8,6 +8,7 @@ from quickchange_adapters.store import StagedFile
 from quickchange_server.adapter_service import AdapterService, FileName, UploadForm
 from quickchange_server.adapter_upload import form_problems, refusal
 from quickchange_server.adapter_views import ModelView, ResolvedModel, UploadResult, VersionView
+from quickchange_server.catalog_poll import OnChange
 from quickchange_server.errors import NotFound
 
 
@@ -51,6 +52,9 @@ class ScriptedAdapters(AdapterService):
 
     async def start(self) -> None:
         """Do nothing."""
+
+    def on_catalog_change(self, renew: OnChange) -> None:
+        """Do nothing: there is no catalog."""
 
     async def stop(self) -> None:
         """Do nothing."""

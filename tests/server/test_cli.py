@@ -39,7 +39,8 @@ def test_unavailable_option_is_refused_by_name(arguments: list[str]) -> None:
     ("arguments", "sentence"),
     [
         (["--port", "http"], "--port is 'http'"),
-        (["--host", "0.0.0.0"], "--insecure"),
+        (["--host", "0.0.0.0", "--store", "/no/such/folder"], "--insecure"),
+        (["--admin-key-file", "/no/such/file"], "--admin-key-file /no/such/file: cannot be read"),
         (["stray"], "unexpected argument 'stray'"),
         (["--lora-modules", "a=/x", "b"], "has 'b', but must be NAME=FOLDER"),
         (["--lora-modules", "a=/x", "a=/y"], "names 'a' twice"),

@@ -41,6 +41,7 @@ SAMPLES: dict[str, tuple[str, str, object]] = {
     "drain_timeout": ("1.5", "1.5", 1.5),
     "strict_fields": ("true", "true", True),
     "cors_origin": ("https://a.example", '["https://a.example"]', ("https://a.example",)),
+    "admin_key_file": ("/keys/first", '"/keys/first"', Path("/keys/first")),
     "insecure": ("true", "true", True),
     "enable_lora": ("true", "true", True),
     "lora_modules": ("b=/y", '{b = "/y"}', (StaticAdapter("b", Path("/y")),)),
@@ -260,15 +261,3 @@ def test_adapter_cannot_take_the_name_of_the_base() -> None:
 def test_base_is_called_by_the_last_part_of_its_path(model: str, name: str) -> None:
     assert ServerConfig(model=model).base_name == name
     assert ServerConfig(model=model, served_model_name="x").base_name == "x"
-
-
-@pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "[::1]", "localhost"])
-def test_loopback_needs_no_leave(host: str) -> None:
-    assert load_config({"host": host}, {}).host == host
-
-
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.1.2.3", "example.org"])
-def test_public_address_without_keys_needs_insecure(host: str) -> None:
-    with pytest.raises(ConfigInvalid, match="--insecure"):
-        load_config({"host": host}, {})
-    assert load_config({"host": host, "insecure": True}, {}).host == host

@@ -8,7 +8,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Scope
 
 from quickchange_server import __version__
-from quickchange_server.api import adapters, documentation, generation, models, operations
+from quickchange_server.api import adapters, documentation, generation, keys, models, operations
 from quickchange_server.api.error_handlers import add_error_handlers
 from quickchange_server.api.middleware import (
     BodyLimit,
@@ -38,7 +38,7 @@ def create_app(services: AppServices) -> FastAPI:
     app.state.is_ready = False
     services.metrics.watch(services.engine.snapshot)
     add_error_handlers(app)
-    for room in (generation, adapters, models, operations, documentation):
+    for room in (generation, adapters, models, keys, operations, documentation):
         app.include_router(room.router)
     _add_middleware(app, services)
     return app
@@ -74,6 +74,9 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     services: AppServices = app.state.services
     await services.engine.start()
     try:
+        if services.keys is not None:
+            await services.keys.refresh()
+            services.adapters.on_catalog_change(services.keys.refresh)
         await services.adapters.start()
         for name, folder in services.static_adapters:
             await services.adapters.add_static(name, folder)

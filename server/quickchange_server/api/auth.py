@@ -71,7 +71,7 @@ def authenticate(headers: Headers, keyring: Keyring) -> Principal:
 
     Raises: InvalidApiKey.
     """
-    if keyring.is_empty:
+    if keyring.is_open:
         return Principal()
     sent = headers.getlist("authorization")
     scheme, _, token = sent[0].partition(" ") if len(sent) == 1 else ("", "", "")

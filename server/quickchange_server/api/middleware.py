@@ -86,7 +86,7 @@ class LoopbackGuard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer 403."""
-        if scope["type"] == "http" and self._keyring.is_empty:
+        if scope["type"] == "http" and self._keyring.is_open:
             try:
                 needs_host = not _is_old_probe(scope)
                 check_loopback(Headers(scope=scope), self._cors_origins, needs_host=needs_host)

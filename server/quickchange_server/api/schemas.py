@@ -14,6 +14,7 @@ from pydantic import (
     WrapValidator,
 )
 from pydantic_core import PydanticCustomError
+from quickchange_adapters.api_keys import KeyScope
 
 MAX_CHOICES = 16
 MAX_STOP_STRINGS = 16
@@ -197,6 +198,33 @@ class AliasBody(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     version: StrictInt = Field(ge=1, lt=INT64)
+
+
+def _is_printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("must be printable text on one line")
+    return text
+
+
+def _has_no_repeat(values: list[Any]) -> list[Any]:
+    if len(set(values)) < len(values):
+        raise ValueError("must not name anything twice")
+    return values
+
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?\z")]
+NoRepeat = AfterValidator(_has_no_repeat)
+
+
+class KeyBody(BaseModel):
+    """Body of `POST /v1/keys`. `adapters` null: not limited to named ones."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: Annotated[str, Field(max_length=128), AfterValidator(_is_printable)] = ""
+    tenant: Name | None = None
+    scopes: Annotated[list[KeyScope], Field(min_length=1, max_length=5), NoRepeat] = ["generate"]
+    adapters: Annotated[list[Name], Field(min_length=1, max_length=100), NoRepeat] | None = None
 
 
 class ActionBody(BaseModel):

@@ -8,6 +8,7 @@ from fastapi import Depends, Request
 
 from quickchange_server.adapter_service import AdapterService
 from quickchange_server.engine.interface import GenerationEngine
+from quickchange_server.key_service import KeyService
 from quickchange_server.keyring import Keyring
 from quickchange_server.metrics import ServerMetrics
 from quickchange_server.tokenizer import Tokenizer
@@ -31,7 +32,8 @@ class AppServices:
     Attributes:
         static_adapters: (name, folder) pairs served by this process only.
         is_strict: unknown request fields are refused, not named in a header.
-        keyring: the keys that are good now; while it is empty, nobody is asked for one.
+        keyring: the keys that are good now; while it is open, nobody is asked for one.
+        keys: makes and revokes keys, and tells the keyring; None: there is no place to keep them.
         is_loopback_only: only this machine reaches the server, and may call while there is no key.
         cors_origins: origins whose pages may call nevertheless.
         ping_s: silence after which a stream gets a comment line.
@@ -45,6 +47,7 @@ class AppServices:
     static_adapters: tuple[tuple[str, Path], ...] = ()
     is_strict: bool = False
     keyring: Keyring = field(default_factory=Keyring)
+    keys: KeyService | None = None
     is_loopback_only: bool = True
     cors_origins: tuple[str, ...] = ()
     limits: BodyLimits = field(default_factory=BodyLimits)
