@@ -4,6 +4,7 @@ AdapterError
 ├── AdapterRefused      the bytes are not an adapter that this base can serve (many problems)
 ├── JsonRefused, PatternRefused, HeaderRefused
 │                       one part cannot be read; becomes a Problem (in the part's own module)
+├── CannotCheck         there is no process that could check an upload
 ├── StoreUnavailable    the place where bytes or rows live did not answer
 │   └── StoreFull       it has no room for more
 ├── BlobMissing         the store has no such bytes
@@ -48,6 +49,10 @@ class AdapterRefused(AdapterError):
     def __init__(self, problems: list[Problem]) -> None:
         super().__init__("; ".join(f"{p.code}: {p.message}" for p in problems))
         self.problems = problems
+
+
+class CannotCheck(AdapterError):
+    """No process could be started that would check an upload."""
 
 
 class StoreUnavailable(AdapterError):

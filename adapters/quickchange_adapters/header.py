@@ -8,7 +8,6 @@ Tensors are read with plain reads, never mapped: a file that shrinks must not ki
 Knows no adapters. Source: the safetensors format description.
 """
 
-import hashlib
 import math
 import os
 from collections.abc import Iterable
@@ -89,12 +88,20 @@ def read_array(file: BufferedReader, entry: TensorEntry) -> npt.NDArray[Any]:
 
     Raises: HeaderRefused when the file is shorter than its header said.
     """
-    file.seek(entry.begin)
-    data = bytearray(entry.end - entry.begin)
+    return read_bytes(file, entry, entry.begin, entry.end).reshape(entry.shape)
+
+
+def read_bytes(file: BufferedReader, entry: TensorEntry, begin: int, end: int) -> npt.NDArray[Any]:
+    """Read the values of a tensor that lie in bytes [begin, end) of an open file, flat.
+
+    Raises: HeaderRefused.
+    """
+    file.seek(begin)
+    data = bytearray(end - begin)
     if file.readinto(data) != len(data):
         raise HeaderRefused("weights_invalid", f"the bytes of {entry.name!r} are missing")
     dtype = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}[entry.dtype]
-    return np.frombuffer(data, dtype=dtype).reshape(entry.shape)
+    return np.frombuffer(data, dtype=dtype)
 
 
 def to_float32(array: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.float32]:
@@ -102,12 +109,6 @@ def to_float32(array: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.float32]:
     if dtype == "BF16":
         return (array.astype(np.uint32) << np.uint32(16)).view(np.float32)
     return array.astype(np.float32)
-
-
-def values_sha256(file: BufferedReader, entry: TensorEntry) -> str:
-    """Digest of a tensor's values as little-endian float32, whatever dtype they are stored in."""
-    values = to_float32(read_array(file, entry), entry.dtype)
-    return hashlib.sha256(np.ascontiguousarray(values).astype("<f4").tobytes()).hexdigest()
 
 
 def _read_raw(file: BufferedReader, file_bytes: int, max_bytes: int) -> tuple[dict[str, Any], int]:

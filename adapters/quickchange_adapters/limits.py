@@ -24,3 +24,20 @@ class AdapterLimits:
     max_weights_bytes: int = GIB
     max_header_bytes: int = MIB
     max_value: float = 3.3895e38
+
+
+@dataclass(frozen=True, slots=True)
+class CheckLimits:
+    """What checking one upload may cost; an upload that needs more is refused.
+
+    Attributes:
+        max_cpu_s: computing time, in whole seconds.
+        max_wall_s: time in all, should others have the cores.
+        max_memory_bytes: memory beyond what the process has before its first job.
+        max_jobs: a process is replaced after so many.
+    """
+
+    max_cpu_s: int = 20
+    max_wall_s: float = 60.0
+    max_memory_bytes: int = 256 * MIB
+    max_jobs: int = 500

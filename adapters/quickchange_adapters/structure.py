@@ -12,12 +12,11 @@ from pathlib import Path
 from quickchange_adapters.base_spec import BaseSpec, ModuleSpec
 from quickchange_adapters.config import LoraAdapterConfig, read_config
 from quickchange_adapters.errors import Problem
-from quickchange_adapters.header import HeaderRefused, TensorEntry, read_header, values_sha256
+from quickchange_adapters.header import HeaderRefused, TensorEntry, read_header
 from quickchange_adapters.limits import AdapterLimits
 from quickchange_adapters.patterns import PatternRefused, matched_modules
 from quickchange_adapters.tensor_names import ModuleTensors, sort_tensors
-
-MAX_PROBLEMS = 64
+from quickchange_adapters.tensor_values import values_sha256
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +77,6 @@ def check_structure(
         modules, problems = sort_tensors(tensors)
         structure.problems += problems
         _check_modules(structure, modules, spec, limits)
-    structure.problems = _shortened(structure.problems)
     return structure
 
 
@@ -303,12 +301,3 @@ def copy_problem(file: BufferedReader, copy: FrozenCopy) -> Problem | None:
 def _some(modules: list[str]) -> str:
     shown = ", ".join(modules[:3])
     return shown if len(modules) <= 3 else f"{shown} and {len(modules) - 3} more"
-
-
-def _shortened(problems: list[Problem]) -> list[Problem]:
-    """Keep the first problems of a long list, and say how many there were."""
-    if len(problems) <= MAX_PROBLEMS:
-        return problems
-    more = len(problems) - MAX_PROBLEMS
-    last = problems[MAX_PROBLEMS]
-    return [*problems[:MAX_PROBLEMS], Problem(last.code, "", f"and {more} more problems")]

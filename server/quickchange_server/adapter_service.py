@@ -36,7 +36,7 @@ from quickchange_server.adapter_upload import (
     refusal,
     stage_file,
 )
-from quickchange_server.adapter_uploader import AdapterUploader, Validate, validate_in_thread
+from quickchange_server.adapter_uploader import AdapterUploader, ThreadValidator, Validator
 from quickchange_server.adapter_views import (
     AdapterPage,
     AdapterView,
@@ -67,8 +67,8 @@ class AdapterService:
     `version` arguments: a number, or None for what the bare name means (alias `default`).
     What moves a version between tiers is `AdapterActions`', what changes its rows
     `AdapterChanges`'; both are called here.
-    `validate` may be replaced by one that runs the job in a worker process. `poll_s`: how often the
-    catalog is asked for what other processes did.
+    `validator` says where uploads are checked; None: in threads of this process. `poll_s`: how
+    often the catalog is asked for what other processes did.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class AdapterService:
         catalog: Catalog,
         limits: AdapterLimits,
         dtype: torch.dtype,
-        validate: Validate = validate_in_thread,
+        validator: Validator | None = None,
         poll_s: float = POLL_S,
     ) -> None:
         self.base_names: tuple[str, ...] = (engine.base.name,)
@@ -91,7 +91,9 @@ class AdapterService:
         self._live = LiveCatalog(catalog, self._directory)
         self._poll = CatalogPoll(self._live, poll_s)
         self._files = VersionFiles(store, engine.base, limits, dtype)
-        self._uploader = AdapterUploader(engine.base, store, self._live, limits, validate)
+        self._uploader = AdapterUploader(
+            engine.base, store, self._live, limits, validator or ThreadValidator()
+        )
         self._loader = AdapterLoader(engine, self._files.read_weights, self._directory.is_served)
         self._remover = AdapterRemover(store, self._live, self._directory, self._loader)
         self._views = ViewBuilder(engine)
@@ -127,7 +129,7 @@ class AdapterService:
     async def stop(self) -> None:
         """End background work and close the catalog. Uploads under way are finished first."""
         await self._poll.stop()
-        await self._uploader.join()
+        await self._uploader.stop()
         await self._remover.stop()
         await self._loader.stop()
         await asyncio.to_thread(self._catalog.close)

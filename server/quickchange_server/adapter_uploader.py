@@ -3,17 +3,19 @@
 import asyncio
 import logging
 import secrets
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Protocol
 
 from quickchange_adapters.base_spec import BaseSpec
 from quickchange_adapters.errors import StoreUnavailable
 from quickchange_adapters.limits import AdapterLimits
 from quickchange_adapters.publication import publish_upload
 from quickchange_adapters.records import NewVersion, Published
+from quickchange_adapters.report import Report, refused
 from quickchange_adapters.store import StagedFile, Store
-from quickchange_adapters.validate import Report, ValidationJob, refused
+from quickchange_adapters.validate import ValidationJob
 
 from quickchange_server.adapter_upload import (
     UploadForm,
@@ -28,12 +30,29 @@ from quickchange_server.shared_tasks import SharedTasks
 MAX_CHECKS = 2
 log = logging.getLogger(__name__)
 
-Validate = Callable[[ValidationJob], Awaitable[Report]]
+
+class Validator(Protocol):
+    """Where uploads are checked."""
+
+    async def validate(self, job: ValidationJob) -> Report:
+        """Do one job and return its report.
+
+        Raises: Unavailable.
+        """
+
+    async def stop(self) -> None:
+        """End what checks; nobody waits for it any more."""
 
 
-async def validate_in_thread(job: ValidationJob) -> Report:
-    """Check an upload in a thread of this process."""
-    return await asyncio.to_thread(job.run)
+class ThreadValidator:
+    """Checks uploads in threads of this process. For tests, and where nobody uploads strangers'."""
+
+    async def validate(self, job: ValidationJob) -> Report:
+        """Do a job; it holds a core and Python's lock as long as it takes."""
+        return await asyncio.to_thread(job.run)
+
+    async def stop(self) -> None:
+        """Do nothing."""
 
 
 class AdapterUploader:
@@ -45,19 +64,20 @@ class AdapterUploader:
         store: Store,
         live: LiveCatalog,
         limits: AdapterLimits,
-        validate: Validate,
+        validator: Validator,
     ) -> None:
         self._base = base
         self._store = store
         self._live = live
         self._limits = limits
-        self._validate = validate
+        self._validator = validator
         self._checks = asyncio.Semaphore(MAX_CHECKS)
         self._publishing: SharedTasks[Published] = SharedTasks()
 
-    async def join(self) -> None:
-        """Wait for what is being published."""
+    async def stop(self) -> None:
+        """Wait for what is being published, and end what checks."""
         await self._publishing.join()
+        await self._validator.stop()
 
     async def discard(self, staged: Iterable[StagedFile]) -> None:
         """Forget staged files; what is already gone is skipped, and what stays is swept later."""
@@ -86,7 +106,7 @@ class AdapterUploader:
     async def validate(self, job: ValidationJob) -> Report:
         """Do a job when its turn comes; a few at a time bound their memory."""
         async with self._checks:
-            return await self._validate(job)
+            return await self._validator.validate(job)
 
     async def publish(self, form: UploadForm, taken_names: Sequence[str]) -> Published:
         """Check an upload and make it a version.

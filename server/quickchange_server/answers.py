@@ -8,6 +8,7 @@ from quickchange_adapters.errors import (
     AdminKeyNeeded,
     AliasInUse,
     BlobMissing,
+    CannotCheck,
     LastAdminKey,
     MergeBudgetExceeded,
     NotInCatalog,
@@ -40,6 +41,8 @@ def _answer(error: AdapterError) -> QuickchangeError | None:
     message = str(error)
     if isinstance(error, StoreUnavailable | BlobMissing):
         return Unavailable(message, code="store_unavailable")
+    if isinstance(error, CannotCheck):
+        return Unavailable(message)
     if isinstance(error, NotInCatalog):
         return NotFound(message, code=f"{error.what}_not_found")
     if isinstance(error, AliasInUse):

@@ -43,6 +43,7 @@ from quickchange_server.metrics import ServerMetrics
 from quickchange_server.option import StaticAdapter
 from quickchange_server.thread_affinity import restore_affinity
 from quickchange_server.tokenizer import Tokenizer
+from quickchange_server.upload_checker import UploadChecker
 
 KEEP_ALIVE_S = 75
 READY_POLL_S = 0.02
@@ -104,6 +105,8 @@ def build_services(config: ServerConfig, base_folder: Path, keyring: Keyring) ->
     Raises: CannotStart.
     """
     store, catalog = _open_store(config)
+    checker = UploadChecker()
+    checker.warm_up()
     budget = _budget(config, base_folder)
     _say(budget.render())
     metrics = ServerMetrics()
@@ -111,7 +114,7 @@ def build_services(config: ServerConfig, base_folder: Path, keyring: Keyring) ->
     limits = AdapterLimits(max_rank=config.max_lora_rank)
     return AppServices(
         engine=engine,
-        adapters=AdapterService(engine, store, catalog, limits, engine.dtype),
+        adapters=AdapterService(engine, store, catalog, limits, engine.dtype, checker),
         tokenizer=Tokenizer.load(base_folder),
         metrics=metrics,
         is_strict=config.strict_fields,

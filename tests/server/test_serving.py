@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 from quickchange_server.errors import ConfigInvalid
 from quickchange_server.serving import pick_device, ready_text
@@ -92,7 +93,10 @@ def test_base_and_adapter_answer_and_sigterm_ends_with_0(
     log = server.log.read_text()
     for words in ("KV cache", "merged copies", f"curl {server.url}/v1/models", '"model": "bold"'):
         assert words in log
+    (worker,) = psutil.Process(server.process.pid).children()
+    assert "quickchange_adapters.validation_worker" in worker.cmdline()
     assert server.stop() == 0
+    assert psutil.wait_procs([worker], timeout=20)[1] == []
     assert server.log.read_text().endswith("stopped\n")
     assert "Traceback" not in server.log.read_text()
 

@@ -319,7 +319,7 @@ def _fused_bias(linears: list[Linear]) -> Tensor | None:
 
 
 def _values_sha256(weight: Tensor) -> str:
-    """Digest of a weight's values as float32, as `header.values_sha256` takes it of a file."""
+    """Digest of a weight's values as float32, as `tensor_values` takes it of a file."""
     values = weight.detach().cpu().float().contiguous()
     return hashlib.sha256(values.view(torch.uint8).numpy().data).hexdigest()
 
