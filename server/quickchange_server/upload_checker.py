@@ -47,6 +47,8 @@ class UploadChecker:
         for worker in self._workers:
             worker.end()
         await asyncio.to_thread(self._threads.shutdown, cancel_futures=True)
+        for worker in self._workers:
+            await asyncio.to_thread(worker.forget)
 
     def _run(self, job: CheckJob) -> Report:
         worker = self._idle.pop()
@@ -81,6 +83,11 @@ class _Worker:
             self._has_ended = True
             if self._process is not None:
                 self._process.kill()
+
+    def forget(self) -> None:
+        """Take leave of the ended process; nobody is in `run` any more."""
+        if self._process is not None:
+            self._process.stop()
 
     def _usable(self) -> ValidationProcess:
         with self._lock:
