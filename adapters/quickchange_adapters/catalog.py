@@ -318,7 +318,7 @@ class Catalog:
         )
         assert result.inserted_primary_key is not None
         version_id = result.inserted_primary_key[0]
-        rows.add_files(connection, version_id, new.files)
+        rows.add_files(connection, version_id, new.files, new.task_text)
         if is_first:
             rows.point_alias(connection, adapter_id, DEFAULT_ALIAS, version_id)
         self._note(connection, "publish", new, number, actor=new.actor)

@@ -15,6 +15,7 @@ from quickchange_adapters.catalog_schema import (
     catalog_state,
     events,
     reservations,
+    tasks,
     version_files,
     versions,
 )
@@ -119,7 +120,9 @@ def add_blob(connection: Connection, sha256: str, num_bytes: int) -> None:
         connection.execute(insert(blobs).values(sha256=sha256, num_bytes=num_bytes, num_refs=0))
 
 
-def add_files(connection: Connection, version_id: int, files: Iterable[FileRecord]) -> None:
+def add_files(
+    connection: Connection, version_id: int, files: Iterable[FileRecord], task_text: str | None
+) -> None:
     """Attach files to a version; each counts as one reference to its blob."""
     for file in files:
         add_blob(connection, file.sha256, file.num_bytes)
@@ -127,14 +130,17 @@ def add_files(connection: Connection, version_id: int, files: Iterable[FileRecor
         connection.execute(
             insert(version_files).values(version_id=version_id, file=file.file, sha256=file.sha256)
         )
+    if task_text is not None:
+        connection.execute(insert(tasks).values(version_id=version_id, text=task_text))
 
 
 def remove_version(connection: Connection, version_id: int) -> None:
-    """Remove a version's row, its files' rows, and their references to blobs."""
+    """Remove a version's row, its task's and its files' rows, and their references to blobs."""
     of_version = version_files.c.version_id == version_id
     for sha256 in connection.scalars(select(version_files.c.sha256).where(of_version)).all():
         _count_reference(connection, sha256, -1)
     connection.execute(delete(version_files).where(of_version))
+    connection.execute(delete(tasks).where(tasks.c.version_id == version_id))
     connection.execute(delete(versions).where(versions.c.id == version_id))
 
 
@@ -171,9 +177,12 @@ def _versions_by_adapter(
         .order_by(versions.c.number)
     )
     files_of = _files_by_version(connection, where)
+    task_of = _tasks_by_version(connection, where)
     found: dict[int, list[VersionRecord]] = defaultdict(list)
     for row in connection.execute(query).mappings():
-        found[row["adapter_id"]].append(_version_record(row, files_of[row["id"]]))
+        found[row["adapter_id"]].append(
+            _version_record(row, files_of[row["id"]], task_of.get(row["id"]))
+        )
     return found
 
 
@@ -198,7 +207,19 @@ def _files_by_version(
     return found
 
 
-def _version_record(row: RowMapping, files: list[FileRecord]) -> VersionRecord:
+def _tasks_by_version(connection: Connection, where: ColumnElement[bool]) -> dict[int, str]:
+    query = (
+        select(tasks.c.version_id, tasks.c.text)
+        .join(versions, versions.c.id == tasks.c.version_id)
+        .join(adapters, adapters.c.id == versions.c.adapter_id)
+        .where(where)
+    )
+    return {row.version_id: row.text for row in connection.execute(query)}
+
+
+def _version_record(
+    row: RowMapping, files: list[FileRecord], task_text: str | None
+) -> VersionRecord:
     values: dict[str, Any] = {
         key: row[key]
         for key in ("tenant", "name", "number", "digest", "state", "base_name", "peft_type")
@@ -209,4 +230,5 @@ def _version_record(row: RowMapping, files: list[FileRecord]) -> VersionRecord:
         target_modules=tuple(json.loads(row["target_modules"])),
         files=tuple(sorted(files, key=lambda file: FILE_ORDER.index(file.file))),
         created_at=row["created_at"],
+        task_text=task_text,
     )

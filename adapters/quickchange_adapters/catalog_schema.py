@@ -1,7 +1,7 @@
 """The catalog's tables, and how its database is opened. Knows no rules.
 
     adapters 1─* versions 1─* version_files *─1 blobs        events: append only, by name
-           1─* aliases *─1 versions                          reservations: uploads under way
+           1─* aliases *─1 versions 1─? tasks                reservations: uploads under way
     api_keys: who may call
 
 A deleted adapter's row stays (`deleted_at`), so that its numbers are never given again.
@@ -79,6 +79,14 @@ version_files = Table(
     Column("version_id", ForeignKey("versions.id"), primary_key=True),
     Column("file", String(64), primary_key=True),
     Column("sha256", ForeignKey("blobs.sha256"), nullable=False),
+)
+
+# The text of task.json again, beside its blob, so that resolving a name opens no file.
+tasks = Table(
+    "tasks",
+    metadata,
+    Column("version_id", ForeignKey("versions.id"), primary_key=True),
+    Column("text", Text, nullable=False),
 )
 
 aliases = Table(

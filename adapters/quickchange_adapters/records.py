@@ -26,7 +26,10 @@ class FileRecord:
 
 @dataclass(frozen=True, slots=True)
 class VersionRecord:
-    """One immutable upload. `report` is read apart, as it may be long."""
+    """One immutable upload. `report` is read apart, as it may be long.
+
+    `task_text` is its task.json as it was sent; None if it has none.
+    """
 
     tenant: str
     name: str
@@ -39,6 +42,7 @@ class VersionRecord:
     target_modules: tuple[str, ...]
     files: tuple[FileRecord, ...]
     created_at: int
+    task_text: str | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -98,6 +102,7 @@ class NewVersion:
     visibility: str | None = None
     actor: str = ""
     upload_id: str = ""
+    task_text: str | None = None
 
     @property
     def digest(self) -> str:

@@ -21,6 +21,7 @@ from quickchange_adapters.records import (
     VersionRecord,
 )
 from quickchange_adapters.store import StagedFile, Store
+from quickchange_adapters.task import MAX_TASK_BYTES
 from quickchange_adapters.validate import Report, ValidationJob
 
 from quickchange_server.adapter_actions import AdapterActions
@@ -51,14 +52,14 @@ from quickchange_server.catalog_poll import POLL_S, CatalogPoll, OnChange
 from quickchange_server.engine.interface import GenerationEngine
 from quickchange_server.errors import Conflict, NotFound
 from quickchange_server.live_catalog import LiveCatalog
-from quickchange_server.static_folder import read_folder, static_record
+from quickchange_server.static_folder import read_folder, read_folder_task, static_record
 from quickchange_server.version_files import VersionFiles
+from quickchange_server.version_task import read_version_task
 from quickchange_server.view_builder import ViewBuilder, event_json
 
 __all__ = ["AdapterService", "FileName", "UploadForm", "UploadRefused"]
 
 INCOMING_S = 3600.0
-MAX_TASK_BYTES = 16 << 10
 
 
 class AdapterService:
@@ -191,10 +192,12 @@ class AdapterService:
         files = await asyncio.to_thread(read_folder, name, folder)
         paths = folder / CONFIG_FILE, folder / WEIGHTS_FILE
         job = ValidationJob(*paths, self._engine.base, self._limits, allow_noop=True)
+        task = await asyncio.to_thread(read_folder_task, name, folder)
         report = await self._uploader.validate(job)
-        if not report.ok:
-            raise refusal(report.problems)
-        return self._add_static(static_record(name, files, report), folder, report)
+        problems = (*report.problems, *task.problems)
+        if problems:
+            raise refusal(problems)
+        return self._add_static(static_record(name, files, report, task.text), folder, report)
 
     async def list(
         self, *, after: str | None = None, limit: int = 20, tenant: str = DEFAULT_TENANT
@@ -251,13 +254,18 @@ class AdapterService:
     def resolve(self, model: str, *, tenant: str = DEFAULT_TENANT) -> ResolvedModel:
         """Say what a model string means now. A look-up in memory: never waits.
 
-        Raises: NotFound (model_not_found).
+        Raises: NotFound (model_not_found), Conflict (its task.json is not this version's).
         """
         if model in self.base_names:
             return ResolvedModel("base", self.base_names[0], self._engine.base.digest, tenant)
         version = self._lookup.meant(model, tenant)
         return ResolvedModel(
-            "adapter", version.name, version.digest, version.tenant, version.number
+            "adapter",
+            version.name,
+            version.digest,
+            version.tenant,
+            version.number,
+            read_version_task(version),
         )
 
     async def acquire(self, resolved: ResolvedModel) -> None:

@@ -9,6 +9,7 @@ from quickchange_adapters.errors import BlobTooLarge, Problem, StoreUnavailable
 from quickchange_adapters.names import DEFAULT_TENANT, adapter_name_problem, alias_problem
 from quickchange_adapters.records import CONFIG_FILE, TASK_FILE, WEIGHTS_FILE, FileRecord
 from quickchange_adapters.store import StagedFile, Store
+from quickchange_adapters.task import Task, TaskReading, read_task_file
 
 from quickchange_server.errors import (
     Conflict,
@@ -78,7 +79,7 @@ def refusal(problems: Sequence[Problem]) -> QuickchangeError:
 
 
 def form_problems(form: UploadForm, taken_names: Collection[str]) -> list[Problem]:
-    """Return what is wrong with an upload apart from what its two files hold."""
+    """Return what is wrong with an upload apart from what its files hold."""
     problems = [adapter_name_problem(form.name) if form.name else _MISSING_NAME]
     if form.name in taken_names:
         message = f"the name {form.name!r} is served by this process itself"
@@ -92,12 +93,14 @@ def form_problems(form: UploadForm, taken_names: Collection[str]) -> list[Proble
         problems.append(_missing("config_invalid", "adapter_config", CONFIG_FILE))
     if form.adapter_model is None:
         problems.append(_missing("weights_invalid", "adapter_model", WEIGHTS_FILE))
-    if form.task is not None:
-        message = "task.json is not served by this version"
-        problems.append(Problem("task_invalid", "task", message, "leave the part out"))
     said = {problem.where for problem in form.problems}
     found = [problem for problem in problems if problem is not None and problem.where not in said]
     return [*form.problems, *found]
+
+
+def read_task_part(form: UploadForm) -> TaskReading:
+    """Read the task.json of an upload; without one, a task that fills nothing. Raises OSError."""
+    return TaskReading(Task()) if form.task is None else read_task_file(form.task.path)
 
 
 def by_part(problem: Problem) -> Problem:
@@ -105,11 +108,15 @@ def by_part(problem: Problem) -> Problem:
     return replace(problem, where=PART_OF.get(problem.where, problem.where))
 
 
-def file_records(config: StagedFile, weights: StagedFile) -> tuple[FileRecord, ...]:
+def file_records(form: UploadForm) -> tuple[FileRecord, ...]:
     """Return the files of a version, in the digest's order."""
-    return (
-        FileRecord(CONFIG_FILE, config.sha256, config.num_bytes),
-        FileRecord(WEIGHTS_FILE, weights.sha256, weights.num_bytes),
+    files = (
+        (CONFIG_FILE, form.adapter_config),
+        (WEIGHTS_FILE, form.adapter_model),
+        (TASK_FILE, form.task),
+    )
+    return tuple(
+        FileRecord(name, file.sha256, file.num_bytes) for name, file in files if file is not None
     )
 
 

@@ -22,6 +22,7 @@ from quickchange_server.adapter_upload import (
     by_part,
     file_records,
     form_problems,
+    read_task_part,
     refusal,
 )
 from quickchange_server.live_catalog import LiveCatalog
@@ -90,8 +91,10 @@ class AdapterUploader:
     async def check(self, form: UploadForm, taken_names: Sequence[str]) -> Report:
         """Return the report of an upload, with everything that is wrong with it."""
         problems = form_problems(form, taken_names)
+        task = await asyncio.to_thread(read_task_part, form)
+        task_problems = map(by_part, task.problems)
         if form.adapter_config is None or form.adapter_model is None:
-            return refused(problems, self._base)
+            return refused((*problems, *task_problems), self._base)
         job = ValidationJob(
             form.adapter_config.path,
             form.adapter_model.path,
@@ -101,7 +104,8 @@ class AdapterUploader:
             form.strict_base,
         )
         report = await self.validate(job)
-        return replace(report, problems=(*problems, *map(by_part, report.problems)))
+        found = map(by_part, report.problems)
+        return replace(report, problems=(*problems, *found, *task_problems))
 
     async def validate(self, job: ValidationJob) -> Report:
         """Do a job when its turn comes; a few at a time bound their memory."""
@@ -116,7 +120,8 @@ class AdapterUploader:
         report = await self.check(form, taken_names)
         if not report.ok:
             raise refusal(report.problems)
-        new = self._new_version(form, report)
+        task = await asyncio.to_thread(read_task_part, form)
+        new = self._new_version(form, report, task.text)
 
         async def work() -> Published:
             keep = partial(publish_upload, self._live.catalog, self._store, new, form.staged)
@@ -125,12 +130,10 @@ class AdapterUploader:
         # The picture in memory must follow the commit, even if the caller leaves in between.
         return await self._publishing.run(new.upload_id, work)
 
-    def _new_version(self, form: UploadForm, report: Report) -> NewVersion:
-        assert form.adapter_config is not None
-        assert form.adapter_model is not None
+    def _new_version(self, form: UploadForm, report: Report, task_text: str | None) -> NewVersion:
         return NewVersion(
             name=form.name,
-            files=file_records(form.adapter_config, form.adapter_model),
+            files=file_records(form),
             base_name=self._base.name,
             base_digest=self._base.digest,
             ranks=report.ranks,
@@ -141,4 +144,5 @@ class AdapterUploader:
             tags=form.tags or None,
             visibility=form.visibility,
             upload_id=secrets.token_hex(16),
+            task_text=task_text,
         )

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from quickchange_adapters.task import Task
+
 Json = dict[str, Any]
 VersionState = Literal["ready", "quarantined", "disabled", "deleting"]
 Tier = Literal["disk", "host", "device"]
@@ -244,4 +246,4 @@ class ResolvedModel:
     digest: str
     tenant: str = "default"
     version: int | None = None
-    task: Json | None = None
+    task: Task | None = None

@@ -7,25 +7,50 @@ from pathlib import Path
 from quickchange_adapters.names import DEFAULT_ALIAS, DEFAULT_TENANT
 from quickchange_adapters.records import (
     CONFIG_FILE,
+    TASK_FILE,
     WEIGHTS_FILE,
     AdapterRecord,
     FileRecord,
     VersionRecord,
     version_digest,
 )
+from quickchange_adapters.task import Task, TaskReading, read_task_file
 from quickchange_adapters.validate import Report
 
 from quickchange_server.errors import Conflict, InvalidRequest
 
 BLOCK_BYTES = 1 << 20
+_CODE_OF = {
+    CONFIG_FILE: "config_invalid",
+    WEIGHTS_FILE: "weights_invalid",
+    TASK_FILE: "task_invalid",
+}
 
 
 def read_folder(name: str, folder: Path) -> tuple[FileRecord, ...]:
-    """Return what an adapter's folder holds now.
+    """Return what an adapter's folder holds now; only task.json may be missing.
 
     Raises: InvalidRequest when a file is missing or cannot be read.
     """
-    return tuple(_read_file(name, folder / file) for file in (CONFIG_FILE, WEIGHTS_FILE))
+    files = [CONFIG_FILE, WEIGHTS_FILE]
+    if (folder / TASK_FILE).exists():
+        files.append(TASK_FILE)
+    return tuple(_read_file(name, folder / file) for file in files)
+
+
+def read_folder_task(name: str, folder: Path) -> TaskReading:
+    """Read the task.json of a folder; without one, a task that fills nothing.
+
+    Call it after `read_folder`: what changed in between is then refused when it is loaded.
+
+    Raises: InvalidRequest when it cannot be read.
+    """
+    try:
+        return read_task_file(folder / TASK_FILE)
+    except FileNotFoundError:
+        return TaskReading(Task())
+    except OSError as error:
+        raise _unreadable(name, TASK_FILE, error) from error
 
 
 def check_unchanged(version: VersionRecord, folder: Path) -> None:
@@ -44,7 +69,9 @@ def check_unchanged(version: VersionRecord, folder: Path) -> None:
         )
 
 
-def static_record(name: str, files: tuple[FileRecord, ...], report: Report) -> AdapterRecord:
+def static_record(
+    name: str, files: tuple[FileRecord, ...], report: Report, task_text: str | None
+) -> AdapterRecord:
     """Return the record of an adapter that lives as long as this process: version 1, default."""
     now = int(time.time())
     version = VersionRecord(
@@ -59,6 +86,7 @@ def static_record(name: str, files: tuple[FileRecord, ...], report: Report) -> A
         target_modules=report.target_modules,
         files=files,
         created_at=now,
+        task_text=task_text,
     )
     return AdapterRecord(
         tenant=DEFAULT_TENANT,
@@ -81,8 +109,12 @@ def _read_file(name: str, path: Path) -> FileRecord:
                 sha256.update(block)
                 num_bytes += len(block)
     except OSError as error:
-        raise InvalidRequest(
-            f"the folder of adapter {name!r} has no readable {path.name}: {error.strerror}",
-            code="config_invalid" if path.name == CONFIG_FILE else "weights_invalid",
-        ) from error
+        raise _unreadable(name, path.name, error) from error
     return FileRecord(path.name, sha256.hexdigest(), num_bytes)
+
+
+def _unreadable(name: str, file: str, error: OSError) -> InvalidRequest:
+    return InvalidRequest(
+        f"the folder of adapter {name!r} has no readable {file}: {error.strerror}",
+        code=_CODE_OF[file],
+    )

@@ -1,6 +1,7 @@
 """Views of adapters, made of the catalog's records and of what the engine holds."""
 
 import asyncio
+import json
 import platform
 import time
 from collections.abc import Iterable, Mapping
@@ -59,7 +60,7 @@ class ViewBuilder:
             rank=max(record.ranks, default=0),
             ranks=record.ranks,
             target_modules=record.target_modules,
-            task=None,
+            task=None if record.task_text is None else json.loads(record.task_text),
             file_bytes=record.num_bytes,
             host_bytes=resident.host_bytes if resident else 0,
             device_bytes=resident.device_bytes if resident else 0,

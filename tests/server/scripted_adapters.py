@@ -5,6 +5,7 @@ from pathlib import Path
 
 from quickchange_adapters.errors import Problem
 from quickchange_adapters.store import StagedFile
+from quickchange_adapters.task import Task
 from quickchange_server.adapter_service import AdapterService, FileName, UploadForm
 from quickchange_server.adapter_upload import form_problems, refusal
 from quickchange_server.adapter_views import ModelView, ResolvedModel, UploadResult, VersionView
@@ -41,9 +42,10 @@ class ScriptedAdapters(AdapterService):
     """Adapters by name; uploads are remembered with their bytes, or refused with `problems`."""
 
     def __init__(self, digests: dict[str, str] | None = None, base: str = "tiny") -> None:
-        """Serve `digests`: model string -> digest."""
+        """Serve `digests`: model string -> digest; `tasks`: adapter's name -> task."""
         self.base_names = (base,)
         self.digests = digests or {}
+        self.tasks: dict[str, Task] = {}
         self.problems: list[Problem] = []
         self.acquired: list[str] = []
         self.uploads: list[UploadForm] = []
@@ -72,8 +74,6 @@ class ScriptedAdapters(AdapterService):
     async def upload(self, form: UploadForm) -> UploadResult:
         """Refuse with the form's problems and `problems`, or accept."""
         problems = [*form_problems(form, self.base_names), *self.problems]
-        if form.task is not None:
-            problems = [problem for problem in problems if problem.where != "task"]
         if problems:
             raise refusal(problems)
         self.uploads.append(form)
@@ -88,7 +88,8 @@ class ScriptedAdapters(AdapterService):
         if model not in self.digests:
             raise NotFound(f"there is no model {model!r}", code="model_not_found", param="model")
         name = model.partition("@")[0].partition(":")[0]
-        return ResolvedModel("adapter", name, self.digests[model], version=1)
+        task = self.tasks.get(name)
+        return ResolvedModel("adapter", name, self.digests[model], version=1, task=task)
 
     async def acquire(self, resolved: ResolvedModel) -> None:
         """Remember what was asked for."""

@@ -160,8 +160,8 @@ async def test_refused_weights_leave_nothing(world: World) -> None:
         world.service.resolve("a")
 
 
-async def test_missing_parts_and_a_task_are_said(world: World) -> None:
-    task = await world.service.stage("task.json", chunks(b"{}"))
+async def test_missing_parts_and_a_bad_task_are_said(world: World) -> None:
+    task = await world.service.stage("task.json", chunks(b"{"))
     with pytest.raises(UploadRefused) as caught:
         await world.service.upload(UploadForm("a", None, None, task))
     codes = {(p.code, p.where) for p in caught.value.problems}

@@ -23,7 +23,6 @@ BOOKKEEPING = frozenset(
         "prompt_cache_retention",
         "safety_identifier",
         "request_id",
-        "raw_prompt",
     }
 )
 """Fields whose every value leaves the answer as it is."""

@@ -5,14 +5,12 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from quickchange_adapters.task import MAX_STOP_CHARS, MAX_STOP_STRINGS
+
 from quickchange_server.adapter_service import AdapterService
 from quickchange_server.adapter_views import ResolvedModel
 from quickchange_server.api.prompts import PromptIds
-from quickchange_server.api.schemas import (
-    MAX_STOP_CHARS,
-    MAX_STOP_STRINGS,
-    GenerationBody,
-)
+from quickchange_server.api.schemas import GenerationBody
 from quickchange_server.engine.request import AdapterRef, GenerationRequest, SamplingParams
 from quickchange_server.errors import InvalidRequest
 

@@ -20,6 +20,7 @@ from quickchange_server.api.prompts import (
 )
 from quickchange_server.api.schemas import ChatBody, CompletionBody, GenerationBody
 from quickchange_server.api.services import AppServices
+from quickchange_server.api.task_filling import fill_sampling, task_of
 from quickchange_server.engine.request import GenerationRequest
 from quickchange_server.errors import InvalidRequest
 
@@ -49,11 +50,15 @@ async def plan_chat(body: ChatBody, services: AppServices, tenant: str) -> Gener
     Raises: InvalidRequest, ContextLengthExceeded, NotFound.
     """
     model = resolve_model(body, services.adapters, tenant)
+    task = task_of(body, model)
+    body = fill_sampling(body, task)
     top = chat_top_logprobs(body)
-    prompt = await read_chat(body.messages, services.tokenizer)
+    prompt = await read_chat(body.messages, services.tokenizer, task)
     wanted = body.max_completion_tokens or body.max_tokens
     max_model_len = services.engine.max_model_len
-    limit = fit_max_tokens(len(prompt.token_ids), wanted, None, max_model_len, "messages")
+    limit = fit_max_tokens(
+        len(prompt.token_ids), wanted, task.max_tokens, max_model_len, "messages"
+    )
     head = answer_head("chatcmpl", body.model, services.engine.base.digest, model)
     shared = _shared_request(head.id, body, model, services, tenant, top)
     n = body.n or 1
@@ -69,11 +74,14 @@ async def plan_completion(
     Raises: InvalidRequest, ContextLengthExceeded, NotFound.
     """
     model = resolve_model(body, services.adapters, tenant)
+    task = task_of(body, model)
+    body = fill_sampling(body, task)
     is_prompt_only = body.max_tokens == 0
     if is_prompt_only and not body.echo:
         raise InvalidRequest("max_tokens: 0 needs echo: true; else at least 1", param="max_tokens")
-    prompts = await read_prompts(body.prompt, services.tokenizer, vocab_size(services))
-    limits = _completion_limits(body, prompts, services.engine.max_model_len)
+    prompts = await read_prompts(body.prompt, services.tokenizer, vocab_size(services), task)
+    default = task.max_tokens or DEFAULT_COMPLETION_TOKENS
+    limits = _completion_limits(body, prompts, default, services.engine.max_model_len)
     head = answer_head("cmpl", body.model, services.engine.base.digest, model)
     shared = _shared_request(head.id, body, model, services, tenant, body.logprobs)
     n = body.n or 1
@@ -90,10 +98,9 @@ async def plan_completion(
 
 
 def _completion_limits(
-    body: CompletionBody, prompts: Sequence[PromptIds], max_model_len: int
+    body: CompletionBody, prompts: Sequence[PromptIds], default: int, max_model_len: int
 ) -> list[int]:
     wanted = 1 if body.max_tokens == 0 else body.max_tokens
-    default = DEFAULT_COMPLETION_TOKENS
     return [
         fit_max_tokens(len(prompt.token_ids), wanted, default, max_model_len, "prompt")
         for prompt in prompts

@@ -3,6 +3,7 @@
 from typing import Any
 
 from fastapi import APIRouter
+from quickchange_adapters.task import Task
 
 from quickchange_server.api.auth import Generator
 from quickchange_server.api.generation_planner import vocab_size
@@ -32,9 +33,9 @@ async def get_model(model_id: str, services: Services, caller: Generator) -> Jso
 
 @router.post("/tokenize")
 async def tokenize(body: TokenizeBody, services: Services, caller: Generator) -> Json:
-    """Return the token ids of a prompt, or of messages in the base's chat template."""
-    _check_model(body.model, services, caller.tenant)
-    token_ids = await _token_ids(body, services)
+    """Return the token ids that generation makes of a prompt or of messages, task included."""
+    task = _task(body.model, services, caller.tenant)
+    token_ids = await _token_ids(body, services, Task() if body.raw_prompt else task)
     pieces = None
     if body.return_token_strs:
         pieces = [services.tokenizer.token_piece(token_id) for token_id in token_ids]
@@ -49,7 +50,7 @@ async def tokenize(body: TokenizeBody, services: Services, caller: Generator) ->
 @router.post("/detokenize")
 async def detokenize(body: DetokenizeBody, services: Services, caller: Generator) -> Json:
     """Return the text of token ids, special tokens included."""
-    _check_model(body.model, services, caller.tenant)
+    _task(body.model, services, caller.tenant)
     limit = vocab_size(services)
     for token_id in body.tokens:
         if token_id >= limit:
@@ -59,17 +60,19 @@ async def detokenize(body: DetokenizeBody, services: Services, caller: Generator
     return {"prompt": services.tokenizer.decode(body.tokens, skip_special_tokens=False)}
 
 
-async def _token_ids(body: TokenizeBody, services: AppServices) -> list[int]:
+async def _token_ids(body: TokenizeBody, services: AppServices, task: Task) -> list[int]:
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequest("send either prompt or messages", param="prompt")
     if body.prompt is not None:
         has_specials = body.add_special_tokens is not False
-        return await services.tokenizer.encode_async(body.prompt, has_specials)
-    messages = template_messages(body.messages or ())
+        text = task.render_prompt(body.prompt)
+        return await services.tokenizer.encode_async(text, has_specials)
+    messages = task.render_chat(template_messages(body.messages or ()))
     return await services.tokenizer.encode_chat(messages, body.add_generation_prompt)
 
 
-def _check_model(model: str | None, services: AppServices, tenant: str) -> None:
-    """All models share the base's tokenizer; an unknown one is still a 404."""
-    if model is not None:
-        services.adapters.resolve(model, tenant=tenant)
+def _task(model: str | None, services: AppServices, tenant: str) -> Task:
+    """Return a model's task; all share the base's tokenizer, and an unknown one is still a 404."""
+    if model is None:
+        return Task()
+    return services.adapters.resolve(model, tenant=tenant).task or Task()

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from quickchange_adapters.task import Task
+
 from quickchange_server.api.schemas import ChatMessage, Prompt
 from quickchange_server.errors import ContextLengthExceeded, InvalidRequest
 from quickchange_server.tokenizer import Tokenizer
@@ -18,21 +20,24 @@ _TEMPLATE_ROLES = {
 
 @dataclass(frozen=True, slots=True)
 class PromptIds:
-    """One prompt. `text` is what the caller wrote; None when token ids were sent."""
+    """One prompt. `text` is what was tokenised; None when token ids were sent."""
 
     token_ids: tuple[int, ...]
     text: str | None = None
 
 
 async def read_prompts(
-    prompt: Prompt, tokenizer: Tokenizer, vocab_size: int
+    prompt: Prompt, tokenizer: Tokenizer, vocab_size: int, task: Task
 ) -> tuple[PromptIds, ...]:
-    """Return the prompts of a completion, tokenised; ids that were sent are below `vocab_size`.
+    """Return the prompts of a completion, in the task's form and tokenised.
+
+    Token ids that were sent stay as they are; they must be below `vocab_size`.
 
     Raises: InvalidRequest.
     """
     texts = [prompt] if isinstance(prompt, str) else [p for p in prompt if isinstance(p, str)]
     if texts:
+        texts = [task.render_prompt(text) for text in texts]
         encoded = await tokenizer.encode_many_async(texts)
         return tuple(PromptIds(_some(i), text) for i, text in zip(encoded, texts, strict=True))
     lists = [p for p in prompt if isinstance(p, list)]
@@ -57,12 +62,12 @@ def _some(token_ids: Sequence[int], field: str = "prompt") -> tuple[int, ...]:
     return tuple(token_ids)
 
 
-async def read_chat(messages: Sequence[ChatMessage], tokenizer: Tokenizer) -> PromptIds:
-    """Return the prompt that the base's chat template makes of a conversation.
+async def read_chat(messages: Sequence[ChatMessage], tokenizer: Tokenizer, task: Task) -> PromptIds:
+    """Return the prompt that the base's chat template makes of a conversation in the task's form.
 
     Raises: InvalidRequest.
     """
-    token_ids = await tokenizer.encode_chat(template_messages(messages))
+    token_ids = await tokenizer.encode_chat(task.render_chat(template_messages(messages)))
     return PromptIds(_some(token_ids, "messages"))
 
 

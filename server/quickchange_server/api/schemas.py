@@ -15,10 +15,9 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 from quickchange_adapters.api_keys import KeyScope
+from quickchange_adapters.task import MAX_STOP_STRINGS
 
 MAX_CHOICES = 16
-MAX_STOP_STRINGS = 16
-MAX_STOP_CHARS = 256
 MAX_LOGPROBS = 20
 MAX_PROMPTS = 256
 MAX_MIX = 4
@@ -86,6 +85,10 @@ LogitBias = Annotated[
     dict[str, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_check_num_biases)
 ]
 
+RawPrompt = Annotated[
+    bool | None, Field(description="true: the adapter's task.json fills nothing in this request")
+]
+
 
 class OpenModel(BaseModel):
     """A body that keeps fields it does not know, so that they can be named."""
@@ -147,6 +150,7 @@ class GenerationBody(OpenModel):
     repetition_penalty: float | None = Field(None, gt=0, le=10)
     logit_bias: LogitBias | None = None
     cache_salt: str | None = Field(None, min_length=1, max_length=256)
+    raw_prompt: RawPrompt = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -182,6 +186,7 @@ class TokenizeBody(OpenModel):
     )
     add_special_tokens: bool | None = None
     add_generation_prompt: bool = True
+    raw_prompt: RawPrompt = None
     return_token_strs: bool | None = None
 
 
