@@ -47,23 +47,30 @@ def named(each: Page) -> str:
 
 
 @pytest.fixture(scope="module")
-def url(
-    tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, make_adapter: MakeAdapter
-) -> Iterator[str]:
+def example(tmp_path_factory: pytest.TempPathFactory, make_adapter: MakeAdapter) -> Path:
+    """Folder of what the pages call the example: random weights, and the example's own task."""
+    folder = tmp_path_factory.mktemp("example") / "adapter"
+    shutil.copytree(make_adapter(seed=3), folder)
+    shutil.copy(ROOT / "adapters/examples/sentiment/adapter/task.json", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, example: Path) -> Iterator[str]:
     """Address of a real server that has what the pages speak of, in tiny."""
     with real_server(tiny_base, tmp_path_factory.mktemp("docs") / "store", BASE) as address:
         with Quickchange(address) as client:
-            client.adapters.upload(make_adapter(seed=3), name="sentiment")
+            client.adapters.upload(example, name="sentiment")
         yield address
 
 
 @pytest.fixture
-def folder(tmp_path: Path, make_adapter: MakeAdapter) -> Path:
+def folder(tmp_path: Path, make_adapter: MakeAdapter, example: Path) -> Path:
     """Folder that holds the files which the pages name."""
     (tmp_path / "my-adapter").symlink_to(make_adapter(seed=4))
     (tmp_path / "my-second-adapter").symlink_to(make_adapter(seed=5))
     (tmp_path / "adapters/examples/sentiment").mkdir(parents=True)
-    (tmp_path / "adapters/examples/sentiment/adapter").symlink_to(make_adapter(seed=3))
+    (tmp_path / "adapters/examples/sentiment/adapter").symlink_to(example)
     (tmp_path / ".curlrc").write_text("fail-with-body\nsilent\nshow-error\n")
     return tmp_path
 

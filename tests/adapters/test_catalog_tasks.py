@@ -66,7 +66,12 @@ def test_a_task_goes_with_its_version(file: Path) -> None:
     catalog.purge(version)
     assert rows_of(file) == []
     gone: list[str] = []
-    catalog.collect(lambda sha256: gone.append(sha256) or 1)
+
+    def delete_blob(sha256: str) -> int:
+        gone.append(sha256)
+        return 1
+
+    catalog.collect(delete_blob)
     assert gone == ["3" * 64]
 
 

@@ -7,7 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from quickchange_adapters.task import read_task_file
 from safetensors import safe_open
+
+from tests.adapters.example_scripts import load_example
 
 FOLDER = Path(__file__).parents[2] / "adapters" / "examples" / "sentiment"
 ADAPTER = FOLDER / "adapter"
@@ -33,12 +36,20 @@ def triples(text: str) -> set[tuple[str, ...]]:
     return set(zip(words, words[1:], words[2:], strict=False)) or {tuple(words)}
 
 
-def test_the_adapter_is_two_small_files() -> None:
+def test_the_adapter_is_three_small_files() -> None:
     assert {path.name for path in ADAPTER.iterdir()} == {
         "adapter_config.json",
         "adapter_model.safetensors",
+        "task.json",
     }
     assert (ADAPTER / "adapter_model.safetensors").stat().st_size <= 3_000_000
+
+
+def test_the_task_is_what_training_writes() -> None:
+    chat_form = load_example("chat_form")
+    assert read_task_file(ADAPTER / "task.json").task == chat_form.TASK
+    text = json.dumps(chat_form.TASK.to_json(), indent=2) + "\n"
+    assert (ADAPTER / "task.json").read_text(encoding="utf-8") == text
 
 
 def test_the_config_is_plain_lora_and_names_no_local_path() -> None:

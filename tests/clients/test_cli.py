@@ -163,6 +163,21 @@ def test_show(run_command: RunCommand, fake_server: FakeServer, pushed: str) -> 
     assert (missing.exit_code, "error:" in missing.stderr) == (1, True)
 
 
+def test_show_tells_the_task_as_it_was_written(
+    run_command: RunCommand, fake_server: FakeServer, pushed: str
+) -> None:
+    task = {"prompt": "Review: {input}\nVerdict:", "stop": ["\n", "\x9b"], "max_tokens": 4}
+    fake_server.adapters[pushed].versions[1]["task"] = task
+    lines = run_command("show", f"{pushed}:1").stdout.splitlines()
+    shown = [re.split(r"\s{2,}", line.strip()) for line in lines if line.startswith("task ")]
+    assert shown == [
+        ["task prompt", '"Review: {input}\\nVerdict:"'],
+        ["task stop", '["\\n", "\ufffd"]'],
+        ["task max_tokens", "4"],
+    ]
+    assert json.loads(run_command("show", f"{pushed}:1", "--json").stdout)["task"] == task
+
+
 def test_alias(run_command: RunCommand, fake_server: FakeServer, pushed: str) -> None:
     assert run_command("alias", pushed, "canary", "1").exit_code == 0
     assert fake_server.adapters[pushed].aliases == {"default": 1, "canary": 1}
@@ -228,6 +243,16 @@ def test_generate_as_json_is_the_whole_answer(run_command: RunCommand, more: lis
     choice = answer["choices"][0]
     assert (choice.get("text") or choice["message"]["content"]) == SAID
     assert answer["usage"]["completion_tokens"] == len(WORDS)
+
+
+@pytest.mark.parametrize("more", [[], ["--raw"]])
+def test_generate_may_leave_the_task_aside(
+    run_command: RunCommand, fake_server: FakeServer, more: list[str]
+) -> None:
+    run_command("generate", BASE, "x", *more)
+    run_command("generate", BASE, "x", "--raw-prompt", *more)
+    bodies = [body for _, _, body in fake_server.requests]
+    assert [body.get("raw_prompt") for body in bodies] == [None, True]
 
 
 @pytest.mark.parametrize("prompt", ["fail", "break off"])

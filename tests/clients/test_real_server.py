@@ -132,6 +132,32 @@ def test_a_refused_upload_lists_its_problems(
     assert list(client.adapters.iterate()) == []
 
 
+def test_a_task_goes_up_with_its_folder_and_fills_what_is_left_out(
+    client: Quickchange, make_adapter: MakeAdapter, real_server_url: str, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(make_adapter(seed=1), tmp_path / "with-task")
+    task = {"prompt": "the {input} fox", "max_tokens": 3, "temperature": 0}
+    (folder / "task.json").write_text(json.dumps(task))
+    assert client.adapters.upload(folder, name="t").task == task
+    assert client.adapters.get("t").versions[0].task == task
+    for ask in (client.chat, client.complete):
+        filled = ask("t", "quick", ignore_eos=True)
+        raw = ask("t", "quick", ignore_eos=True, raw_prompt=True, max_tokens=4)
+        assert filled.usage is not None
+        assert raw.usage is not None
+        assert (filled.usage.completion_tokens, raw.usage.completion_tokens) == (3, 4)
+        assert filled.usage.prompt_tokens > raw.usage.prompt_tokens
+    words = (COMMAND, "generate", "t", "quick", "--json", "--url", real_server_url)
+    lengths = []
+    for more in ([], ["--raw-prompt", "--max-tokens", "3"]):
+        done = subprocess.run((*words, *more), capture_output=True, text=True, check=True)
+        lengths.append(json.loads(done.stdout)["usage"]["prompt_tokens"])
+    assert lengths[0] > lengths[1]
+    (folder / "task.json").write_text('{"promt": "{input}"}')
+    report = client.adapters.dry_run(folder, name="t")
+    assert [(each.code, each.where) for each in report.problems] == [("task_invalid", "task.promt")]
+
+
 def test_iterate_walks_all_pages(client: Quickchange, make_adapter: MakeAdapter) -> None:
     names = [f"a{number:02}" for number in range(22)]
     for name in names:

@@ -1,7 +1,8 @@
-"""How a review and its label become token ids: the one form that training and evaluation share.
+"""How a review and its label become token ids: one form for training, evaluation and serving.
 
-The user message is the review as it is. The base's own chat template renders it (and adds its
-default system prompt); the assistant answers with the label and the end token.
+`TASK` puts the review into its form (here: as it is) with the function that the server uses too,
+and training writes it beside the weights as task.json. The base's own chat template renders the
+message and adds its default system prompt; the assistant answers with the label and the end token.
 """
 
 import json
@@ -9,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from quickchange_adapters.task import Task
 from torch import Tensor
 
 HERE = Path(__file__).parent
 BASE_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 LABELS = ("positive", "negative")
+TASK = Task(prompt="{input}", max_tokens=4, temperature=0.0)
 
 
 def read_rows(name: str) -> list[dict[str, str]]:
@@ -21,10 +24,12 @@ def read_rows(name: str) -> list[dict[str, str]]:
     return [json.loads(line) for line in (HERE / name).read_text(encoding="utf-8").splitlines()]
 
 
-def prompt_ids(tokenizer: Any, message: str) -> list[int]:
-    """Return the chat prompt for a user message, up to where the assistant begins."""
+def prompt_ids(tokenizer: Any, review: str, task: Task = TASK) -> list[int]:
+    """Return the chat prompt for a review, up to where the assistant begins."""
     text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": message}], tokenize=False, add_generation_prompt=True
+        task.render_chat([{"role": "user", "content": review}]),
+        tokenize=False,
+        add_generation_prompt=True,
     )
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 

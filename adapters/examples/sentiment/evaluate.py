@@ -15,6 +15,7 @@ import torch
 from chat_form import (
     HERE,
     LABELS,
+    TASK,
     answer_ids,
     answer_logits,
     answer_loss,
@@ -23,6 +24,7 @@ from chat_form import (
     read_rows,
 )
 from peft import PeftModel
+from quickchange_adapters.task import Task
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
@@ -34,12 +36,16 @@ KINDS = ("plain", "wry")
 BATCH_ROWS = 20
 PLAIN = "the plain review"
 PROMPTS = {
-    PLAIN: "{review}",
-    "an instruction": "Is the following review positive or negative? "
-    "Answer with one word, positive or negative.\n\nReview: {review}",
-    "an instruction and two examples": "Say whether a review is positive or negative.\n\n"
-    "Review: The soup was cold and nobody cared.\nAnswer: negative\n\n"
-    "Review: Best holiday we ever had.\nAnswer: positive\n\nReview: {review}\nAnswer:",
+    PLAIN: TASK,
+    "an instruction": Task(
+        "Is the following review positive or negative? "
+        "Answer with one word, positive or negative.\n\nReview: {input}"
+    ),
+    "an instruction and two examples": Task(
+        "Say whether a review is positive or negative.\n\n"
+        "Review: The soup was cold and nobody cared.\nAnswer: negative\n\n"
+        "Review: Best holiday we ever had.\nAnswer: positive\n\nReview: {input}\nAnswer:"
+    ),
 }
 
 
@@ -102,12 +108,12 @@ def replies(model: Any, tokenizer: Any, prompts: list[list[int]]) -> list[str]:
     return list(tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True))
 
 
-def ask(model: Any, tokenizer: Any, rows: list[Row], form: str, title: str) -> Answers:
+def ask(model: Any, tokenizer: Any, rows: list[Row], form: Task, title: str) -> Answers:
     """Put every review to the model in one prompt form."""
     texts: list[str] = []
     found: list[float] = []
     for batch in in_batches(rows, title):
-        prompts = [prompt_ids(tokenizer, form.format(review=row["text"])) for row in batch]
+        prompts = [prompt_ids(tokenizer, row["text"], form) for row in batch]
         texts += replies(model, tokenizer, prompts)
         found += margins(model, tokenizer, prompts)
     return Answers(texts, found)

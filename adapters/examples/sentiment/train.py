@@ -12,7 +12,16 @@ from random import Random
 from typing import Any, TextIO
 
 import torch
-from chat_form import BASE_ID, HERE, answer_ids, answer_logits, answer_loss, prompt_ids, read_rows
+from chat_form import (
+    BASE_ID,
+    HERE,
+    TASK,
+    answer_ids,
+    answer_logits,
+    answer_loss,
+    prompt_ids,
+    read_rows,
+)
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
 from tqdm import tqdm
@@ -92,7 +101,7 @@ def validate(model: Any, rows: list[list[int]], pad_id: int) -> tuple[float, flo
 
 
 def save(model: Any, folder: Path) -> None:
-    """Write the adapter's two files as PEFT does: bfloat16 weights, a config without local paths.
+    """Write the adapter's files: bfloat16 weights, a config without local paths, and the task.
 
     PEFT would write the target modules in an order that changes from run to run.
     """
@@ -109,7 +118,8 @@ def save(model: Any, folder: Path) -> None:
         "inference_mode": True,
         "target_modules": LINEARS,
     }
-    config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    for file, values in ((config_file, config), (folder / "task.json", TASK.to_json())):
+        file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def log_line(log: TextIO, **values: Any) -> None:

@@ -24,8 +24,9 @@ class MixPart(TypedDict, total=False):
 class GenerationOptions(TypedDict, total=False):
     """What chat and plain completions share.
 
-    `adapters` mixes up to four adapters; `model` must then be a base. `extra_body` adds fields that
-    have no name here.
+    `adapters` mixes up to four adapters; `model` must then be a base. `raw_prompt` leaves the
+    adapter's task.json aside: its prompt form and its defaults. `extra_body` adds fields that have
+    no name here.
     """
 
     max_tokens: int | None
@@ -45,6 +46,7 @@ class GenerationOptions(TypedDict, total=False):
     logit_bias: Mapping[str, float] | None
     cache_salt: str | None
     adapters: Sequence[MixPart] | None
+    raw_prompt: bool | None
     extra_body: Mapping[str, Any] | None
 
 

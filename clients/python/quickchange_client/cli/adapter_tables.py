@@ -1,5 +1,6 @@
 """Adapters, versions and reports as tables."""
 
+import json
 from collections.abc import Sequence
 
 from quickchange_client.adapter import Adapter, AdapterAction, AdapterReport, AdapterVersion
@@ -67,7 +68,13 @@ def _version_pairs(version: AdapterVersion) -> list[tuple[str, object]]:
         ("host", format_bytes(held.host) if held.host else None),
         ("device", format_bytes(held.device) if held.device else None),
         ("created", format_time(version.created_at)),
+        *((f"task {key}", _task_value(value)) for key, value in (version.task or {}).items()),
     ]
+
+
+def _task_value(value: object) -> str:
+    """Return a value of a task.json as it stands there: line ends and spaces are seen."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _report_pairs(report: AdapterReport | None) -> list[tuple[str, object]]:

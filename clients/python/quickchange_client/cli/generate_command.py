@@ -23,6 +23,9 @@ def generate(
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the prompt as plain text, without a chat.")
     ] = False,
+    raw_prompt: Annotated[
+        bool, typer.Option("--raw-prompt", help="Leave the adapter's task.json aside.")
+    ] = False,
     system: Annotated[
         str | None, typer.Option("--system", metavar="TEXT", help="A system message.")
     ] = None,
@@ -44,12 +47,17 @@ def generate(
 ) -> None:
     """Generate text and stream it to the terminal.
 
+    What is left out is filled from the task.json that came with the adapter,
+    if one did: its prompt form, its system message, its defaults.
+
     Examples:
         quickchange generate sentiment "A wonderful film."
 
         quickchange generate smollm2-135m "Tell me of the sea." --max-tokens 80 --temperature 0
 
         quickchange generate smollm2-135m "Once upon a time" --raw --max-tokens 40
+
+        quickchange generate sentiment "A wonderful film." --raw-prompt
 
         cat review.txt | quickchange generate sentiment@canary --json
     """
@@ -59,6 +67,7 @@ def generate(
         "top_p": top_p,
         "seed": seed,
         "stop": stop or None,
+        "raw_prompt": raw_prompt or None,
     }
     with session(url, as_json) as client:
         if raw and system is not None:

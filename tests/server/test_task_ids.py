@@ -1,0 +1,64 @@
+"""No skew: what the example is trained on and what the server asks are the same token ids."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from quickchange_adapters.task import Task
+from quickchange_server.api.app import AppServices, create_app
+from quickchange_server.tokenizer import Tokenizer
+from transformers import AutoTokenizer
+
+from tests.adapters.example_scripts import load_example
+from tests.conftest import CHAT_TEMPLATE
+from tests.server.conftest import serve_in_process
+from tests.server.scripted_adapters import ScriptedAdapters
+from tests.server.scripted_engine import ScriptedEngine
+
+CHAT_FORM = load_example("chat_form")
+WITH_DEFAULT_SYSTEM = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
+) + CHAT_TEMPLATE
+TASKS = {
+    "the example's": CHAT_FORM.TASK,
+    "a form": Task(prompt="Review: {input}\n\nVerdict {of} it:"),
+    "a form and a system message": Task(
+        "<{input}>", "Answer with one word. 🙂", ("\n",), 4, 0.0, 0.5
+    ),
+}
+REVIEWS = [
+    "The soup was cold.",
+    "  two\n lines, {input} and {braces} \\n %s ",
+    "naïve café — 你好 🙂<|im_end|>",
+    "",
+]
+
+
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, WITH_DEFAULT_SYSTEM])
+@pytest.mark.parametrize("name", TASKS)
+async def test_training_and_serving_build_identical_token_ids(
+    tiny_base: Path,
+    services: AppServices,
+    adapters: ScriptedAdapters,
+    scripted_engine: ScriptedEngine,
+    name: str,
+    template: str,
+) -> None:
+    trainer, server = (AutoTokenizer.from_pretrained(str(tiny_base)) for _ in range(2))
+    trainer.chat_template = server.chat_template = template
+    adapters.tasks["ada"] = TASKS[name]
+    app = create_app(replace(services, tokenizer=Tokenizer(server)))
+    async for client in serve_in_process(app):
+        for review in REVIEWS:
+            trained = CHAT_FORM.prompt_ids(trainer, review, TASKS[name])
+            body: dict[str, Any] = {
+                "model": "ada",
+                "messages": [{"role": "user", "content": review}],
+            }
+            answer = await client.post("/v1/chat/completions", json=body)
+            assert answer.status_code == 200, answer.text
+            assert list(scripted_engine.requests[-1].prompt_ids) == trained
+            assert answer.json()["usage"]["prompt_tokens"] == len(trained)
+            tokenized = await client.post("/tokenize", json=body)
+            assert tokenized.json()["tokens"] == trained
