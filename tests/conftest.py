@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,9 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 import torch
+from quickchange_adapters.catalog import sqlite_url
+
+from tests.postgres_server import NoPostgres, PostgresServer
 
 TINY_TEXT = (
     "the quick brown fox jumps over the lazy dog. a base stays resident while adapters are "
@@ -136,3 +139,23 @@ def make_adapter(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> M
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    """A PostgreSQL server; tests that need it are skipped where it cannot run."""
+    try:
+        server = PostgresServer()
+    except NoPostgres as error:
+        pytest.skip(f"no PostgreSQL here: {error}")
+    yield server
+    server.close()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def catalog_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """URL of an empty catalog, in each kind of database."""
+    if request.param == "sqlite":
+        return sqlite_url(tmp_path / "catalog.db")
+    server: PostgresServer = request.getfixturevalue("postgres")
+    return server.empty_database()

@@ -17,11 +17,12 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from sqlalchemy import Connection, delete, exists, insert, select, update
+from sqlalchemy import Connection, delete, insert, select, update
 
 from quickchange_adapters import catalog_rows as rows
 from quickchange_adapters.catalog_changes import AdapterKey, CatalogChanges, read_changes
 from quickchange_adapters.catalog_database import CatalogDatabase
+from quickchange_adapters.catalog_engine import DEFAULT_TIMEOUTS, CatalogTimeouts
 from quickchange_adapters.catalog_schema import (
     adapters,
     aliases,
@@ -32,7 +33,12 @@ from quickchange_adapters.catalog_schema import (
     versions,
 )
 from quickchange_adapters.errors import AliasInUse, NotInCatalog
-from quickchange_adapters.names import DEFAULT_ALIAS, DEFAULT_TENANT, parse_model
+from quickchange_adapters.names import (
+    DEFAULT_ALIAS,
+    DEFAULT_TENANT,
+    is_adapter_name,
+    parse_model,
+)
 from quickchange_adapters.records import (
     AdapterRecord,
     EventRecord,
@@ -57,9 +63,14 @@ class Catalog:
     Every method raises StoreUnavailable when the database does not answer.
     """
 
-    def __init__(self, url: str, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        url: str,
+        clock: Callable[[], float] = time.time,
+        timeouts: CatalogTimeouts = DEFAULT_TIMEOUTS,
+    ) -> None:
         self._clock = clock
-        self.database = CatalogDatabase(url)
+        self.database = CatalogDatabase(url, timeouts)
 
     def close(self) -> None:
         """Close all connections."""
@@ -82,6 +93,8 @@ class Catalog:
 
     def get(self, name: str, tenant: str = DEFAULT_TENANT) -> AdapterRecord | None:
         """Return one adapter."""
+        if not is_adapter_name(name):
+            return None
         with self.database.reading() as connection:
             return rows.read_adapter(connection, tenant, name)
 
@@ -106,6 +119,8 @@ class Catalog:
 
     def list_events(self, name: str, tenant: str = DEFAULT_TENANT) -> list[EventRecord]:
         """Return the audit log of a name, oldest first; a deleted name keeps its log."""
+        if not is_adapter_name(name):
+            return []
         columns = [column for column in events.c if column.name != "id"]
         query = (
             select(*columns)
@@ -190,10 +205,7 @@ class Catalog:
         """
         with self.database.writing("delete_alias") as connection:
             adapter_id = rows.adapter_id_of(connection, tenant, name, revision)
-            gone = connection.execute(
-                delete(aliases).where(aliases.c.adapter_id == adapter_id, aliases.c.alias == alias)
-            )
-            if not gone.rowcount:
+            if not rows.remove_alias(connection, adapter_id, alias):
                 raise NotInCatalog("alias", f"{name}@{alias}")
             event = EventRecord(
                 self._clock(), tenant, name, "delete_alias", actor=actor, alias=alias
@@ -259,17 +271,29 @@ class Catalog:
                 self._note(connection, "purge", version, version.number)
 
     def collect(self, delete_blob: Callable[[str], int]) -> int:
-        """Remove every blob that nothing refers to; return the bytes that `delete_blob` freed."""
-        is_lapsed = reservations.c.created_at <= self._clock() - RESERVATION_S
-        is_reserved = exists().where(reservations.c.sha256 == blobs.c.sha256)
+        """Remove every blob that nothing refers to; return the bytes that `delete_blob` freed.
+
+        Each goes in a transaction of its own, so that a slow store holds up no writer for long.
+        """
+        with self.database.reading() as connection:
+            found = connection.scalars(rows.unused_blobs(self._lapsed_before)).all()
+        return sum(self._collect_blob(sha256, delete_blob) for sha256 in found)
+
+    def _collect_blob(self, sha256: str, delete_blob: Callable[[str], int]) -> int:
+        """Remove one blob, unless something refers to it by now."""
         with self.database.writing("collect") as connection:
-            connection.execute(delete(reservations).where(is_lapsed))
-            unused = select(blobs.c.sha256).where(blobs.c.num_refs == 0, ~is_reserved)
-            num_bytes = 0
-            for sha256 in connection.scalars(unused).all():
-                num_bytes += delete_blob(sha256)
-                connection.execute(delete(blobs).where(blobs.c.sha256 == sha256))
+            rows.release_lapsed(connection, self._lapsed_before)
+            still_unused = rows.unused_blobs(self._lapsed_before).where(blobs.c.sha256 == sha256)
+            if connection.scalar(still_unused) is None:
+                return 0
+            num_bytes = delete_blob(sha256)
+            connection.execute(delete(blobs).where(blobs.c.sha256 == sha256))
         return num_bytes
+
+    @property
+    def _lapsed_before(self) -> float:
+        """Reservations made before this moment protect nothing any more."""
+        return self._clock() - RESERVATION_S
 
     def _open_adapter(self, connection: Connection, new: NewVersion) -> int:
         """Return the id of the adapter's row; a new name gets one, a deleted name its old one."""

@@ -1,28 +1,48 @@
 """The catalog's database as transactions: one to read, one to write. Knows no tables' meaning."""
 
+import logging
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from sqlalchemy import Connection
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from quickchange_adapters.catalog_schema import open_database
+from quickchange_adapters.catalog_engine import DEFAULT_TIMEOUTS, CatalogTimeouts, open_engine
+from quickchange_adapters.catalog_schema import create_tables
 from quickchange_adapters.errors import StoreFull, StoreUnavailable
 from quickchange_adapters.fault_points import step
 
+log = logging.getLogger(__name__)
+
 SQLSTATE_DISK_FULL = "53100"
+_REASONS = {
+    None: "there is no connection to it",
+    SQLSTATE_DISK_FULL: "its disk is full",
+    "55P03": "another writer holds it",
+    "57014": "it took too long",
+}
+"""What PostgreSQL's states mean to somebody who must not learn where the database is."""
 
 
 class CatalogDatabase:
     """An open database.
 
     Everything raises StoreUnavailable when it does not answer, StoreFull when it has no room.
+
+    `is_up` says whether it answered when it was last asked.
     """
 
-    def __init__(self, url: str) -> None:
-        with _unavailable():
-            self._engine = open_database(url)
+    def __init__(self, url: str, timeouts: CatalogTimeouts = DEFAULT_TIMEOUTS) -> None:
+        self.is_up = True
+        self._engine = open_engine(url, timeouts)
+        try:
+            with self.writing() as connection:
+                create_tables(connection)
+        except BaseException:
+            self._engine.dispose()
+            raise
 
     def close(self) -> None:
         """Close all connections."""
@@ -31,7 +51,7 @@ class CatalogDatabase:
     @contextmanager
     def reading(self) -> Iterator[Connection]:
         """Give a connection for queries that see one state."""
-        with _unavailable(), self._engine.connect() as connection:
+        with self._answering(), self._engine.connect() as connection:
             yield connection
 
     @contextmanager
@@ -41,7 +61,7 @@ class CatalogDatabase:
         `what` names the step of its commit among the fault points.
         """
         with (
-            _unavailable(),
+            self._answering(),
             self._engine.connect().execution_options(is_write=True) as connection,
             connection.begin() as transaction,
         ):
@@ -49,20 +69,41 @@ class CatalogDatabase:
             with step(f"{what}.commit"):
                 transaction.commit()
 
+    @contextmanager
+    def _answering(self) -> Iterator[None]:
+        """Turn the database's errors into ours, and note whether there were any."""
+        try:
+            yield
+        except (IntegrityError, DataError) as error:
+            self._note(True)
+            raise StoreUnavailable("the catalog refused what was to be written") from error
+        except (DBAPIError, PoolTimeout) as error:
+            self._note(False, error)
+            raise _unavailable(error) from error
+        self._note(True)
 
-@contextmanager
-def _unavailable() -> Iterator[None]:
-    """Turn the database's errors into ours; the text names no path and no row."""
-    try:
-        yield
-    except DBAPIError as error:
-        reason = str(error.orig).split("\n")[0]
-        if _is_full(error.orig):
-            raise StoreFull(f"the catalog has no room: {reason}") from error
-        raise StoreUnavailable(f"the catalog does not answer: {reason}") from error
+    def _note(self, is_up: bool, error: Exception | None = None) -> None:
+        """Tell the operator, once, when the database goes away and when it is back."""
+        was_up, self.is_up = self.is_up, is_up
+        if was_up and not is_up:
+            detail = getattr(error, "orig", error)
+            log.warning("the catalog does not answer: %s", str(detail).strip().split("\n")[0])
+        elif is_up and not was_up:
+            log.warning("the catalog answers again")
 
 
-def _is_full(error: BaseException | None) -> bool:
-    if isinstance(error, sqlite3.Error):
-        return getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
-    return getattr(error, "sqlstate", None) == SQLSTATE_DISK_FULL
+def _unavailable(error: DBAPIError | PoolTimeout) -> StoreUnavailable:
+    """Return what the caller gets, in words that name no host, no path and no row."""
+    if isinstance(error, PoolTimeout):
+        return StoreUnavailable("the catalog does not answer: all connections are in use")
+    cause = error.orig
+    if isinstance(cause, sqlite3.Error):
+        reason = str(cause).split("\n")[0]
+        is_full = getattr(cause, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
+    else:
+        state = getattr(cause, "sqlstate", None)
+        is_full = state == SQLSTATE_DISK_FULL
+        reason = _REASONS.get(state, f"{type(cause).__name__} ({state})")
+    if is_full:
+        return StoreFull(f"the catalog has no room: {reason}")
+    return StoreUnavailable(f"the catalog does not answer: {reason}")

@@ -20,6 +20,7 @@ from quickchange_adapters.catalog_schema import (
     versions,
 )
 from quickchange_adapters.errors import NotInCatalog, RevisionChanged
+from quickchange_adapters.names import is_alias
 from quickchange_adapters.records import (
     FILE_ORDER,
     AdapterRecord,
@@ -114,6 +115,16 @@ def point_alias(connection: Connection, adapter_id: int, alias: str, version_id:
     )
 
 
+def remove_alias(connection: Connection, adapter_id: int, alias: str) -> bool:
+    """Remove an alias; say whether it was there."""
+    if not is_alias(alias):
+        return False
+    gone = connection.execute(
+        delete(aliases).where(aliases.c.adapter_id == adapter_id, aliases.c.alias == alias)
+    )
+    return bool(gone.rowcount)
+
+
 def add_blob(connection: Connection, sha256: str, num_bytes: int) -> None:
     """Make sure that a blob has a row."""
     if connection.scalar(select(blobs.c.sha256).where(blobs.c.sha256 == sha256)) is None:
@@ -147,6 +158,19 @@ def remove_version(connection: Connection, version_id: int) -> None:
 def release_blobs(connection: Connection, upload_id: str) -> None:
     """Remove the reservations of an upload."""
     connection.execute(delete(reservations).where(reservations.c.upload_id == upload_id))
+
+
+def release_lapsed(connection: Connection, made_until: float) -> None:
+    """Remove the reservations of uploads that did not end in time."""
+    connection.execute(delete(reservations).where(reservations.c.created_at <= made_until))
+
+
+def unused_blobs(made_until: float) -> Select[tuple[str]]:
+    """Return the query for blobs with no reference and no reservation made after a moment."""
+    is_reserved = exists().where(
+        reservations.c.sha256 == blobs.c.sha256, reservations.c.created_at > made_until
+    )
+    return select(blobs.c.sha256).where(blobs.c.num_refs == 0, ~is_reserved)
 
 
 def note(connection: Connection, event: EventRecord) -> None:

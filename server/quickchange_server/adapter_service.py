@@ -133,7 +133,7 @@ class AdapterService:
         await self._uploader.stop()
         await self._remover.stop()
         await self._loader.stop()
-        await asyncio.to_thread(self._catalog.close)
+        await self._live.close()
 
     async def stage(self, file: FileName, chunks: AsyncIterable[bytes]) -> StagedFile:
         """Write one part of an upload to the store's incoming folder, hashing as it goes.

@@ -29,7 +29,7 @@ BASE, ADAPTERS, MEMORY, LIMITS, HTTP, VLLM = (
     "Names that vLLM's callers pass",
 )
 _AUTO_BYTES = o.read_auto_or(o.read_bytes)
-_BYTES_LOOK = {"metavar": "BYTES|auto"}
+_BYTES_LOOK: dict[str, Any] = {"metavar": "BYTES|auto"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,9 +99,11 @@ class ServerConfig:
     catalog: str | None = option(
         None,
         o.read_catalog,
-        "SQLite database of names and versions. Default: catalog.sqlite in the store.",
+        "Database of names and versions: sqlite:///PATH or postgresql://USER:PASSWORD@HOST/NAME. "
+        "Default: catalog.sqlite in the store.",
         ADAPTERS,
-        metavar="sqlite:///PATH",
+        metavar="URL",
+        is_secret=True,
     )
     max_lora_rank: int = option(
         256, o.read_count(1, 4096), "Largest rank that is served.", ADAPTERS, metavar="RANK"

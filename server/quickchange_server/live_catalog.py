@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from quickchange_adapters.catalog import Catalog
@@ -11,9 +12,12 @@ from quickchange_server.answers import as_answers
 
 T = TypeVar("T")
 
+MAX_CALLS = 4
+"""Calls of the catalog at once. Threads of their own: when it hangs, nothing else waits."""
+
 
 class LiveCatalog:
-    """Runs the catalog's blocking calls in threads and keeps the directory true.
+    """Runs the catalog's blocking calls in threads of their own and keeps the directory true.
 
     One change at a time, so that the directory takes the catalog's states in their order.
     Its errors come as the server's: NotFound, Conflict, PreconditionFailed, Unavailable.
@@ -23,6 +27,12 @@ class LiveCatalog:
         self.catalog = catalog
         self._directory = directory
         self._changing = asyncio.Lock()
+        self._threads = ThreadPoolExecutor(MAX_CALLS, "quickchange-catalog")
+
+    async def close(self) -> None:
+        """Close the catalog once its calls have ended."""
+        await self.ask(self.catalog.close)
+        self._threads.shutdown(wait=False)
 
     async def refresh(self) -> None:
         """Read what other processes have changed."""
@@ -37,7 +47,7 @@ class LiveCatalog:
     async def ask(self, function: Callable[[], T]) -> T:
         """Run a call that changes no adapter."""
         with as_answers():
-            return await asyncio.to_thread(function)
+            return await asyncio.get_running_loop().run_in_executor(self._threads, function)
 
     async def change(self, tenant: str, name: str, function: Callable[[], T]) -> T:
         """Run a call that changes one adapter, then read that adapter anew."""

@@ -13,6 +13,7 @@ from typing import Literal
 from prometheus_client import (
     CollectorRegistry,
     Counter,
+    Gauge,
     Histogram,
     ProcessCollector,
     disable_created_metrics,
@@ -132,6 +133,15 @@ class ServerMetrics:
     def watch(self, snapshot: Callable[[], EngineSnapshot]) -> None:
         """Show the engine's state as gauges from now on."""
         self.registry.register(SnapshotCollector(snapshot))
+
+    def watch_catalog(self, is_up: Callable[[], bool]) -> None:
+        """Show from now on whether the catalog answered when it was last asked."""
+        gauge = Gauge(
+            PREFIX + "catalog_up",
+            "1 if the catalog answered when it was last asked, else 0.",
+            registry=self.registry,
+        )
+        gauge.set_function(is_up)
 
     def on_step(self, stats: StepStats) -> None:
         """Take note of one engine step; called on the engine thread."""

@@ -22,6 +22,8 @@ BYTE_UNITS = {"": 1, "b": 1} | {
     for unit, base in (("", 1000), ("b", 1000), ("i", 1024), ("ib", 1024))
 }
 
+CATALOG_SCHEMES = ("sqlite:///", "postgresql://", "postgres://", "postgresql+psycopg://")
+
 OptionKind = Literal["text", "switch", "list"]
 
 
@@ -73,11 +75,21 @@ class Option:
         return ENV_PREFIX + self.name.upper()
 
 
-def option(default: Any, read: Callable[[object], Any], help: str, group: str, **look: str) -> Any:
-    """Declare a dataclass field that is a setting. `look`: `metavar` and `kind`."""
-    return dataclasses.field(
-        default=default, metadata={"read": read, "help": help, "group": group, **look}
-    )
+def option(
+    default: Any,
+    read: Callable[[object], Any],
+    help: str,
+    group: str,
+    *,
+    is_secret: bool = False,
+    **look: str,
+) -> Any:
+    """Declare a dataclass field that is a setting. `look`: `metavar` and `kind`.
+
+    `is_secret`: its value is left out when the settings are shown.
+    """
+    metadata = {"read": read, "help": help, "group": group, **look}
+    return dataclasses.field(default=default, repr=not is_secret, metadata=metadata)
 
 
 def options_of(config_class: type[Any]) -> dict[str, Option]:
@@ -190,11 +202,10 @@ def read_store(value: object) -> Path:
 
 
 def read_catalog(value: object) -> str:
-    """Read the URL of a SQLite database."""
-    text = read_text(value)
-    if not text.startswith("sqlite:///"):
-        raise ValueError(f"is {value!r}, but this version knows only sqlite:///PATH")
-    return text
+    """Read the URL of a database. No error repeats it: it may hold a password."""
+    if not isinstance(value, str) or not value.strip().startswith(CATALOG_SCHEMES):
+        raise ValueError("must be sqlite:///PATH or postgresql://USER:PASSWORD@HOST:PORT/DATABASE")
+    return value.strip()
 
 
 def read_list(value: object) -> tuple[str, ...]:

@@ -110,6 +110,7 @@ def build_services(config: ServerConfig, base_folder: Path, keyring: Keyring) ->
     budget = _budget(config, base_folder)
     _say(budget.render())
     metrics = ServerMetrics()
+    metrics.watch_catalog(lambda: catalog.database.is_up)
     engine = EngineClient(base_folder, engine_settings(config, budget), metrics)
     limits = AdapterLimits(max_rank=config.max_lora_rank)
     return AppServices(
@@ -127,11 +128,15 @@ def build_services(config: ServerConfig, base_folder: Path, keyring: Keyring) ->
 
 def _open_store(config: ServerConfig) -> tuple[LocalStore, Catalog]:
     try:
-        return LocalStore(config.store_folder), Catalog(config.catalog_url)
+        store = LocalStore(config.store_folder)
     except StoreUnavailable as error:
         raise CannotStart(
             f"--store {config.store_folder}: {error}; name a folder that can be written"
         ) from error
+    try:
+        return store, Catalog(config.catalog_url)
+    except StoreUnavailable as error:
+        raise CannotStart(f"--catalog: {error}") from error
 
 
 def _budget(config: ServerConfig, base_folder: Path) -> MemoryBudget:

@@ -1,14 +1,14 @@
 """Names, versions, aliases and references: rules and transactions."""
 
 import hashlib
-import sqlite3
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from quickchange_adapters.catalog import RESERVATION_S, Catalog, sqlite_url
+from quickchange_adapters.catalog_schema import schema_version
 from quickchange_adapters.errors import (
     AliasInUse,
     NotInCatalog,
@@ -23,6 +23,7 @@ from quickchange_adapters.records import (
     VersionRecord,
     version_digest,
 )
+from sqlalchemy import update
 
 
 class Clock:
@@ -41,8 +42,10 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def catalog(tmp_path: Path, clock: Clock) -> Catalog:
-    return Catalog(sqlite_url(tmp_path / "catalog.db"), clock)
+def catalog(catalog_url: str, clock: Clock) -> Iterator[Catalog]:
+    catalog = Catalog(catalog_url, clock)
+    yield catalog
+    catalog.close()
 
 
 def sha(text: str) -> str:
@@ -336,20 +339,21 @@ def test_a_collect_that_fails_half_way_is_done_again(catalog: Catalog) -> None:
     assert unused(catalog) == {sha("one"), sha("config")}
 
 
-def test_all_is_there_after_opening_again(catalog: Catalog, tmp_path: Path) -> None:
+def test_all_is_there_after_opening_again(catalog: Catalog, catalog_url: str) -> None:
     publish(catalog, "a", "one")
     publish(catalog, "a", "two", alias="prod", tags=("x", "y"))
     before = catalog.list_adapters()
     catalog.close()
-    assert Catalog(sqlite_url(tmp_path / "catalog.db")).list_adapters() == before
+    again = Catalog(catalog_url)
+    assert again.list_adapters() == before
+    again.close()
 
 
-def test_a_catalog_of_the_future_is_refused(catalog: Catalog, tmp_path: Path) -> None:
-    catalog.close()
-    with sqlite3.connect(tmp_path / "catalog.db") as connection:
-        connection.execute("UPDATE schema_version SET version = 99")
+def test_a_catalog_of_the_future_is_refused(catalog: Catalog, catalog_url: str) -> None:
+    with catalog.database.writing() as connection:
+        connection.execute(update(schema_version).values(version=99))
     with pytest.raises(StoreUnavailable, match="schema 99"):
-        Catalog(sqlite_url(tmp_path / "catalog.db"))
+        Catalog(catalog_url)
 
 
 def test_a_file_that_is_no_database_is_unavailable(tmp_path: Path) -> None:

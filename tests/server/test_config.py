@@ -179,7 +179,9 @@ def test_what_this_version_does_not_do_is_refused_by_name(name: str, tmp_path: P
         ("lora_modules", ["{nonsense"]),
         ("cors_origin", 3),
         ("store", "s3://bucket/prefix"),
-        ("catalog", "postgresql://host/db"),
+        ("catalog", "mysql://host/db"),
+        ("catalog", "/a/path"),
+        ("catalog", ["sqlite:///x"]),
     ],
 )
 def test_malformed_value_is_refused_by_its_flag(name: str, value: object) -> None:
@@ -238,6 +240,17 @@ def test_catalog_lies_in_the_store_unless_it_is_named() -> None:
     assert config.store_folder == Path("/data")
     assert config.catalog_url == "sqlite:////data/catalog.sqlite"
     assert load_config({"catalog": "sqlite:///x.db"}, {}).catalog_url == "sqlite:///x.db"
+
+
+def test_the_password_of_a_catalog_is_never_repeated() -> None:
+    url = "postgresql://quick:s3cret@db.example/catalog"
+    config = load_config({"catalog": url}, {})
+    assert config.catalog_url == url
+    assert "s3cret" not in repr(config)
+    for wrong in (url.replace("postgresql", "mysql"), [url], {"url": url}):
+        with pytest.raises(ConfigInvalid) as caught:
+            load_config({"catalog": wrong}, {})
+        assert "s3cret" not in str(caught.value)
 
 
 def test_one_name_for_two_adapters_is_refused() -> None:
