@@ -155,6 +155,16 @@ def test_adapter_folder_that_is_not_there_is_one_sentence(start_server: StartSer
     assert sentence.startswith("error: --adapter gone=/no/such/folder")
 
 
+def test_catalog_that_does_not_answer_is_one_sentence_without_its_password(
+    start_server: StartServer,
+) -> None:
+    server = start_server("--catalog", "postgresql://quick:s3cret@127.0.0.1:1/catalog")
+    sentence = read_refusal(server)
+    assert sentence == "error: --catalog: the catalog does not answer: there is no connection to it"
+    assert "port 1 failed" in server.log.read_text()
+    assert "s3cret" not in server.log.read_text()
+
+
 def test_store_that_cannot_be_written_is_one_sentence(start_server: StartServer) -> None:
     sentence = read_refusal(start_server("--store", "/proc/no-store"))
     assert sentence.startswith("error: --store /proc/no-store: ")
