@@ -5,7 +5,7 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, RootTransaction
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
@@ -38,7 +38,7 @@ class CatalogDatabase:
         self.is_up = True
         self._engine = open_engine(url, timeouts)
         try:
-            with self.writing() as connection:
+            with self._beginning_write() as (connection, _):
                 create_tables(connection)
         except BaseException:
             self._engine.dispose()
@@ -60,14 +60,19 @@ class CatalogDatabase:
 
         `what` names the step of its commit among the fault points.
         """
+        with self._beginning_write() as (connection, transaction):
+            yield connection
+            with step(f"{what}.commit"):
+                transaction.commit()
+
+    @contextmanager
+    def _beginning_write(self) -> Iterator[tuple[Connection, RootTransaction]]:
         with (
             self._answering(),
             self._engine.connect().execution_options(is_write=True) as connection,
             connection.begin() as transaction,
         ):
-            yield connection
-            with step(f"{what}.commit"):
-                transaction.commit()
+            yield connection, transaction
 
     @contextmanager
     def _answering(self) -> Iterator[None]:

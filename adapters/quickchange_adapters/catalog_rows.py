@@ -176,7 +176,7 @@ def release_lapsed(connection: Connection, made_until: float) -> None:
     connection.execute(delete(reservations).where(reservations.c.created_at <= made_until))
 
 
-def unused_blobs(made_until: float) -> Select[tuple[str]]:
+def unused_blobs(made_until: float) -> Select[str]:
     """Return the query for blobs with no reference and no reservation made after a moment."""
     is_reserved = exists().where(
         reservations.c.sha256 == blobs.c.sha256, reservations.c.created_at > made_until
