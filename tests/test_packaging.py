@@ -4,7 +4,7 @@ import ast
 import subprocess
 import sys
 import tomllib
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
 import pytest
@@ -84,6 +84,13 @@ def test_top_folders_are_no_packages(folder: str) -> None:
 def test_server_adds_its_commands_to_the_client_s() -> None:
     added = {each.name: each.load() for each in entry_points(group="quickchange.commands")}
     assert {"serve", "base"} <= set(added)
+
+
+def test_every_command_that_is_declared_can_be_loaded() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = project["entry-points"]["quickchange.commands"]
+    assert {"serve", "base", "fsck"} <= set(declared)
+    assert all(EntryPoint(name, value, "").load() for name, value in declared.items())
 
 
 def test_exact_versions_satisfy_the_ranges() -> None:

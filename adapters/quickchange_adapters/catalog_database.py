@@ -55,15 +55,16 @@ class CatalogDatabase:
             yield connection
 
     @contextmanager
-    def writing(self, what: str = "write") -> Iterator[Connection]:
+    def writing(self, what: str | None = None) -> Iterator[Connection]:
         """One transaction: all of it is committed when the block ends, or nothing is.
 
-        `what` names the step of its commit among the fault points.
+        `what` names the step of its commit, if that is one of the fault points.
         """
         with self._beginning_write() as (connection, transaction):
             yield connection
-            with step(f"{what}.commit"):
-                transaction.commit()
+            if what is not None:
+                with step(f"{what}.commit"):
+                    transaction.commit()
 
     @contextmanager
     def _beginning_write(self) -> Iterator[tuple[Connection, RootTransaction]]:

@@ -21,11 +21,8 @@ import psutil
 import torch
 import uvicorn
 from fastapi import FastAPI
-from quickchange_adapters.catalog import Catalog
-from quickchange_adapters.errors import StoreUnavailable
 from quickchange_adapters.key_catalog import KeyCatalog
 from quickchange_adapters.limits import AdapterLimits
-from quickchange_adapters.store import LocalStore
 from transformers.utils.logging import disable_progress_bar
 
 from quickchange_server.adapter_service import AdapterService
@@ -41,6 +38,7 @@ from quickchange_server.memory_budget import MemoryBudget, resolve_budget
 from quickchange_server.memory_limit import device_memory, host_memory
 from quickchange_server.metrics import ServerMetrics
 from quickchange_server.option import StaticAdapter
+from quickchange_server.storage import open_storage
 from quickchange_server.thread_affinity import restore_affinity
 from quickchange_server.tokenizer import Tokenizer
 from quickchange_server.upload_checker import UploadChecker
@@ -104,7 +102,7 @@ def build_services(config: ServerConfig, base_folder: Path, keyring: Keyring) ->
 
     Raises: CannotStart.
     """
-    store, catalog = _open_store(config)
+    store, catalog = open_storage(config)
     checker = UploadChecker()
     checker.warm_up()
     budget = _budget(config, base_folder)
@@ -124,19 +122,6 @@ def build_services(config: ServerConfig, base_folder: Path, keyring: Keyring) ->
         is_loopback_only=not config.is_public,
         cors_origins=config.cors_origin,
     )
-
-
-def _open_store(config: ServerConfig) -> tuple[LocalStore, Catalog]:
-    try:
-        store = LocalStore(config.store_folder)
-    except StoreUnavailable as error:
-        raise CannotStart(
-            f"--store {config.store_folder}: {error}; name a folder that can be written"
-        ) from error
-    try:
-        return store, Catalog(config.catalog_url)
-    except StoreUnavailable as error:
-        raise CannotStart(f"--catalog: {error}") from error
 
 
 def _budget(config: ServerConfig, base_folder: Path) -> MemoryBudget:
