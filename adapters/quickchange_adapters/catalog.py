@@ -39,6 +39,7 @@ from quickchange_adapters.names import (
     is_adapter_name,
     parse_model,
 )
+from quickchange_adapters.publication_rules import check_publication
 from quickchange_adapters.records import (
     AdapterRecord,
     EventRecord,
@@ -49,7 +50,6 @@ from quickchange_adapters.records import (
 )
 
 RESERVATION_S = 600.0
-DEFAULT_VISIBILITY = "public"
 
 
 def sqlite_url(path: Path) -> str:
@@ -158,6 +158,8 @@ class Catalog:
 
         The first version of a name becomes its alias `default`. The same bytes under the same name
         are the version that is there. The upload's reservation ends.
+
+        Raises: QuotaExceeded, PublicNameTaken.
         """
         with self.database.writing("publish") as connection:
             adapter_id = self._open_adapter(connection, new)
@@ -167,6 +169,7 @@ class Catalog:
                 number = self._add_version(connection, adapter_id, new)
             if new.alias is not None:
                 self._move_alias(connection, adapter_id, number, new)
+            check_publication(connection, new, is_new_version=created)
             rows.release_blobs(connection, new.upload_id)
             adapter = _existing(connection, new.tenant, new.name)
         version = adapter.version(number)
@@ -302,7 +305,11 @@ class Catalog:
             wanted["tags"] = json.dumps(new.tags)
         if new.visibility is not None:
             wanted["visibility"] = new.visibility
-        fresh = {"tags": "[]", "visibility": DEFAULT_VISIBILITY, "created_at": int(self._clock())}
+        fresh = {
+            "tags": "[]",
+            "visibility": new.default_visibility,
+            "created_at": int(self._clock()),
+        }
         row = connection.execute(
             select(adapters.c.id, adapters.c.deleted_at).where(rows.is_named(new.tenant, new.name))
         ).one_or_none()

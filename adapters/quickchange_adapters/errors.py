@@ -13,6 +13,8 @@ AdapterError
 │   ├── NotInCatalog    no such adapter, version or alias
 │   ├── AliasInUse      a version cannot go while an alias points at it
 │   ├── RevisionChanged somebody else changed the adapter meanwhile
+│   ├── QuotaExceeded   the tenant would have more than it may
+│   ├── PublicNameTaken another tenant has a public adapter of that name
 │   ├── AdminKeyNeeded  the first key must be one that can make others
 │   └── LastAdminKey    without it nobody could make or revoke a key
 ├── NotFinite           a merged matrix is beyond the serving dtype
@@ -107,6 +109,26 @@ class RevisionChanged(CatalogError):
 
     def __init__(self, name: str) -> None:
         super().__init__(f"adapter {name!r} was changed meanwhile: read it again")
+
+
+class QuotaExceeded(CatalogError):
+    """A tenant's versions would be more than its quota; `what` is versions or bytes."""
+
+    def __init__(self, tenant: str, what: str, wanted: int, allowed: int) -> None:
+        super().__init__(
+            f"with this upload the tenant {tenant!r} would have {wanted} {what} in the store, and "
+            f"it may have {allowed}: delete versions that nobody needs"
+        )
+
+
+class PublicNameTaken(CatalogError):
+    """Two public adapters of one name would leave it open which of them it means."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"another tenant has a public adapter {name!r}: take another name, or upload it with "
+            "visibility private"
+        )
 
 
 class AdminKeyNeeded(CatalogError):

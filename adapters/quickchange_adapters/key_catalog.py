@@ -2,7 +2,7 @@
 
 Either there is no key at all, or there is somebody who can make and revoke keys: an admin key of
 the default tenant, or a key outside of the catalog (`has_other_admin`). Each change keeps that, in
-its own transaction. Methods block, and raise StoreUnavailable when the database does not answer.
+its own transaction; writers take one lock. Methods block, and raise StoreUnavailable when the database does not answer.
 """
 
 import json
@@ -40,7 +40,6 @@ class KeyCatalog:
         """
         made = replace(record, created_at=int(self._clock()))
         with self._database.writing() as connection:
-            _lock(connection)
             if not (has_other_admin or _can_manage(made) or _managers(connection)):
                 raise AdminKeyNeeded
             connection.execute(insert(api_keys).values(**_values(made)))
@@ -58,7 +57,6 @@ class KeyCatalog:
         """
         is_key = api_keys.c.id == key_id
         with self._database.writing() as connection:
-            _lock(connection)
             record = _find(connection, is_key)
             if record is None or tenant not in (None, record.tenant):
                 raise NotInCatalog("key", key_id)
@@ -87,14 +85,6 @@ def _managers(connection: Connection) -> set[str]:
 def _find(connection: Connection, where: ColumnElement[bool]) -> KeyRecord | None:
     row = connection.execute(select(api_keys).where(where)).mappings().one_or_none()
     return None if row is None else _record(row)
-
-
-def _lock(connection: Connection) -> None:
-    """Let two changes of keys wait for each other, so that what one read stays true.
-
-    SQLite's write transactions do so anyway, and know no such clause.
-    """
-    connection.execute(select(catalog_state.c.revision).with_for_update())
 
 
 def _let_revision_grow(connection: Connection) -> None:

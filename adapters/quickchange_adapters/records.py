@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from quickchange_adapters.errors import QuotaExceeded
 from quickchange_adapters.names import DEFAULT_TENANT, ModelRef
 
 CONFIG_FILE = "adapter_config.json"
@@ -85,8 +86,29 @@ class AdapterRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class Quota:
+    """What one tenant's versions may take together; None: as much as there is."""
+
+    max_versions: int | None = None
+    max_bytes: int | None = None
+
+    def check(self, tenant: str, num_versions: int, num_bytes: int) -> None:
+        """Compare with what there is or would be.
+
+        Raises: QuotaExceeded.
+        """
+        if self.max_versions is not None and num_versions > self.max_versions:
+            raise QuotaExceeded(tenant, "versions", num_versions, self.max_versions)
+        if self.max_bytes is not None and num_bytes > self.max_bytes:
+            raise QuotaExceeded(tenant, "bytes", num_bytes, self.max_bytes)
+
+
+@dataclass(frozen=True, slots=True)
 class NewVersion:
-    """What is to be published. None leaves tags or visibility as they are."""
+    """What is to be published. None leaves tags or visibility as they are.
+
+    `default_visibility`: that of a name which is new, if none is asked for.
+    """
 
     name: str
     files: tuple[FileRecord, ...]
@@ -100,6 +122,8 @@ class NewVersion:
     alias: str | None = None
     tags: tuple[str, ...] | None = None
     visibility: str | None = None
+    default_visibility: str = "public"
+    quota: Quota | None = None
     actor: str = ""
     upload_id: str = ""
     task_text: str | None = None

@@ -9,7 +9,7 @@ from quickchange_adapters.records import AdapterRecord, VersionRecord
 from quickchange_server.adapter_lookup import AdapterLookup
 from quickchange_server.adapter_remover import AdapterRemover
 from quickchange_server.adapter_upload import UploadRefused
-from quickchange_server.adapter_views import AdapterView, DeletionView
+from quickchange_server.adapter_views import AdapterView, DeletionView, adapter_label
 from quickchange_server.errors import PreconditionFailed
 from quickchange_server.live_catalog import LiveCatalog
 from quickchange_server.view_builder import ViewBuilder
@@ -42,6 +42,7 @@ class AdapterChanges:
         *,
         if_match: str | None = None,
         tenant: str = DEFAULT_TENANT,
+        actor: str = "",
     ) -> AdapterView:
         """Point an alias at a version; `if_match` is the ETag the caller saw.
 
@@ -55,7 +56,7 @@ class AdapterChanges:
         record = await self._live.change(
             target.tenant,
             name,
-            lambda: self._catalog.set_alias(alias, target, revision=revision),
+            lambda: self._catalog.set_alias(alias, target, revision=revision, actor=actor),
         )
         return self._view(record)
 
@@ -66,6 +67,7 @@ class AdapterChanges:
         *,
         if_match: str | None = None,
         tenant: str = DEFAULT_TENANT,
+        actor: str = "",
     ) -> AdapterView:
         """Remove an alias; its version stays.
 
@@ -76,12 +78,20 @@ class AdapterChanges:
         record = await self._live.change(
             owner,
             name,
-            lambda: self._catalog.delete_alias(name, alias, tenant=owner, revision=revision),
+            lambda: self._catalog.delete_alias(
+                name, alias, tenant=owner, revision=revision, actor=actor
+            ),
         )
         return self._view(record)
 
     async def delete_version(
-        self, name: str, version: int, *, timeout_s: float = 30.0, tenant: str = DEFAULT_TENANT
+        self,
+        name: str,
+        version: int,
+        *,
+        timeout_s: float = 30.0,
+        tenant: str = DEFAULT_TENANT,
+        actor: str = "",
     ) -> DeletionView:
         """Take a version away: unknown to new requests at once, running ones finish.
 
@@ -91,7 +101,9 @@ class AdapterChanges:
         """
         owner = self._lookup.owner(name, tenant)
         gone = await self._live.change(
-            owner, name, lambda: self._catalog.begin_delete_version(name, version, tenant=owner)
+            owner,
+            name,
+            lambda: self._catalog.begin_delete_version(name, version, tenant=owner, actor=actor),
         )
         return await self._remove(name, version, (gone,), timeout_s)
 
@@ -101,21 +113,24 @@ class AdapterChanges:
         *,
         timeout_s: float = 30.0,
         tenant: str = DEFAULT_TENANT,
+        actor: str = "",
         on_gone: Callable[[str], None] | None = None,
     ) -> DeletionView:
         """Take a name away with all versions and aliases, as `delete_version` does.
 
-        `on_gone` is called with the name once nobody finds it, before what runs on it is awaited:
-        from then on the name may be somebody else's.
+        `on_gone` is called with what metrics call it, once nobody finds it and before what runs on
+        it is awaited: from then on the name may be somebody else's.
 
         Raises: NotFound, Conflict (static), Unavailable.
         """
         owner = self._lookup.owner(name, tenant)
         gone = await self._live.change(
-            owner, name, lambda: self._catalog.begin_delete_adapter(name, tenant=owner)
+            owner,
+            name,
+            lambda: self._catalog.begin_delete_adapter(name, tenant=owner, actor=actor),
         )
         if on_gone is not None:
-            on_gone(name)
+            on_gone(adapter_label(name, owner))
         return await self._remove(name, None, gone, timeout_s)
 
     async def _remove(

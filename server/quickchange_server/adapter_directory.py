@@ -4,10 +4,10 @@ Holds the catalog's last known records and this process's static adapters, which
 on the event loop. Knows no bytes and no engine.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from quickchange_adapters.catalog_changes import AdapterKey
-from quickchange_adapters.names import DEFAULT_ALIAS, parse_model
+from quickchange_adapters.names import DEFAULT_ALIAS, DEFAULT_TENANT, parse_model
 from quickchange_adapters.records import AdapterRecord, VersionRecord
 
 
@@ -16,6 +16,7 @@ class AdapterDirectory:
 
     def __init__(self) -> None:
         self._records: dict[str, dict[str, AdapterRecord]] = {}
+        self._public: dict[str, AdapterRecord] = {}
         self._static: dict[str, AdapterRecord] = {}
 
     def replace(self, tenant: str, name: str, record: AdapterRecord | None) -> None:
@@ -30,6 +31,7 @@ class AdapterDirectory:
             of_name.pop(tenant, None)
         if not of_name:
             del self._records[name]
+        self._choose_public(name, of_name.values())
 
     def revisions(self) -> dict[AdapterKey, int]:
         """Return the revision of each of the catalog's adapters, as it was last seen here."""
@@ -52,12 +54,14 @@ class AdapterDirectory:
         return tuple(self._static)
 
     def get(self, name: str, tenant: str) -> AdapterRecord | None:
-        """Return what a tenant gets under a name."""
-        if name in self._static:
-            return self._static[name]
-        of_name = self._records.get(name, {})
-        public = (r for _, r in sorted(of_name.items()) if r.visibility == "public")
-        return of_name.get(tenant) or next(public, None)
+        """Return what a tenant gets under a name.
+
+        What other tenants keep to themselves costs the same look-ups as what is not there.
+        """
+        static = self._static.get(name)
+        own = self._records.get(name, {}).get(tenant)
+        public = self._public.get(name)
+        return static or own or public
 
     def find(self, model: str, tenant: str) -> VersionRecord | None:
         """Return the version that a model string means now, if it takes requests."""
@@ -87,9 +91,24 @@ class AdapterDirectory:
                         yield adapter.name, version
                     yield f"{adapter.name}@{alias}", version
 
+    def _choose_public(self, name: str, records: Iterable[AdapterRecord]) -> None:
+        """Say which record a name means to tenants that have none of their own.
+
+        The default tenant's, else the oldest: nobody can put their own in its place later.
+        """
+        public = [record for record in records if record.visibility == "public"]
+        if public:
+            self._public[name] = min(public, key=_precedence)
+        else:
+            self._public.pop(name, None)
+
     def _all_versions(self) -> Iterator[VersionRecord]:
         for adapter in self._static.values():
             yield from adapter.versions
         for of_name in self._records.values():
             for adapter in of_name.values():
                 yield from adapter.versions
+
+
+def _precedence(record: AdapterRecord) -> tuple[bool, int, str]:
+    return record.tenant != DEFAULT_TENANT, record.created_at, record.tenant

@@ -40,7 +40,7 @@ class AdapterLookup:
         if self.is_static(name):
             raise Conflict(f"{name!r} is static (--adapter): it cannot be changed over REST")
         if record.tenant != tenant:
-            raise Forbidden(f"{name!r} belongs to another tenant")
+            raise foreign_adapter(name)
         return record.tenant
 
     def version(self, name: str, number: int | None, tenant: str) -> VersionRecord:
@@ -57,11 +57,13 @@ class AdapterLookup:
         return version
 
     def ready_version(self, name: str, number: int | None, tenant: str) -> VersionRecord:
-        """Return a version that takes requests.
+        """Return a version that takes requests and is the tenant's to load, unload and merge.
 
-        Raises: NotFound (adapter_not_found, version_not_found).
+        Raises: NotFound (adapter_not_found, version_not_found), Forbidden (another tenant's).
         """
         version = self.version(name, number, tenant)
+        if version.tenant != tenant:
+            raise foreign_adapter(name)
         if version.state != "ready":
             raise NotFound(f"{name}:{version.number} is being deleted", code="version_not_found")
         return version
@@ -91,6 +93,11 @@ class AdapterLookup:
 def unknown_adapter(name: str) -> NotFound:
     """Return the error for a name that nobody has, or not this caller."""
     return NotFound(f"there is no adapter {name[:80]!r}", code="adapter_not_found")
+
+
+def foreign_adapter(name: str) -> Forbidden:
+    """Return the error for another tenant's public adapter, which the caller may only use."""
+    return Forbidden(f"{name!r} belongs to another tenant: you may use it, not change it")
 
 
 def unknown_model(model: str) -> NotFound:

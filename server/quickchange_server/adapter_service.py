@@ -5,7 +5,7 @@ blocks runs in threads. Knows nothing of HTTP: views say what to show, errors ca
 """
 
 import asyncio
-from collections.abc import AsyncIterable, Sequence
+from collections.abc import AsyncIterable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from quickchange_server.adapter_actions import AdapterActions
 from quickchange_server.adapter_changes import AdapterChanges
 from quickchange_server.adapter_directory import AdapterDirectory
 from quickchange_server.adapter_loader import AdapterLoader
-from quickchange_server.adapter_lookup import AdapterLookup, unknown_adapter
+from quickchange_server.adapter_lookup import AdapterLookup, foreign_adapter, unknown_adapter
 from quickchange_server.adapter_remover import AdapterRemover
 from quickchange_server.adapter_upload import (
     FileName,
@@ -60,6 +60,9 @@ from quickchange_server.view_builder import ViewBuilder, event_json
 __all__ = ["AdapterService", "FileName", "UploadForm", "UploadRefused"]
 
 INCOMING_S = 3600.0
+
+Names = Collection[str] | None
+"""The only names that a caller may see; None: no such limit."""
 
 
 class AdapterService:
@@ -200,10 +203,16 @@ class AdapterService:
         return self._add_static(static_record(name, files, report, task.text), folder, report)
 
     async def list(
-        self, *, after: str | None = None, limit: int = 20, tenant: str = DEFAULT_TENANT
+        self,
+        *,
+        after: str | None = None,
+        limit: int = 20,
+        tenant: str = DEFAULT_TENANT,
+        names: Names = None,
     ) -> AdapterPage:
         """Return adapters sorted by name, those behind `after`, at most `limit`; no reports."""
-        found = [a for a in self._directory.visible(tenant) if after is None or a.name > after]
+        seen = (a for a in self._directory.visible(tenant) if names is None or a.name in names)
+        found = [a for a in seen if after is None or a.name > after]
         views = tuple(self._adapter_view(record, {}) for record in found[:limit])
         return AdapterPage(views, has_more=len(found) > limit)
 
@@ -240,15 +249,16 @@ class AdapterService:
             return (await asyncio.to_thread(self._files.paths, record))[file]
 
     async def events(self, name: str, *, tenant: str = DEFAULT_TENANT) -> Sequence[Json]:
-        """Return the audit log of a name, oldest first; also of a name that was deleted.
+        """Return the tenant's audit log of a name, oldest first; also of one that was deleted.
 
-        Raises: NotFound (adapter_not_found), Unavailable.
+        Raises: NotFound (adapter_not_found), Forbidden (it is another tenant's), Unavailable.
         """
         record = self._directory.get(name, tenant)
-        owner = tenant if record is None else record.tenant
-        found = await self._live.ask(lambda: self._catalog.list_events(name, owner))
+        found = await self._live.ask(lambda: self._catalog.list_events(name, tenant))
         if not found and record is None:
             raise unknown_adapter(name)
+        if record is not None and record.tenant != tenant:
+            raise foreign_adapter(name)
         return [event_json(event) for event in found]
 
     def resolve(self, model: str, *, tenant: str = DEFAULT_TENANT) -> ResolvedModel:
@@ -288,12 +298,16 @@ class AdapterService:
         self._views.note_use(version)
         await self._loader.load(version)
 
-    def models(self, *, tenant: str = DEFAULT_TENANT) -> Sequence[ModelView]:
+    def models(self, *, tenant: str = DEFAULT_TENANT, names: Names = None) -> Sequence[ModelView]:
         """Return the entries of `GET /v1/models`: base names, bare names, `name@alias`."""
-        names = self._directory.model_names(tenant)
+        found = self._directory.model_names(tenant)
         return [
-            *(self._views.base(name) for name in self.base_names),
-            *(self._views.model(name, version) for name, version in names),
+            *(self._views.base(name) for name in self.base_names if names is None),
+            *(
+                self._views.model(model, version)
+                for model, version in found
+                if names is None or version.name in names
+            ),
         ]
 
     def model(self, model_id: str, *, tenant: str = DEFAULT_TENANT) -> ModelView:
@@ -304,6 +318,12 @@ class AdapterService:
         if model_id in self.base_names:
             return self._views.base(model_id)
         return self._views.model(model_id, self._lookup.meant(model_id, tenant))
+
+    def digests_of(self, tenant: str) -> Collection[str] | None:
+        """Return the digests that a tenant may learn of; None: all, for the default tenant."""
+        if tenant == DEFAULT_TENANT:
+            return None
+        return {v.digest for adapter in self._directory.visible(tenant) for v in adapter.versions}
 
     def _taken_names(self) -> tuple[str, ...]:
         return (*self.base_names, *self._directory.static_names())

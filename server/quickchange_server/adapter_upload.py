@@ -7,7 +7,7 @@ from typing import Literal
 
 from quickchange_adapters.errors import BlobTooLarge, Problem, StoreUnavailable
 from quickchange_adapters.names import DEFAULT_TENANT, adapter_name_problem, alias_problem
-from quickchange_adapters.records import CONFIG_FILE, TASK_FILE, WEIGHTS_FILE, FileRecord
+from quickchange_adapters.records import CONFIG_FILE, TASK_FILE, WEIGHTS_FILE, FileRecord, Quota
 from quickchange_adapters.store import StagedFile, Store
 from quickchange_adapters.task import Task, TaskReading, read_task_file
 
@@ -32,6 +32,15 @@ PART_OF: dict[str, str] = {
 
 
 @dataclass(frozen=True, slots=True)
+class UploadTerms:
+    """What the server adds to a form: who uploads, and what holds for everybody like them."""
+
+    actor: str = ""
+    default_visibility: str = "public"
+    quota: Quota | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class UploadForm:
     """The fields of `POST /v1/adapters`; a missing file is reported, not raised by the caller.
 
@@ -49,6 +58,7 @@ class UploadForm:
     allow_noop: bool = False
     strict_base: bool = False
     tenant: str = DEFAULT_TENANT
+    terms: UploadTerms = UploadTerms()
     problems: tuple[Problem, ...] = ()
 
     @property

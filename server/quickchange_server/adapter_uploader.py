@@ -143,6 +143,9 @@ class AdapterUploader:
             alias=form.alias,
             tags=form.tags or None,
             visibility=form.visibility,
+            default_visibility=form.terms.default_visibility,
+            quota=form.terms.quota,
+            actor=form.terms.actor,
             upload_id=secrets.token_hex(16),
             task_text=task_text,
         )

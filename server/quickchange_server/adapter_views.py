@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from quickchange_adapters.names import DEFAULT_TENANT
 from quickchange_adapters.task import Task
 
 Json = dict[str, Any]
@@ -237,13 +238,23 @@ class ModelView:
 class ResolvedModel:
     """A model string, resolved once at admission: the base, or one version of an adapter.
 
-    `served_name` is the adapter's bare name (or the base's): fit for metrics' labels. For the base,
+    `served_name` is the adapter's bare name (or the base's); `tenant` whose it is. For the base,
     `digest` is the base's own and `version` is None. `task` is the version's task.json, if any.
     """
 
     kind: Literal["base", "adapter"]
     served_name: str
     digest: str
-    tenant: str = "default"
+    tenant: str = DEFAULT_TENANT
     version: int | None = None
     task: Task | None = None
+
+    @property
+    def label(self) -> str:
+        """What metrics call the adapter."""
+        return adapter_label(self.served_name, self.tenant)
+
+
+def adapter_label(name: str, tenant: str) -> str:
+    """Return what metrics call an adapter: its name, after its tenant's unless that is default."""
+    return name if tenant == DEFAULT_TENANT else f"{tenant}/{name}"

@@ -12,12 +12,15 @@ from quickchange_adapters.errors import (
     LastAdminKey,
     MergeBudgetExceeded,
     NotInCatalog,
+    PublicNameTaken,
+    QuotaExceeded,
     RevisionChanged,
     StoreUnavailable,
 )
 
 from quickchange_server.errors import (
     Conflict,
+    Forbidden,
     NotFound,
     PreconditionFailed,
     QuickchangeError,
@@ -49,6 +52,10 @@ def _answer(error: AdapterError) -> QuickchangeError | None:
         return Conflict(message, code="alias_in_use")
     if isinstance(error, AdminKeyNeeded | LastAdminKey):
         return Conflict(message, code="admin_key_needed")
+    if isinstance(error, QuotaExceeded):
+        return Forbidden(message, code="quota_exceeded")
+    if isinstance(error, PublicNameTaken):
+        return Conflict(message, param="name")
     if isinstance(error, RevisionChanged):
         return PreconditionFailed(message)
     if isinstance(error, MergeBudgetExceeded):

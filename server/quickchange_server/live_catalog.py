@@ -28,11 +28,14 @@ class LiveCatalog:
         self._directory = directory
         self._changing = asyncio.Lock()
         self._threads = ThreadPoolExecutor(MAX_CALLS, "quickchange-catalog")
+        self._is_closed = False
 
     async def close(self) -> None:
-        """Close the catalog once its calls have ended."""
-        await self.ask(self.catalog.close)
-        self._threads.shutdown(wait=False)
+        """Close the catalog once its calls have ended. A repeat does nothing."""
+        if not self._is_closed:
+            self._is_closed = True
+            await self.ask(self.catalog.close)
+            self._threads.shutdown(wait=False)
 
     async def refresh(self) -> None:
         """Read what other processes have changed."""

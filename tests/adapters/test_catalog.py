@@ -268,7 +268,7 @@ def test_tags_and_visibility_stay_unless_they_are_sent(catalog: Catalog) -> None
 
 def test_tenants_have_names_of_their_own(catalog: Catalog) -> None:
     publish(catalog, "a", "one", tenant="x")
-    publish(catalog, "a", "two", tenant="y")
+    publish(catalog, "a", "two", tenant="y", visibility="private")
     publish(catalog, "a", "three", tenant="y")
     assert (meaning(catalog, "a:2", "x"), meaning(catalog, "a:2", "y")) == (None, 2)
     catalog.begin_delete_adapter("a", tenant="x")

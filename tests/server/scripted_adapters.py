@@ -1,6 +1,6 @@
 """An adapter service that holds what a test put into it; no store, no catalog, no checks."""
 
-from collections.abc import AsyncIterable, Sequence
+from collections.abc import AsyncIterable, Collection, Sequence
 from pathlib import Path
 
 from quickchange_adapters.errors import Problem
@@ -95,7 +95,12 @@ class ScriptedAdapters(AdapterService):
         """Remember what was asked for."""
         self.acquired.append(resolved.digest)
 
-    def models(self, *, tenant: str = "default") -> Sequence[ModelView]:
+    def digests_of(self, tenant: str) -> None:
+        """Hide nothing."""
+
+    def models(
+        self, *, tenant: str = "default", names: Collection[str] | None = None
+    ) -> Sequence[ModelView]:
         """Return the base and all adapters."""
         return [self.model(name) for name in (*self.base_names, *self.digests)]
 

@@ -7,13 +7,16 @@ from quickchange_adapters.errors import Problem
 from starlette.responses import FileResponse, JSONResponse, Response
 
 from quickchange_server.adapter_service import FileName
+from quickchange_server.adapter_upload import UploadTerms
 from quickchange_server.adapter_views import AdapterView, DeletionView
 from quickchange_server.api.auth import Admin, Reader, Writer
+from quickchange_server.api.named_adapters import check_upload
 from quickchange_server.api.schemas import ActionBody, AliasBody
 from quickchange_server.api.scoped_route import ScopedRoute
 from quickchange_server.api.services import AppServices, Services
 from quickchange_server.api.upload import FILES, OPENAPI_BODY, UploadReader
 from quickchange_server.errors import NotFound, QuickchangeError
+from quickchange_server.principal import Principal
 
 Json = dict[str, Any]
 Version = Annotated[int, Path(ge=1, le=999_999_999)]
@@ -32,9 +35,10 @@ async def upload(
 
     With `dry_run=true` nothing is kept, and the report lists every problem.
     """
-    reader = UploadReader(services.adapters, caller.tenant)
+    reader = UploadReader(services.adapters, caller.tenant, _terms(services, caller))
     try:
         form = await reader.read(request)
+        check_upload(caller, form.name)
         if dry_run:
             return JSONResponse(await services.adapters.check(form))
         result = await services.adapters.upload(form)
@@ -44,6 +48,12 @@ async def upload(
     finally:
         await reader.discard()
     return JSONResponse(result.version.to_json(), 201 if result.created else 200)
+
+
+def _terms(services: AppServices, caller: Principal) -> UploadTerms:
+    """Return what holds for an upload: once there are keys, a new name is its tenant's alone."""
+    visibility = "public" if services.keyring.is_open else "private"
+    return UploadTerms(caller.actor, visibility)
 
 
 def _note_refusal(error: QuickchangeError, services: AppServices) -> None:
@@ -62,7 +72,9 @@ async def list_adapters(
     limit: Limit = 20,
 ) -> Json:
     """List adapters by name."""
-    page = await services.adapters.list(after=after, limit=limit, tenant=caller.tenant)
+    page = await services.adapters.list(
+        after=after, limit=limit, tenant=caller.tenant, names=caller.adapters
+    )
     return page.to_json()
 
 
@@ -124,6 +136,7 @@ async def delete_adapter(
         name,
         timeout_s=timeout_s,
         tenant=caller.tenant,
+        actor=caller.actor,
         on_gone=services.metrics.forget_adapter,
     )
     return _deletion(done)
@@ -135,7 +148,7 @@ async def delete_version(
 ) -> Response:
     """Delete one version that no alias points at."""
     done = await services.adapters.delete_version(
-        name, version, timeout_s=timeout_s, tenant=caller.tenant
+        name, version, timeout_s=timeout_s, tenant=caller.tenant, actor=caller.actor
     )
     return _deletion(done)
 
@@ -151,7 +164,7 @@ async def put_alias(
 ) -> Response:
     """Point an alias at a version, atomically; `If-Match` makes it compare-and-swap."""
     view = await services.adapters.set_alias(
-        name, alias, body.version, if_match=if_match, tenant=caller.tenant
+        name, alias, body.version, if_match=if_match, tenant=caller.tenant, actor=caller.actor
     )
     return _adapter(view)
 
@@ -162,7 +175,7 @@ async def delete_alias(
 ) -> Response:
     """Remove an alias; its version stays."""
     view = await services.adapters.delete_alias(
-        name, alias, if_match=if_match, tenant=caller.tenant
+        name, alias, if_match=if_match, tenant=caller.tenant, actor=caller.actor
     )
     return _adapter(view)
 

@@ -35,6 +35,7 @@ from quickchange_server.api.generation_planner import (
 )
 from quickchange_server.api.generation_route import GenerationRoute
 from quickchange_server.api.generation_session import GenerationSession, SessionLabel
+from quickchange_server.api.named_adapters import check_models
 from quickchange_server.api.schemas import ChatBody, CompletionBody, GenerationBody
 from quickchange_server.api.services import AppServices, Services
 from quickchange_server.api.streaming import EventStream, wait_for_disconnect
@@ -53,6 +54,7 @@ async def chat_completions(
 ) -> Response:
     """Answer a conversation, whole or as server-sent events."""
     try:
+        check_models(caller, body)
         headers = _ignored(body, NEUTRAL_IN_CHAT, services)
         plan = await plan_chat(body, services, caller.tenant)
         await _admit(plan, services)
@@ -69,6 +71,7 @@ async def completions(
 ) -> Response:
     """Continue one or more prompts, whole or as server-sent events."""
     try:
+        check_models(caller, body)
         headers = _ignored(body, NEUTRAL_IN_COMPLETIONS, services)
         plan = await plan_completion(body, services, caller.tenant)
         await _admit(plan, services)
@@ -131,7 +134,7 @@ async def _respond(
         digests = ",".join(ref.digest for ref in plan.model.adapters)
         headers["x-quickchange-adapter-digest"] = digests
     lengths = tuple(len(prompt.token_ids) for prompt in plan.prompts)
-    label = SessionLabel(lengths, plan.num_choices, plan.model.names, request.state.arrival_s)
+    label = SessionLabel(lengths, plan.num_choices, plan.model.labels, request.state.arrival_s)
     session = await _started(plan, label, services)
     try:
         if body.stream:

@@ -35,10 +35,10 @@ class ModelChoice:
         )
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """The adapters' registered names, each once."""
-        names = [model.served_name for model in self.resolved if model.kind == "adapter"]
-        return tuple(dict.fromkeys(names))
+    def labels(self) -> tuple[str, ...]:
+        """What metrics call the adapters, each once."""
+        labels = [model.label for model in self.resolved if model.kind == "adapter"]
+        return tuple(dict.fromkeys(labels))
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,9 +67,10 @@ async def metrics(request: Request, services: Services, caller: Scraper) -> Resp
 
 @router.get("/v1/memory")
 async def memory(services: Services, caller: Admin) -> Json:
-    """Show bytes by part, and by adapter version."""
+    """Show bytes by part, and by adapter version: all of them to the tenant default."""
     state = services.engine.snapshot()
     parts = {**state.memory_bytes, "process_rss": psutil.Process().memory_info().rss}
+    mine = services.adapters.digests_of(caller.tenant)
     adapters = [
         {
             "digest": adapter.digest,
@@ -79,5 +80,6 @@ async def memory(services: Services, caller: Admin) -> Json:
             "num_running": adapter.num_running,
         }
         for adapter in state.adapters.values()
+        if mine is None or adapter.digest in mine
     ]
     return {"object": "memory", "bytes": parts, "adapters": adapters}

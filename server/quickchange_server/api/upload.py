@@ -9,6 +9,7 @@ from quickchange_adapters.store import StagedFile
 from starlette.exceptions import HTTPException
 
 from quickchange_server.adapter_service import AdapterService, FileName, UploadForm
+from quickchange_server.adapter_upload import UploadTerms
 from quickchange_server.api.multipart import FormInvalid, MultipartReader, read_text
 from quickchange_server.errors import InvalidRequest, TooLarge
 
@@ -30,9 +31,10 @@ class UploadReader:
     What is wrong with a part goes into the form's problems, and the other parts are read as well.
     """
 
-    def __init__(self, service: AdapterService, tenant: str) -> None:
+    def __init__(self, service: AdapterService, tenant: str, terms: UploadTerms) -> None:
         self._service = service
         self._tenant = tenant
+        self._terms = terms
         self._fields: dict[str, str] = {}
         self._staged: dict[str, StagedFile] = {}
         self._seen: set[str] = set()
@@ -95,6 +97,7 @@ class UploadReader:
             tags=tags,
             visibility=self._fields.get("visibility") or None,
             tenant=self._tenant,
+            terms=self._terms,
             problems=tuple(self._problems),
             **switches,
         )
