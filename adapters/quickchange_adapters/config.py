@@ -15,6 +15,7 @@ from quickchange_adapters.patterns import MAX_PATTERN_BYTES, TargetRule, pattern
 from quickchange_adapters.strict_json import JsonRefused, parse_object
 
 MAX_NAMES = 4096
+MAX_INT = (1 << 31) - 1
 
 T = TypeVar("T")
 
@@ -148,13 +149,13 @@ class _Reader:
         self._check_bias()
         base = self.raw.get("base_model_name_or_path")
         return LoraAdapterConfig(
-            rank=self._value("r", 8, _as_rank, "a whole number from 1"),
+            rank=self._value("r", 8, _as_rank, f"a whole number from 1 to {MAX_INT}"),
             alpha=self._value("lora_alpha", 8.0, _as_number, "a number"),
             targets=self._targets(),
             use_rslora=self._value("use_rslora", False, _as_flag, "true or false"),
             has_lora_bias=self._value("lora_bias", False, _as_flag, "true or false"),
             has_trained_biases=self.raw.get("bias") in ("all", "lora_only"),
-            rank_pattern=self._patterns("rank_pattern", _as_rank, "whole numbers from 1"),
+            rank_pattern=self._patterns("rank_pattern", _as_rank, "ranks from 1"),
             alpha_pattern=self._patterns("alpha_pattern", _as_number, "numbers"),
             base_model_name=base if isinstance(base, str) else None,
         )
@@ -282,7 +283,7 @@ def _is_int(value: Any) -> bool:
 
 
 def _as_rank(value: Any) -> int | None:
-    return value if _is_int(value) and value >= 1 else None
+    return value if _is_int(value) and 1 <= value <= MAX_INT else None
 
 
 def _as_number(value: Any) -> float | None:

@@ -1,13 +1,9 @@
 """A whole server in a process of its own: start, answers, refusals, a stop that loses nothing."""
 
 import json
-import os
 import re
 import signal
 import socket
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,46 +14,7 @@ from quickchange_server.errors import ConfigInvalid
 from quickchange_server.serving import pick_device, ready_text
 
 from tests.conftest import MakeAdapter, save_tiny_base
-
-START_S = 60
-
-
-class Server:
-    """A `quickchange-server serve` process; `url` is known once it says that it is ready."""
-
-    def __init__(self, arguments: list[str], folder: Path) -> None:
-        command = [sys.executable, "-m", "quickchange_server.cli", "serve", "--port", "0"]
-        store = ["--store", str(folder / "store"), "--cache", str(folder / "cache")]
-        self.log = folder / "log"
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                [*command, *store, *arguments],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
-            )
-
-    def wait_ready(self) -> "Server":
-        """Wait for the line that says where it listens."""
-        for _ in range(START_S * 20):
-            found = re.search(r"Ready after .* on (http://\S+):", self.log.read_text())
-            if found:
-                self.url = found[1]
-                return self
-            assert self.process.poll() is None, self.log.read_text()
-            time.sleep(0.05)
-        raise TimeoutError(self.log.read_text())
-
-    def stop(self, number: int = signal.SIGTERM) -> int:
-        """Send a signal; return the exit code."""
-        self.process.send_signal(number)
-        return self.process.wait(30)
-
-    def generate(self, model: str, **fields: object) -> httpx.Response:
-        """Ask for a greedy completion."""
-        body = {"model": model, "prompt": "the quick", "temperature": 0, **fields}
-        return httpx.post(f"{self.url}/v1/completions", json=body, timeout=30)
-
+from tests.server.server_process import START_S, Server
 
 StartServer = Callable[..., Server]
 
