@@ -17,18 +17,24 @@ from starlette.routing import Route
 
 BASE = "tiny-llama"
 WORDS = ("A", " fine", " film", ",\u2028indeed", " 🙂")
-FILE_FIELDS = ("adapter_config", "adapter_model", "task")
+FILES = {
+    "adapter_config": "adapter_config.json",
+    "adapter_model": "adapter_model.safetensors",
+    "task": "task.json",
+}
 NOT_TENSORS = b"\x80\x04pickle"
+GAP = b"break off"
 
 Json = dict[str, Any]
 
 
 @dataclass
 class StoredAdapter:
-    """A name, its versions by number, and its aliases."""
+    """A name, its versions by number, their files by number and file, and its aliases."""
 
     name: str
     versions: dict[int, Json] = field(default_factory=dict)
+    files: dict[tuple[int, str], bytes] = field(default_factory=dict)
     aliases: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -72,6 +78,10 @@ class FakeServer:
                 Route(adapter, self._guarded(self._get)),
                 Route(adapter, self._guarded(self._delete), methods=["DELETE"]),
                 Route(adapter + "/versions/{version:int}", self._guarded(self._get_version)),
+                Route(
+                    adapter + "/versions/{version:int}/files/{file}",
+                    self._guarded(self._get_file),
+                ),
                 Route(
                     adapter + "/versions/{version:int}",
                     self._guarded(self._delete_version),
@@ -195,7 +205,7 @@ class FakeServer:
     async def _upload(self, request: Request) -> Response:
         form = await request.form()
         fields = {key: value for key, value in form.items() if isinstance(value, str)}
-        files = {key: form[key] for key in FILE_FIELDS if key in form}
+        files = {key: form[key] for key in FILES if key in form}
         contents = {key: await part.read() for key, part in files.items()}  # type: ignore[union-attr]
         digests = {key: hashlib.sha256(data).hexdigest() for key, data in contents.items()}
         self.requests.append(("POST", "/v1/adapters", {**fields, **digests}))
@@ -206,17 +216,20 @@ class FakeServer:
             return JSONResponse({**_report(), "ok": not problems, "problems": problems})
         if problems:
             return refusal(400, "weights_not_safetensors", "no safetensors", problems=problems)
-        return self._keep(fields, digests, sum(map(len, contents.values())))
+        return self._keep(fields, contents)
 
-    def _keep(self, fields: dict[str, str], digests: dict[str, str], num_bytes: int) -> Response:
+    def _keep(self, fields: dict[str, str], contents: dict[str, bytes]) -> Response:
         name = fields["name"]
         stored = self.adapters.setdefault(name, StoredAdapter(name))
-        joined = "".join(digests[key] for key in FILE_FIELDS if key in digests)
-        digest = "sha256:" + hashlib.sha256(joined.encode()).hexdigest()
+        joined = b"".join(hashlib.sha256(data).digest() for data in contents.values())
+        digest = "sha256:" + hashlib.sha256(joined).hexdigest()
+        num_bytes = sum(map(len, contents.values()))
         same = [v for v in stored.versions.values() if v["digest"] == digest]
         number = same[0]["version"] if same else len(stored.versions) + 1
         version = same[0] if same else _version(name, number, digest, num_bytes)
         stored.versions[number] = version
+        version["task"] = json.loads(contents["task"]) if "task" in contents else None
+        stored.files |= {(number, FILES[key]): data for key, data in contents.items()}
         stored.aliases.setdefault("default", number)
         if "alias" in fields:
             stored.aliases[fields["alias"]] = number
@@ -247,6 +260,11 @@ class FakeServer:
         if stored is None or number not in stored.versions:
             return _adapter_not_found(request)
         return JSONResponse(stored.versions[number])
+
+    async def _get_file(self, request: Request) -> Response:
+        stored = self.adapters[request.path_params["name"]]
+        data = stored.files[request.path_params["version"], request.path_params["file"]]
+        return StreamingResponse(_pieces(data))
 
     async def _delete(self, request: Request) -> Response:
         await self._body(request)
@@ -399,6 +417,15 @@ def _report() -> Json:
         "finite": True,
         "no_effect": False,
     }
+
+
+async def _pieces(data: bytes) -> AsyncIterator[bytes]:
+    """Yield bytes in pieces; those of a file with a gap break off there."""
+    for start in range(0, len(data), 50_000):
+        piece = data[start : start + 50_000]
+        yield piece
+        if GAP in piece:
+            raise ConnectionError("broken off on purpose")
 
 
 def _version(name: str, number: int, digest: str, num_bytes: int) -> Json:

@@ -19,8 +19,8 @@ SAID = "".join(WORDS)
 COMMANDS = sorted(str(command.name) for command in app.registered_commands)
 HEADINGS = ["NAME", "ALIASES", "VERSIONS", "TIER", "RANK", "BYTES", "LAST USED"]
 OWN = sorted(
-    ("alias", "generate", "list", "load", "memory", "merge", "push", "rm", "show")
-    + ("unload", "unmerge")
+    ("alias", "generate", "list", "load", "memory", "merge", "pull", "push", "rm", "show")
+    + ("unload", "unmerge", "validate")
 )
 
 

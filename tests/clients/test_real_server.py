@@ -153,6 +153,10 @@ def test_a_task_goes_up_with_its_folder_and_fills_what_is_left_out(
         done = subprocess.run((*words, *more), capture_output=True, text=True, check=True)
         lengths.append(json.loads(done.stdout)["usage"]["prompt_tokens"])
     assert lengths[0] > lengths[1]
+    copy = tmp_path / "copy"
+    client.adapters.download("t", 1, copy)
+    for file in folder.iterdir():
+        assert file.name == "README.md" or (copy / file.name).read_bytes() == file.read_bytes()
     (folder / "task.json").write_text('{"promt": "{input}"}')
     report = client.adapters.dry_run(folder, name="t")
     assert [(each.code, each.where) for each in report.problems] == [("task_invalid", "task.promt")]

@@ -21,6 +21,7 @@ from quickchange_client.answer import AnswerT
 from quickchange_client.call import Call, UploadOptions
 from quickchange_client.client import CHAT_PATH, COMPLETION_PATH, DEFAULT_TIMEOUT_S
 from quickchange_client.connection import AsyncConnection
+from quickchange_client.download import VersionFolder
 from quickchange_client.generation import (
     ChatChunk,
     ChatCompletion,
@@ -187,6 +188,26 @@ class AsyncAdapters:
     async def get_version(self, name: str, version: int) -> AdapterVersion:
         """Return one version with the report of its upload."""
         return await self._connection.send(call.get_version(name, version))
+
+    async def download(
+        self, name: str, version: int, folder: str | Path, *, progress: Progress | None = None
+    ) -> AdapterVersion:
+        """Save a version's files, as they were uploaded, in a folder that is new or empty.
+
+        They are compared with the version's digest before the folder is there; `upload` takes it
+        as it is. `progress(received_bytes, total_bytes)`.
+
+        Raises: ArgumentInvalid when the folder holds something, FolderNotWritten,
+        StreamInterrupted, AnswerInvalid.
+        """
+        found = await self.get_version(name, version)
+        with VersionFolder(folder, found, progress) as target:
+            for file in target.files:
+                request = call.get_file(name, version, file)
+                response = await self._connection.exchange(request, is_stream=True)
+                await target.save_async(file, response)
+            target.finish()
+        return found
 
     async def delete(
         self, name: str, version: int | None = None, *, timeout_s: float | None = None

@@ -14,7 +14,7 @@ from quickchange_client.adapter import (
     AdapterVersion,
 )
 from quickchange_client.adapter_folder import AdapterFolder
-from quickchange_client.answer import AnswerT
+from quickchange_client.answer import Answer, AnswerT
 from quickchange_client.errors import ArgumentInvalid
 from quickchange_client.multipart import FilePart, MultipartBody, Progress
 from quickchange_client.server_state import Health, Memory, Model, ModelList
@@ -112,6 +112,11 @@ def get_adapter(name: str) -> Call[Adapter]:
 def get_version(name: str, version: int) -> Call[AdapterVersion]:
     """Get one version."""
     return Call("GET", _adapter_path(name, "versions", str(version)), AdapterVersion)
+
+
+def get_file(name: str, version: int, file: str) -> Call[Answer]:
+    """Download one file of a version; its answer is to be read as a stream of bytes."""
+    return Call("GET", _adapter_path(name, "versions", str(version), "files", file), Answer)
 
 
 def delete_adapter(

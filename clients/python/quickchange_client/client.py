@@ -20,6 +20,7 @@ from quickchange_client.adapter_folder import AdapterFolder
 from quickchange_client.answer import AnswerT
 from quickchange_client.call import Call, UploadOptions
 from quickchange_client.connection import Connection
+from quickchange_client.download import VersionFolder
 from quickchange_client.generation import (
     ChatChunk,
     ChatCompletion,
@@ -180,6 +181,26 @@ class Adapters:
     def get_version(self, name: str, version: int) -> AdapterVersion:
         """Return one version with the report of its upload."""
         return self._connection.send(call.get_version(name, version))
+
+    def download(
+        self, name: str, version: int, folder: str | Path, *, progress: Progress | None = None
+    ) -> AdapterVersion:
+        """Save a version's files, as they were uploaded, in a folder that is new or empty.
+
+        They are compared with the version's digest before the folder is there; `upload` takes it
+        as it is. `progress(received_bytes, total_bytes)`.
+
+        Raises: ArgumentInvalid when the folder holds something, FolderNotWritten,
+        StreamInterrupted, AnswerInvalid.
+        """
+        found = self.get_version(name, version)
+        with VersionFolder(folder, found, progress) as target:
+            for file in target.files:
+                request = call.get_file(name, version, file)
+                response = self._connection.exchange(request, is_stream=True)
+                target.save(file, response)
+            target.finish()
+        return found
 
     def delete(
         self, name: str, version: int | None = None, *, timeout_s: float | None = None

@@ -6,6 +6,7 @@ same codes. The rest never reached the server, or never came back from it whole.
 QuickchangeError
 ├── ArgumentInvalid                  a setting, name or option cannot be sent as it is
 │   └── FolderInvalid                a folder does not hold an adapter that can be uploaded
+├── FolderNotWritten                 a folder to download into cannot be written
 ├── ConnectionFailed                 no answer: refused, unreachable, broken off
 │   └── RequestTimedOut              no answer in time
 ├── StreamInterrupted                a stream ended before its end was announced
@@ -16,6 +17,7 @@ QuickchangeError
     │   └── UploadRefused            400 with `problems`: the bytes are no adapter for this base
     ├── InvalidApiKey                401 invalid_api_key
     ├── Forbidden                    403 forbidden, quota_exceeded
+    │   └── ScopeMissing             403 scope_missing
     ├── NotFound                     404 model_not_found, adapter_not_found, …
     ├── Conflict                     409 conflict, alias_in_use, merge_budget, …
     ├── PreconditionFailed           412 the ETag has changed
@@ -40,6 +42,10 @@ class ArgumentInvalid(QuickchangeError, ValueError):
 
 class FolderInvalid(ArgumentInvalid):
     """The folder does not hold an adapter that can be uploaded; nothing was sent."""
+
+
+class FolderNotWritten(QuickchangeError):
+    """The disk did not take what was downloaded; nothing of it is left."""
 
 
 class ConnectionFailed(QuickchangeError):
@@ -128,6 +134,10 @@ class Forbidden(ApiError):
     """403: the key may not do this."""
 
 
+class ScopeMissing(Forbidden):
+    """403: the key lacks the scope that this call needs."""
+
+
 class NotFound(ApiError):
     """404: no such thing, or none that this key may see."""
 
@@ -167,6 +177,7 @@ class GenerationFailed(InternalError):
 _BY_CODE: dict[str, type[ApiError]] = {
     "context_length_exceeded": ContextLengthExceeded,
     "generation_failed": GenerationFailed,
+    "scope_missing": ScopeMissing,
 }
 _BY_STATUS: dict[int, type[ApiError]] = {
     400: InvalidRequest,

@@ -14,9 +14,9 @@ from quickchange_client.cli.adapter_tables import (
     print_report,
     print_version,
 )
+from quickchange_client.cli.byte_progress import byte_progress
 from quickchange_client.cli.output import format_bytes, print_json, print_problems
 from quickchange_client.cli.session import JsonOption, UrlOption, say, session
-from quickchange_client.cli.upload_progress import upload_progress
 from quickchange_client.client import Quickchange
 from quickchange_client.errors import ArgumentInvalid
 
@@ -61,7 +61,7 @@ def push(
     checks = {"allow_noop": allow_noop, "strict_base": strict_base}
     with session(url, as_json) as client:
         if dry_run:
-            _check(client, folder, name, checks, as_json)
+            check_folder(client, folder, name, checks, as_json)
         else:
             _upload(client, folder, name, alias, checks, as_json)
 
@@ -222,10 +222,11 @@ def _act(verb: Verb, adapter: str, url: str | None, as_json: bool) -> None:
     print_json(action) if as_json else print_action(action)
 
 
-def _check(
+def check_folder(
     client: Quickchange, folder: Path, name: str, checks: dict[str, bool], as_json: bool
 ) -> None:
-    with upload_progress(is_shown=not as_json) as progress:
+    """Have a folder checked and print the report. Raises: Exit(1) when it would be refused."""
+    with byte_progress("uploading", "checking", is_shown=not as_json) as progress:
         report = client.adapters.dry_run(folder, name=name, progress=progress, **checks)
     if as_json:
         print_json(report)
@@ -244,7 +245,7 @@ def _upload(
     checks: dict[str, bool],
     as_json: bool,
 ) -> None:
-    with upload_progress(is_shown=not as_json) as progress:
+    with byte_progress("uploading", "checking", is_shown=not as_json) as progress:
         version = client.adapters.upload(
             folder, name=name, alias=alias, progress=progress, **checks
         )

@@ -5,7 +5,12 @@ from typing import Annotated
 
 import typer
 
-from quickchange_client.cli import adapter_commands, generate_command, memory_command
+from quickchange_client.cli import (
+    adapter_commands,
+    folder_commands,
+    generate_command,
+    memory_command,
+)
 from quickchange_client.cli.plugins import add_plugins
 
 ADAPTERS = "Adapters"
@@ -26,8 +31,10 @@ app = typer.Typer(
 
 app.command("generate")(generate_command.generate)
 app.command("push", rich_help_panel=ADAPTERS)(adapter_commands.push)
+app.command("validate", rich_help_panel=ADAPTERS)(folder_commands.validate)
 app.command("list", rich_help_panel=ADAPTERS)(adapter_commands.list_adapters)
 app.command("show", rich_help_panel=ADAPTERS)(adapter_commands.show)
+app.command("pull", rich_help_panel=ADAPTERS)(folder_commands.pull)
 app.command("alias", rich_help_panel=ADAPTERS)(adapter_commands.alias)
 app.command("rm", rich_help_panel=ADAPTERS)(adapter_commands.rm)
 app.command("load", rich_help_panel=ADAPTERS)(adapter_commands.load)
