@@ -108,5 +108,6 @@ if is_installed; then exit 0; fi
 make_venv
 install_torch
 install_quickchange
+if ! "$VENV/bin/python" -m quickchange_adapters.native >/dev/null; then say "the portable kernels are used instead"; fi
 printf '%s\n' "$WANTED" >"$(stamp_of "$KIND")"
 say "ready: $VENV ($(installed_torch | sed 's/^/torch /'))"

@@ -9,7 +9,7 @@ from torch import Tensor
 from quickchange_adapters.errors import NotFinite
 from quickchange_adapters.host_adapter import HostAdapter, HostGroup, iter_deltas
 from quickchange_adapters.layout import AdapterLayout, GroupShape
-from quickchange_adapters.ops.linear_weight import LinearWeight, make_linear_weight
+from quickchange_adapters.ops.linear_weight import LinearWeight
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +44,9 @@ class DenseBase(Protocol):
     def dense_head(self) -> Tensor:
         """Return the head [vocabulary, width]."""
 
+    def make_weight(self, weight: Tensor) -> LinearWeight:
+        """Make a matrix resident in the form that the base's own have."""
+
 
 def merged_bytes_of(adapter: HostAdapter, layout: AdapterLayout, itemsize: int) -> int:
     """Bytes that a merged copy of this adapter takes: its groups' fused matrices, whole."""
@@ -75,7 +78,7 @@ def merge_adapter(adapter: HostAdapter, layout: AdapterLayout, base: DenseBase) 
         shape = layout.groups[kind]
         for layer in range(shape.num_layers):
             merged = merge_matrix(base.dense(kind, layer), group, shape, layer)
-            copy.weights[(kind, layer)] = make_linear_weight(merged)
+            copy.weights[(kind, layer)] = base.make_weight(merged)
             if group.has_bias:
                 bias = _merge_bias(base.bias(kind, layer), group, layer)
                 copy.biases[(kind, layer)] = bias.to(merged.device)
@@ -87,7 +90,7 @@ def _merge_head(adapter: HostAdapter, base: DenseBase) -> LinearWeight | None:
         return None
     head = base.dense_head()
     delta = adapter.head.lora_b.float() @ adapter.head.lora_a.float()
-    return make_linear_weight((head.float() + delta.to(head.device)).to(head.dtype))
+    return base.make_weight((head.float() + delta.to(head.device)).to(head.dtype))
 
 
 def _merge_bias(bias: Tensor | None, group: HostGroup, layer: int) -> Tensor:

@@ -67,6 +67,14 @@ class ServerConfig:
         BASE,
         metavar="auto|float32|bfloat16|float16",
     )
+    kernels: str = option(
+        "auto",
+        o.read_choice("auto", "native", "plain"),
+        "What computes the steps: auto takes Triton's kernels on a GPU, native ones on a CPU that "
+        "has AVX-512 BF16, plain ones elsewhere.",
+        BASE,
+        metavar="auto|native|plain",
+    )
     max_model_len: int | None = option(
         None,
         o.read_auto_or(o.read_count(1)),

@@ -157,6 +157,7 @@ def engine_settings(config: ServerConfig, budget: MemoryBudget) -> EngineSetting
         served_name=config.base_name,
         device=budget.device,
         dtype=config.dtype,
+        kernels=config.kernels,
         kv_cache_bytes=budget.kv_cache_bytes,
         max_model_len=config.max_model_len,
         max_batch_rows=config.max_batch_rows,

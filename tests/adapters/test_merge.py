@@ -3,7 +3,13 @@
 import pytest
 import torch
 from quickchange_adapters.merge import merge_adapter, merged_bytes_of
-from quickchange_adapters.ops.linear_weight import PackedWeight, PlainWeight, can_pack
+from quickchange_adapters.ops.linear_weight import (
+    LinearWeight,
+    PackedWeight,
+    PlainWeight,
+    can_pack,
+    make_linear_weight,
+)
 from torch import Tensor
 
 from tests.adapters.test_pool import LAYOUT, adapter_of, weights_of
@@ -23,6 +29,9 @@ class FixedBase:
 
     def dense_head(self) -> Tensor:
         raise NotImplementedError
+
+    def make_weight(self, weight: Tensor) -> LinearWeight:
+        return make_linear_weight(weight)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

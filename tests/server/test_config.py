@@ -34,6 +34,7 @@ SAMPLES: dict[str, tuple[str, str, object]] = {
     "adapter_host_bytes": ("1000", "1000", 1000),
     "merged_bytes": ("0", "0", 0),
     "max_batch_rows": ("7", "7", 7),
+    "kernels": ("plain", '"plain"', "plain"),
     "max_step_tokens": ("99", "99", 99),
     "max_queue": ("0", "0", 0),
     "host": ("localhost", '"localhost"', "localhost"),

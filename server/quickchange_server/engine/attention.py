@@ -167,9 +167,10 @@ class AttentionStep:
 
 @dataclass(slots=True)
 class ShapeProbe:
-    """Takes a step's place once, at start, to learn each layer's KV shape."""
+    """Takes a step's place once, at start, to learn each layer's KV shape and rule."""
 
     shapes: dict[int, KvShape] = field(default_factory=dict)
+    rules: dict[int, Rule] = field(default_factory=dict)
 
 
 class UnsupportedAttention(RuntimeError):
@@ -206,12 +207,13 @@ def attend(
             f"{', '.join(unknown) or 'a mask of its own'}"
         )
     step = keywords["step"]
+    rule = Rule(keywords["scaling"], keywords.get("sliding_window"), keywords.get("softcap"))
     if isinstance(step, ShapeProbe):
+        step.rules[module.layer_idx] = rule
         num_groups = query.shape[1] // key.shape[1]
         shape = KvShape(key.shape[1], key.shape[3], value.shape[3], num_groups)
         step.shapes[module.layer_idx] = shape
         return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
-    rule = Rule(keywords["scaling"], keywords.get("sliding_window"), keywords.get("softcap"))
     return _attend_step(step, module.layer_idx, (query[0], key[0], value[0]), rule), None
 
 

@@ -3,8 +3,10 @@
 Knows the model's modules, shapes and bytes. Does not know requests, KV blocks or the pool's state.
 """
 
+import ctypes
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -15,13 +17,18 @@ import torch
 from quickchange_adapters.base_spec import BaseSpec, ModuleSpec
 from quickchange_adapters.layers import GroupPart, Head, PlanHolder, ProjectionGroup
 from quickchange_adapters.layout import AdapterLayout, GroupShape, Place
-from quickchange_adapters.ops.linear_weight import make_linear_weight
+from quickchange_adapters.native.build import BuildFailed
+from quickchange_adapters.native.library import load_library
+from quickchange_adapters.native.weight import NativeWeight
+from quickchange_adapters.ops.linear_weight import LinearWeight, make_linear_weight
 from torch import Tensor, nn
 
 from quickchange_server.engine.attention import ATTENTION_NAME, register_attention
+from quickchange_server.engine.native_step import native_refusal
 from quickchange_server.engine.settings import EngineSettings
 from quickchange_server.errors import QuickchangeError
 
+log = logging.getLogger(__name__)
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 SERVED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 _BLOCK_PATH = re.compile(r"^(.*?\.(?:layers|h|blocks)\.(\d+))\.(.+)$")
@@ -70,6 +77,7 @@ class BaseModel:
     | holder | the step's plan, read by every projection group |
     | layout | groups and places of all linears an adapter may target |
     | spec | names and shapes, for the checks |
+    | native | the native library, if it computes this base's steps and holds its weights |
     """
 
     def __init__(self, model: Any, settings: EngineSettings) -> None:
@@ -77,6 +85,7 @@ class BaseModel:
         self.config = model.config.get_text_config()
         self.dtype: torch.dtype = model.dtype
         self.device = torch.device(settings.device)
+        self.native = _native_library(model, settings)
         self.holder = PlanHolder()
         self.groups: dict[tuple[str, int], ProjectionGroup] = {}
         specs: dict[str, ModuleSpec] = {}
@@ -134,6 +143,12 @@ class BaseModel:
         result: Tensor = self.model.get_input_embeddings()(token_ids)
         return result
 
+    def make_weight(self, weight: Tensor) -> LinearWeight:
+        """Make a matrix [out, in] resident in the form that this base's steps read."""
+        if self.native is not None:
+            return NativeWeight(weight, self.native)
+        return make_linear_weight(weight)
+
     def checksum(self) -> str:
         """Compute sha256 over every resident base weight, in a fixed order (hex)."""
         digest = hashlib.sha256()
@@ -180,7 +195,7 @@ class BaseModel:
         return AdapterLayout(shapes, places)
 
     def _install(self, shape: GroupShape, layer: int, linears: list[Linear]) -> None:
-        weight = make_linear_weight(torch.cat([linear.weight for linear in linears]))
+        weight = self.make_weight(torch.cat([linear.weight for linear in linears]))
         bias = _fused_bias(linears)
         group = ProjectionGroup(shape, layer, weight, bias, self.holder)
         self.groups[(shape.kind, layer)] = group
@@ -201,7 +216,7 @@ class BaseModel:
             _values_sha256(head.weight.data),
         )
         bias = None if head.bias is None else head.bias.data
-        self.head = Head(make_linear_weight(head.weight.data), bias, self.holder)
+        self.head = Head(self.make_weight(head.weight.data), bias, self.holder)
         _set_module(self.model, path, self.head)
         return path
 
@@ -239,6 +254,21 @@ def load_base(folder: Path, settings: EngineSettings) -> BaseModel:
     model.eval().requires_grad_(False)
     model.to(settings.device)
     return BaseModel(model, settings)
+
+
+def _native_library(model: Any, settings: EngineSettings) -> ctypes.CDLL | None:
+    if settings.kernels not in ("auto", "native"):
+        return None
+    reason = native_refusal(model)
+    if reason is None:
+        try:
+            return load_library()
+        except BuildFailed as error:
+            reason = str(error)
+    if settings.kernels == "native":
+        raise UnsupportedBase(f"native kernels cannot run this base here: {reason}")
+    log.info("native kernels are not used: %s", reason)
+    return None
 
 
 def end_token_ids(model: Any) -> frozenset[int]:

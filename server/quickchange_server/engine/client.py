@@ -60,6 +60,7 @@ class EngineClient:
         self.eos_token_ids = end_token_ids(base.model)
         self.max_model_len = _context_limit(runner, settings)
         freeze_rope(base.model, self.max_model_len)
+        runner.start_native(self.max_model_len)
         self.max_requests = settings.max_queue + settings.max_batch_rows
         self._settings = settings
         self._base_model = base

@@ -167,6 +167,9 @@ class Engine:
     def _run(self) -> None:
         if self.settings.num_threads is not None:
             torch.set_num_threads(self.settings.num_threads)
+            # PyTorch gives a thread its number at the first question, and would give it the one
+            # that some other thread was set to since.
+            torch.get_num_threads()
         device = self.runner.base.device
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)  # kernels launch on the thread's current device

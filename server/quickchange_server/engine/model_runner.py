@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from quickchange_adapters.merge import MergedCopy
-from quickchange_adapters.ops.deltas import add_embedding
+from quickchange_adapters.ops.deltas import add_embedding, add_head
 from quickchange_adapters.plan import RowBlock, StepPlan, StepTables, Term, build_plan
 from quickchange_adapters.pool import AdapterPool
 from torch import Tensor
@@ -21,12 +21,14 @@ from quickchange_server.engine.attention import (
     KvShape,
     KvStorage,
     PrefillChunk,
+    Rule,
     ShapeProbe,
     block_bytes,
 )
 from quickchange_server.engine.attention_tiles import KvRow
 from quickchange_server.engine.base_model import BaseModel
 from quickchange_server.engine.cuda_graphs import DecodeBatch, DecodeGraphs, DecodeStep
+from quickchange_server.engine.native_step import NativeStep, StepInput
 from quickchange_server.engine.request import TokenLogprobs
 from quickchange_server.engine.sampler import Sample, rows_logprobs, sample
 from quickchange_server.engine.scheduler import ScheduledRow
@@ -56,7 +58,7 @@ class ModelRunner:
         self.base = base
         self.pool = pool
         base.holder.arenas = pool.arenas
-        self.kv_shapes = self._probe_shapes()
+        self.kv_shapes, self._rules = self._probe_layers()
         num_blocks = kv_cache_bytes // block_bytes(self.kv_shapes, block_size, base.dtype.itemsize)
         like = torch.empty(0, dtype=base.dtype, device=base.device)
         self.storage = KvStorage(self.kv_shapes, int(num_blocks), block_size, like)
@@ -64,9 +66,19 @@ class ModelRunner:
         self.is_exact = (
             self._kernels is None and base.device.type == "cpu" and base.dtype == torch.float32
         )
+        self.native: NativeStep | None = None
         self.graphs: DecodeGraphs | None = None
         if self._kernels is not None and settings.cuda_graphs:
             self.graphs = self._kernels.decode_graphs(self.decode, base.max_model_len)
+
+    def start_native(self, max_model_len: int) -> None:
+        """Hand the base to the native library, if it computes this base's steps.
+
+        Call it when nothing of the base, the pool and the storage changes its place any more.
+        """
+        if self.base.native is not None and self._kernels is None:
+            parts = self.base, self.pool, self.storage
+            self.native = NativeStep(*parts, self._rules, max_model_len)
 
     @torch.inference_mode()
     def run(self, rows: SequenceOf[ScheduledRow], merged: MergedCopy | None) -> list[Sample | None]:
@@ -82,7 +94,7 @@ class ModelRunner:
 
     def prepare_blocks(self, blocks: SequenceOf[int]) -> None:
         """Make new owners' blocks safe to read behind the last token, where a path does that."""
-        if self._kernels is None and not self.is_exact:
+        if self._kernels is None and self.native is None and not self.is_exact:
             self.clear_blocks(blocks)
 
     def clear_blocks(self, blocks: SequenceOf[int]) -> None:
@@ -91,11 +103,26 @@ class ModelRunner:
             self.storage.clear(blocks)
 
     def _compute(self, packed: "_Packing", merged: MergedCopy | None) -> Tensor:
+        if self.native is not None:
+            return self._compute_natively(self.native, packed, merged)
         self.base.holder.plan = self._plan(packed, merged)
         try:
             return self._forward(packed, packed.logit_rows())
         finally:
             self.base.holder.plan = StepPlan(0)
+
+    def _compute_natively(
+        self, native: NativeStep, packed: "_Packing", merged: MergedCopy | None
+    ) -> Tensor:
+        """Return float32 logits; the vocabulary's two ends of adapters are added here."""
+        step = packed.native_input(self.base)
+        if merged is None:
+            step.blocks = packed.row_blocks
+        logits, hidden = native.run(step, merged)
+        if merged is None:
+            for block in packed.head_blocks():
+                add_head(logits, hidden, block, is_exact=True)
+        return logits
 
     def _replay(self, packed: "_Packing") -> Tensor | None:
         """Return a decode step's logits from a captured one; None where there is none."""
@@ -215,15 +242,15 @@ class ModelRunner:
 
     def _make_kernels(self, settings: EngineSettings) -> "TritonKernels | None":
         is_cuda = self.base.device.type == "cuda"
-        if settings.kernels == "plain" or (settings.kernels == "auto" and not is_cuda):
+        if settings.kernels in ("plain", "native") or (settings.kernels == "auto" and not is_cuda):
             return None
         from quickchange_server.engine.triton_kernels import TritonKernels
 
         return TritonKernels(self.pool, self.storage, self.kv_shapes, settings.max_batch_rows)
 
     @torch.inference_mode()
-    def _probe_shapes(self) -> list[KvShape]:
-        """Learn every layer's KV shape from one forward of two tokens."""
+    def _probe_layers(self) -> tuple[list[KvShape], list[Rule]]:
+        """Learn every layer's KV shape and attention rule from one forward of two tokens."""
         probe = ShapeProbe()
         device = self.base.device
         embeds = self.base.embed(torch.zeros(2, dtype=torch.long, device=device))
@@ -235,7 +262,8 @@ class ModelRunner:
             logits_to_keep=1,
             step=probe,
         )
-        return [probe.shapes[index] for index in sorted(probe.shapes)]
+        layers = sorted(probe.shapes)
+        return [probe.shapes[i] for i in layers], [probe.rules[i] for i in layers]
 
 
 class _Packing:
@@ -301,6 +329,20 @@ class _Packing:
             KvRow(start, row.start, row.num_tokens, row.sequence.blocks)
             for start, row in zip(self.starts, self.rows, strict=True)
         ]
+
+    def native_input(self, base: BaseModel) -> StepInput:
+        """Return the step as the native library takes it: without padding, without deltas."""
+        num_tokens = len(self.token_ids) - self._num_padding
+        token_ids = torch.tensor(self.token_ids[:num_tokens])
+        embeds = base.embed(token_ids)
+        for block in self.row_blocks:
+            add_embedding(embeds, token_ids, block, is_exact=True)
+        step = StepInput(embeds, self.positions[:num_tokens])
+        for row in self.rows:
+            step.tables.extend([len(step.kv_blocks)] * row.num_tokens)
+            step.kv_blocks.extend(row.sequence.blocks)
+        step.wanted = self.logit_rows()
+        return step
 
     def decode_step(self) -> DecodeStep | None:
         """Return the step as a captured one takes it; None if it holds anything else.

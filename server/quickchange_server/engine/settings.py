@@ -1,7 +1,6 @@
 """What the engine is told at start, as one frozen object. Byte values are resolved numbers."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 GIB = 1 << 30
 
@@ -25,7 +24,8 @@ class EngineSettings:
         merged_bytes: ceiling of all merged copies together; None: as large as the base.
         max_lora_rank: largest rank that is served.
         num_threads: threads of the engine's products; None: as torch would have it.
-        kernels: `triton`, `plain`, or `auto`: Triton's on a GPU, plain ones elsewhere.
+        kernels: `triton`, `native`, `plain`, or `auto`: Triton's on a GPU, the native library's on
+            a CPU where it can run the base, else plain ones.
         cuda_graphs: whether decode steps are captured and replayed, where Triton's kernels run.
     """
 
@@ -43,5 +43,5 @@ class EngineSettings:
     merged_bytes: int | None = None
     max_lora_rank: int = 256
     num_threads: int | None = None
-    kernels: Literal["auto", "plain", "triton"] = "auto"
+    kernels: str = "auto"
     cuda_graphs: bool = True

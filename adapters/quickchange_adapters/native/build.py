@@ -1,0 +1,151 @@
+"""Compile the native library with the machine's C++ compiler, once, into the user's cache.
+
+The object has no OpenMP runtime of its own: its calls are bound, when it is loaded, to the one that
+PyTorch has loaded, so that both share one team of threads. Two teams on the same cores would put
+each other to sleep. Knows nothing of what the library does.
+"""
+
+import hashlib
+import os
+import re
+import shutil
+import stat
+import subprocess
+import tempfile
+from pathlib import Path
+
+SOURCES = ("vector.h", "tables.h", "team.h", "product.h", "deltas.h", "attention.h", "step.h")
+MAIN_SOURCE = "library.cpp"
+CPU_FLAGS = frozenset({"avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"})
+COMPILE_FLAGS = (
+    "-O3",
+    "-std=c++17",
+    "-fPIC",
+    "-fopenmp",
+    "-fvisibility=hidden",
+    *(f"-m{flag.replace('_', '')}" for flag in sorted(CPU_FLAGS)),
+)
+COMPILERS = ("c++", "g++", "clang++")
+TIMEOUT_S = 300.0
+_OPENMP = re.compile(r"(/\S*/lib(?:gomp|iomp5|omp)[^/\s]*\.so\S*)$")
+
+
+class BuildFailed(Exception):
+    """There is no native library for this machine; the message says why."""
+
+
+def default_folder() -> Path:
+    """Return where built libraries are kept."""
+    cache = os.environ.get("QUICKCHANGE_CACHE") or "~/.cache/quickchange"
+    return Path(cache).expanduser() / "native"
+
+
+def check_cpu() -> None:
+    """Make sure that this machine has the instructions.
+
+    Raises: BuildFailed.
+    """
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError as error:
+        raise BuildFailed("the CPU's features cannot be read: /proc/cpuinfo is missing") from error
+    line = next((line for line in text.splitlines() if line.startswith("flags")), "")
+    missing = CPU_FLAGS - set(line.partition(":")[2].split())
+    if missing:
+        raise BuildFailed(f"the CPU has no {', '.join(sorted(missing))}")
+
+
+def library_path(folder: Path | None = None) -> Path:
+    """Return the library's file, compiling it if it is not there.
+
+    Raises: BuildFailed.
+    """
+    check_cpu()
+    compiler = find_compiler()
+    folder = folder or default_folder()
+    path = folder / f"quickchange-{_fingerprint(compiler)}.so"
+    if not path.is_file():
+        _build(compiler, path)
+    _check_owner(path)
+    return path
+
+
+def openmp_runtime() -> Path:
+    """Return the OpenMP runtime that this process has loaded.
+
+    Raises: BuildFailed if there is none, or more than one.
+    """
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    found = {match[1] for line in lines if (match := _OPENMP.search(line))}
+    if len(found) != 1:
+        names = ", ".join(sorted(Path(each).name for each in found)) or "none"
+        raise BuildFailed(f"one OpenMP runtime is needed in this process; found: {names}")
+    return Path(found.pop())
+
+
+def find_compiler() -> str:
+    """Return the C++ compiler: $CXX, or the first that is there.
+
+    Raises: BuildFailed.
+    """
+    named = os.environ.get("CXX")
+    for name in (named,) if named else COMPILERS:
+        path = shutil.which(name)
+        if path is not None:
+            return path
+    wanted = named or ", ".join(COMPILERS)
+    raise BuildFailed(f"no C++ compiler ({wanted}); on Debian and Ubuntu: apt-get install g++")
+
+
+def _check_owner(path: Path) -> None:
+    """Refuse a library that somebody else could have written: it would run as us."""
+    for each in (path, path.parent):
+        status = each.stat()
+        is_ours = status.st_uid in (0, os.geteuid())
+        if not is_ours or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise BuildFailed(
+                f"{str(each)!r} can be written by others: "
+                "take that right away (chmod go-w), or name another QUICKCHANGE_CACHE"
+            )
+
+
+def _fingerprint(compiler: str) -> str:
+    """Digest of everything that the library is made from."""
+    digest = hashlib.sha256(" ".join((compiler, *COMPILE_FLAGS)).encode())
+    for name in (*SOURCES, MAIN_SOURCE):
+        digest.update(_source(name).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _source(name: str) -> Path:
+    return Path(__file__).parent / name
+
+
+def _build(compiler: str, path: Path) -> None:
+    """Compile into a folder beside the target, then rename: others see all of it or nothing."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            built = _compile(compiler, Path(folder))
+            built.chmod(0o700)
+            os.replace(built, path)
+    except OSError as error:
+        raise BuildFailed(f"the native library cannot be kept: {error.strerror}") from error
+
+
+def _compile(compiler: str, folder: Path) -> Path:
+    built, library = folder / "library.o", folder / "library.so"
+    _run([compiler, *COMPILE_FLAGS, "-c", str(_source(MAIN_SOURCE)), "-o", str(built)])
+    # linked without -fopenmp, so that no second OpenMP runtime is pulled in
+    _run([compiler, "-shared", str(built), "-o", str(library)])
+    return library
+
+
+def _run(command: list[str]) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildFailed(f"the C++ compiler {command[0]} did not finish: {error}") from error
+    if done.returncode != 0:
+        first = next((line for line in done.stderr.splitlines() if "error" in line), "no reason")
+        raise BuildFailed(f"{command[0]} cannot compile the native library: {first}")

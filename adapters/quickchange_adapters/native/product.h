@@ -1,0 +1,88 @@
+// Products with a packed matrix: x [tokens, in] times W [out, in] transposed, in tiles.
+//
+// Packed form: panels of 32 outputs; within one, for each pair of inputs, the 32 outputs' two numbers
+// side by side: [out / 32][in / 2][32][2]. So a panel is read once, from one end to the other.
+// Every output is one chain of additions in the order of the inputs, whatever the number of tokens,
+// of threads, or the tile: a token's bits do not depend on the batch.
+#pragma once
+
+#include "vector.h"
+
+namespace quickchange {
+
+constexpr int kPanel = 32;
+constexpr int kTile = 12;  // tokens computed together: 24 sums, 2 registers of W
+
+struct Tile {
+  alignas(64) float values[kTile][kPanel];
+};
+
+template <int kRows>
+inline void multiply_rows(const bf16* x, std::int64_t stride, const bf16* panel, int num_pairs, Tile* tile) {
+  __m512 sums[kRows][2];
+#pragma GCC unroll 12
+  for (int m = 0; m < kRows; ++m) sums[m][0] = sums[m][1] = _mm512_setzero_ps();
+  for (int k = 0; k < num_pairs; ++k) {
+    const bf16* w = panel + k * 2 * kPanel;
+    const __m512bh first = load_bf16(w), last = load_bf16(w + kPanel);
+    _mm_prefetch(reinterpret_cast<const char*>(w) + 2048, _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(w) + 2112, _MM_HINT_T0);
+#pragma GCC unroll 12
+    for (int m = 0; m < kRows; ++m) {
+      std::int32_t pair;
+      std::memcpy(&pair, x + m * stride + 2 * k, sizeof pair);
+      const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
+      sums[m][0] = _mm512_dpbf16_ps(sums[m][0], first, both);
+      sums[m][1] = _mm512_dpbf16_ps(sums[m][1], last, both);
+    }
+  }
+#pragma GCC unroll 12
+  for (int m = 0; m < kRows; ++m) {
+    _mm512_store_ps(tile->values[m], sums[m][0]);
+    _mm512_store_ps(tile->values[m] + 16, sums[m][1]);
+  }
+}
+
+// Fills the first `num_rows` rows of a tile with one panel's outputs; num_inputs is even.
+inline void multiply(const bf16* x, std::int64_t stride, int num_rows, const bf16* panel, int num_inputs, Tile* tile) {
+  const int pairs = num_inputs / 2;
+  switch (num_rows) {
+    case 1: return multiply_rows<1>(x, stride, panel, pairs, tile);
+    case 2: return multiply_rows<2>(x, stride, panel, pairs, tile);
+    case 3: return multiply_rows<3>(x, stride, panel, pairs, tile);
+    case 4: return multiply_rows<4>(x, stride, panel, pairs, tile);
+    case 5: return multiply_rows<5>(x, stride, panel, pairs, tile);
+    case 6: return multiply_rows<6>(x, stride, panel, pairs, tile);
+    case 7: return multiply_rows<7>(x, stride, panel, pairs, tile);
+    case 8: return multiply_rows<8>(x, stride, panel, pairs, tile);
+    case 9: return multiply_rows<9>(x, stride, panel, pairs, tile);
+    case 10: return multiply_rows<10>(x, stride, panel, pairs, tile);
+    case 11: return multiply_rows<11>(x, stride, panel, pairs, tile);
+    default: return multiply_rows<12>(x, stride, panel, pairs, tile);
+  }
+}
+
+// Calls work(first, count) for the tiles that `num_tokens` tokens fall into, all about as high.
+template <typename Work>
+inline void for_tiles(int num_tokens, Work&& work) {
+  const int num_tiles = (num_tokens + kTile - 1) / kTile;
+  for (int i = 0; i < num_tiles; ++i) {
+    const int first = num_tokens * i / num_tiles, end = num_tokens * (i + 1) / num_tiles;
+    work(first, end - first);
+  }
+}
+
+inline const bf16* panel_of(const bf16* packed, int panel, int num_inputs) {
+  return packed + static_cast<std::int64_t>(panel) * kPanel * num_inputs;
+}
+
+inline void add_bias(Tile* tile, int num_rows, const bf16* bias) {
+  const __m512 first = load_floats(bias), last = load_floats(bias + 16);
+  for (int m = 0; m < num_rows; ++m) {
+    float* row = tile->values[m];
+    _mm512_store_ps(row, _mm512_add_ps(_mm512_load_ps(row), first));
+    _mm512_store_ps(row + 16, _mm512_add_ps(_mm512_load_ps(row + 16), last));
+  }
+}
+
+}  // namespace quickchange

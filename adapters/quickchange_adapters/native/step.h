@@ -1,0 +1,228 @@
+// One step of a Llama-shaped model over a packed row of tokens, from embeddings to logits.
+//
+// | stage of a layer | shared out by |
+// |---|---|
+// | norm | token |
+// | shrink, then product and expand, of qkv | unit, panel |
+// | norm and rotate heads, store K and V | token |
+// | attention | token and head |
+// | shrink, product and expand of the output, added to the hidden state | unit, panel |
+// | norm; shrink, product and expand of gate and up, their activation | token; unit, panel |
+// | shrink, product and expand of down, added to the hidden state | unit, panel |
+//
+// All threads go through the stages together; a barrier stands between two of them.
+#pragma once
+
+#include <array>
+
+#include "attention.h"
+#include "deltas.h"
+#include "team.h"
+
+namespace quickchange {
+
+enum Group { kQkv, kOutput, kGateUp, kDown };
+
+// What a step needs beyond what the caller gave; kept between steps, so that nothing is allocated.
+struct Scratch {
+  std::vector<bf16> normed, qkv, attended, active;
+  std::array<GroupDeltas, 4> deltas;
+};
+
+class StepRun {
+ public:
+  StepRun(const Model& model, const Step& step, Scratch& scratch, Team& team)
+      : model_(model), step_(step), scratch_(scratch), team_(team), attention_(model, step) {}
+
+  static int num_stages(const Model& model) { return model.num_layers * kStagesOfLayer + 2; }
+
+  // Makes buffers and tables; called by one thread, before `run`.
+  static void prepare(const Model& model, const Step& step, Scratch& scratch) {
+    const std::size_t tokens = static_cast<std::size_t>(step.num_tokens);
+    grow(scratch.normed, tokens * model.width);
+    grow(scratch.qkv, tokens * model.arenas[kQkv].num_outputs);
+    grow(scratch.attended, tokens * model.num_heads * model.head_width);
+    grow(scratch.active, tokens * model.intermediate);
+    for (int group = 0; group < 4; ++group) {
+      const Term* terms = step.terms + static_cast<std::ptrdiff_t>(group) * step.num_terms;
+      scratch.deltas[group].prepare(model.arenas[group], step.blocks, step.num_blocks, terms, step.num_tokens);
+    }
+  }
+
+  // Every thread of the team calls this.
+  void run() {
+    for (int layer = 0; layer < model_.num_layers; ++layer) run_layer(layer);
+    run_head();
+  }
+
+ private:
+  static constexpr int kStagesOfLayer = 12;
+
+  static void grow(std::vector<bf16>& buffer, std::size_t size) {
+    if (buffer.size() < size) buffer.resize(size);
+  }
+
+  void run_layer(int index) {
+    const Layer& layer = step_.layers[index];
+    int stage = index * kStagesOfLayer;
+    norm(stage++, layer.attention_norm);
+    shrink(stage++, kQkv, index, scratch_.normed.data(), model_.width);
+    project_qkv(stage++, layer, index);
+    store(stage++, layer);
+    attend(stage++, layer);
+    const int heads_width = model_.num_heads * model_.head_width;
+    shrink(stage++, kOutput, index, scratch_.attended.data(), heads_width);
+    add_to_hidden(stage++, kOutput, layer.output, index, scratch_.attended.data(), heads_width);
+    norm(stage++, layer.feed_forward_norm);
+    shrink(stage++, kGateUp, index, scratch_.normed.data(), model_.width);
+    activate(stage++, layer, index);
+    shrink(stage++, kDown, index, scratch_.active.data(), model_.intermediate);
+    add_to_hidden(stage++, kDown, layer.down, index, scratch_.active.data(), model_.intermediate);
+  }
+
+  void norm(int stage, const bf16* weight) {
+    team_.share(stage, step_.num_tokens, [&](int token) {
+      const std::int64_t at = static_cast<std::int64_t>(token) * model_.width;
+      normalise(step_.hidden + at, model_.width, weight, model_.epsilon, scratch_.normed.data() + at);
+    });
+    team_.wait();
+  }
+
+  void shrink(int stage, Group group, int layer, const bf16* x, std::int64_t stride) {
+    GroupDeltas& deltas = scratch_.deltas[group];
+    if (deltas.num_units() == 0) return;
+    team_.share(stage, deltas.num_units(), [&](int unit) { deltas.shrink(unit, layer, x, stride); });
+    team_.wait();
+  }
+
+  // Computes one panel of a group for a tile of tokens: product, bias and deltas.
+  void compute(Group group, const Linear& linear, int layer, int panel, const bf16* x, int num_inputs, int first,
+               int count, Tile* tile) const {
+    const bf16* rows = x + static_cast<std::int64_t>(first) * num_inputs;
+    multiply(rows, num_inputs, count, panel_of(linear.weight, panel, num_inputs), num_inputs, tile);
+    if (linear.bias) add_bias(tile, count, linear.bias + panel * kPanel);
+    scratch_.deltas[group].expand(layer, panel, first, count, tile);
+  }
+
+  void project_qkv(int stage, const Layer& layer, int index) {
+    const int num_outputs = model_.arenas[kQkv].num_outputs;
+    team_.share(stage, num_outputs / kPanel, [&](int panel) {
+      for_tiles(step_.num_tokens, [&](int first, int count) {
+        Tile tile;
+        compute(kQkv, layer.qkv, index, panel, scratch_.normed.data(), model_.width, first, count, &tile);
+        for (int m = 0; m < count; ++m) {
+          bf16* out = scratch_.qkv.data() + static_cast<std::int64_t>(first + m) * num_outputs + panel * kPanel;
+          store_bf16(out, _mm512_load_ps(tile.values[m]));
+          store_bf16(out + 16, _mm512_load_ps(tile.values[m] + 16));
+        }
+      });
+    });
+    team_.wait();
+  }
+
+  void store(int stage, const Layer& layer) {
+    const int num_outputs = model_.arenas[kQkv].num_outputs;
+    team_.share(stage, step_.num_tokens, [&](int token) {
+      attention_.store(layer, token, scratch_.qkv.data() + static_cast<std::int64_t>(token) * num_outputs);
+    });
+    team_.wait();
+  }
+
+  void attend(int stage, const Layer& layer) {
+    const int num_outputs = model_.arenas[kQkv].num_outputs, width = model_.head_width;
+    team_.share(stage, step_.num_tokens * model_.num_heads, [&](int unit) {
+      const int token = unit / model_.num_heads, head = unit % model_.num_heads;
+      const bf16* query = scratch_.qkv.data() + static_cast<std::int64_t>(token) * num_outputs + head * width;
+      bf16* out = scratch_.attended.data() + static_cast<std::int64_t>(unit) * width;
+      attention_.attend(layer, token, head, query, &scores_, out);
+    });
+    team_.wait();
+  }
+
+  void add_to_hidden(int stage, Group group, const Linear& linear, int index, const bf16* x, int num_inputs) {
+    team_.share(stage, model_.width / kPanel, [&](int panel) {
+      for_tiles(step_.num_tokens, [&](int first, int count) {
+        Tile tile;
+        compute(group, linear, index, panel, x, num_inputs, first, count, &tile);
+        for (int m = 0; m < count; ++m) {
+          bf16* out = step_.hidden + static_cast<std::int64_t>(first + m) * model_.width + panel * kPanel;
+          store_bf16(out, _mm512_add_ps(load_floats(out), _mm512_load_ps(tile.values[m])));
+          store_bf16(out + 16, _mm512_add_ps(load_floats(out + 16), _mm512_load_ps(tile.values[m] + 16)));
+        }
+      });
+    });
+    team_.wait();
+  }
+
+  void activate(int stage, const Layer& layer, int index) {
+    const int half = model_.intermediate / kPanel;
+    team_.share(stage, half, [&](int panel) {
+      for_tiles(step_.num_tokens, [&](int first, int count) {
+        Tile gate, up;
+        const bf16* x = scratch_.normed.data();
+        compute(kGateUp, layer.gate_up, index, panel, x, model_.width, first, count, &gate);
+        compute(kGateUp, layer.gate_up, index, half + panel, x, model_.width, first, count, &up);
+        for (int m = 0; m < count; ++m) {
+          bf16* out = scratch_.active.data() + static_cast<std::int64_t>(first + m) * model_.intermediate;
+          for (int i = 0; i < kPanel; i += 16) {
+            const __m512 value = activation(_mm512_load_ps(gate.values[m] + i));
+            store_bf16(out + panel * kPanel + i, _mm512_mul_ps(value, _mm512_load_ps(up.values[m] + i)));
+          }
+        }
+      });
+    });
+    team_.wait();
+  }
+
+  __m512 activation(__m512 x) const {
+    __m512 inner = x;
+    if (model_.activation == 1) {  // GELU by tanh: x · sigmoid(2 · sqrt(2 / pi) · (x + 0.044715 x³))
+      const __m512 cube = _mm512_mul_ps(_mm512_mul_ps(x, x), x);
+      inner = _mm512_mul_ps(_mm512_set1_ps(1.5957691216057308f),
+                            _mm512_fmadd_ps(_mm512_set1_ps(0.044715f), cube, x));
+    }
+    const __m512 one = _mm512_set1_ps(1.0f);
+    const __m512 raised = exp_floats(_mm512_sub_ps(_mm512_setzero_ps(), inner));
+    return _mm512_div_ps(x, _mm512_add_ps(one, raised));
+  }
+
+  void run_head() {
+    int stage = model_.num_layers * kStagesOfLayer;
+    team_.share(stage++, step_.num_wanted, [&](int i) {
+      const bf16* hidden = step_.hidden + static_cast<std::int64_t>(step_.wanted[i]) * model_.width;
+      bf16* out = step_.wanted_hidden + static_cast<std::int64_t>(i) * model_.width;
+      normalise(hidden, model_.width, model_.final_norm, model_.epsilon, out);
+    });
+    team_.wait();
+    const int num_panels = (model_.vocabulary + kPanel - 1) / kPanel;
+    constexpr int kChunk = 4;
+    team_.share(stage, (num_panels + kChunk - 1) / kChunk, [&](int chunk) {
+      for (int panel = chunk * kChunk; panel < std::min(num_panels, (chunk + 1) * kChunk); ++panel) head_panel(panel);
+    });
+  }
+
+  void head_panel(int panel) {
+    for_tiles(step_.num_wanted, [&](int first, int count) {
+      Tile tile;
+      const bf16* x = step_.wanted_hidden + static_cast<std::int64_t>(first) * model_.width;
+      multiply(x, model_.width, count, panel_of(step_.head.weight, panel, model_.width), model_.width, &tile);
+      const int num_columns = std::min(kPanel, model_.vocabulary - panel * kPanel);
+      for (int m = 0; m < count; ++m) {
+        float* out = step_.logits + static_cast<std::int64_t>(first + m) * model_.vocabulary + panel * kPanel;
+        std::memcpy(out, tile.values[m], sizeof(float) * num_columns);
+        if (step_.head.bias) {
+          for (int i = 0; i < num_columns; ++i) out[i] += to_float(step_.head.bias[panel * kPanel + i]);
+        }
+      }
+    });
+  }
+
+  const Model& model_;
+  const Step& step_;
+  Scratch& scratch_;
+  Team& team_;
+  Attention attention_;
+  std::vector<float> scores_;  // this thread's
+};
+
+}  // namespace quickchange

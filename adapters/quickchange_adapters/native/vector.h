@@ -1,0 +1,106 @@
+// Numbers and vectors: bfloat16 to float32 and back, sums over lanes, exp. AVX-512 with BF16.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace quickchange {
+
+using bf16 = std::uint16_t;
+
+constexpr int kLanes = 32;  // bfloat16 numbers in one register
+
+inline float to_float(bf16 value) {
+  const std::uint32_t bits = static_cast<std::uint32_t>(value) << 16;
+  float result;
+  std::memcpy(&result, &bits, sizeof result);
+  return result;
+}
+
+// Rounds to nearest even, as PyTorch does; NaN stays NaN.
+inline bf16 to_bf16(float value) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fc0;
+  return static_cast<bf16>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+inline __m512i load_bits(const bf16* p) { return _mm512_loadu_si512(p); }
+
+inline __m512bh load_bf16(const bf16* p) { return (__m512bh)load_bits(p); }
+
+// Sixteen numbers as float32.
+inline __m512 load_floats(const bf16* p) {
+  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+// Of 32 numbers, those at even and those at odd places, as float32: one instruction each.
+inline __m512 even_floats(__m512i bits) { return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16)); }
+
+inline __m512 odd_floats(__m512i bits) {
+  return _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+}
+
+inline void store_bf16(bf16* p, __m512 value) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(value));
+}
+
+// Puts numbers of even and odd places in order: the first sixteen, and the last.
+inline void interleave(__m512 even, __m512 odd, __m512* first, __m512* last) {
+  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i high = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  *first = _mm512_permutex2var_ps(even, low, odd);
+  *last = _mm512_permutex2var_ps(even, high, odd);
+}
+
+// Lane i of the result is the sum of all lanes of v[i].
+inline __m512 sum_each(const __m512 v[16]) {
+  __m512 a[8], b[4], c[2];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    const __m512 low = _mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]);
+    const __m512 high = _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]);
+    a[i] = _mm512_add_ps(low, high);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 4; ++i) {
+    const __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(a[2 * i]), _mm512_castps_pd(a[2 * i + 1]));
+    const __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(a[2 * i]), _mm512_castps_pd(a[2 * i + 1]));
+    b[i] = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
+  }
+  // b[i] holds, in each 128-bit quarter, partial sums of v[4 i .. 4 i + 3].
+#pragma GCC unroll 8
+  for (int i = 0; i < 2; ++i) {
+    const __m512 low = _mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0x88);
+    const __m512 high = _mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0xdd);
+    c[i] = _mm512_add_ps(low, high);
+  }
+  const __m512 low = _mm512_shuffle_f32x4(c[0], c[1], 0x88);
+  const __m512 high = _mm512_shuffle_f32x4(c[0], c[1], 0xdd);
+  return _mm512_add_ps(low, high);
+}
+
+// exp with a relative error below 2e-7; arguments below -87 give about 1e-38.
+// Source: Cephes' reduction by ln 2 in two parts and its polynomial of degree 5.
+inline __m512 exp_floats(__m512 x) {
+  // Of two numbers, min and max give the second where one is NaN: so NaN stays NaN.
+  x = _mm512_min_ps(_mm512_set1_ps(88.3762626647949f), x);
+  x = _mm512_max_ps(_mm512_set1_ps(-87.3365447504f), x);
+  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)),
+                                        _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+  __m512 p = _mm512_set1_ps(1.9875691500e-4f);
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
+  p = _mm512_fmadd_ps(p, _mm512_mul_ps(r, r), _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
+  return _mm512_scalef_ps(p, n);
+}
+
+}  // namespace quickchange

@@ -1,0 +1,115 @@
+"""The native library: built safely, exact to pack and unpack, and a row's bits its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from quickchange_adapters.native import build
+from quickchange_adapters.native.build import BuildFailed, library_path
+from quickchange_adapters.native.library import load_library
+from quickchange_adapters.native.weight import NativeWeight
+
+from tests.server.engine.native import needs_native
+
+SHAPES = [(32, 2), (96, 64), (381, 64), (1, 32), (70, 576)]
+
+
+def native_weight(weight: torch.Tensor) -> NativeWeight:
+    return NativeWeight(weight, load_library())
+
+
+@needs_native
+@pytest.mark.parametrize(("num_outputs", "num_inputs"), SHAPES)
+def test_a_matrix_unpacks_to_its_very_bits(num_outputs: int, num_inputs: int) -> None:
+    weight = torch.randn(num_outputs, num_inputs).bfloat16()
+    weight[0, 0] = float("inf")
+    packed = native_weight(weight)
+    assert torch.equal(packed.dense(), weight)
+    assert packed.num_bytes == -(-num_outputs // 32) * 32 * num_inputs * 2
+
+
+@needs_native
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize(("num_outputs", "num_inputs"), SHAPES)
+def test_a_product_is_float32_s_rounded_once(
+    num_outputs: int, num_inputs: int, has_bias: bool
+) -> None:
+    weight = torch.randn(num_outputs, num_inputs).bfloat16()
+    bias = torch.randn(num_outputs).bfloat16() if has_bias else None
+    x = torch.randn(29, num_inputs).bfloat16()
+    wanted = x.double() @ weight.double().T
+    if bias is not None:
+        wanted += bias.double()
+    actual = native_weight(weight).apply(x, bias)
+    torch.testing.assert_close(actual.double(), wanted, rtol=2**-8, atol=1e-4 * num_inputs**0.5)
+
+
+@needs_native
+def test_a_rows_bits_do_not_depend_on_the_number_of_rows_or_threads() -> None:
+    weight, x = torch.randn(192, 576).bfloat16(), torch.randn(64, 576).bfloat16()
+    packed = native_weight(weight)
+    wanted = packed.apply(x, None)
+    before = torch.get_num_threads()
+    try:
+        for num_threads in (1, 2, 3):
+            torch.set_num_threads(num_threads)
+            for count in range(1, 30):
+                assert torch.equal(packed.apply(x[5 : 5 + count], None), wanted[5 : 5 + count])
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_native
+def test_two_builders_at_once_leave_one_whole_library(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "quickchange_adapters.native"]
+    environment = {**os.environ, "QUICKCHANGE_CACHE": str(tmp_path)}
+    running = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    paths = {each.communicate()[0].strip() for each in running}
+    assert [each.returncode for each in running] == [0, 0]
+    assert paths == {str(path) for path in (tmp_path / "native").iterdir()}
+
+
+@needs_native
+def test_a_library_that_others_could_have_written_is_not_loaded(tmp_path: Path) -> None:
+    path = library_path()
+    folder = tmp_path / "native"
+    folder.mkdir(mode=0o700)
+    copy = folder / path.name
+    copy.write_bytes(path.read_bytes())
+    copy.chmod(0o722)
+    with pytest.raises(BuildFailed, match="can be written by others"):
+        library_path(folder)
+    copy.chmod(0o700)
+    assert library_path(folder) == copy
+    folder.chmod(0o777)
+    with pytest.raises(BuildFailed, match="can be written by others"):
+        library_path(folder)
+
+
+@needs_native
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
+def test_without_a_working_compiler_the_reason_is_said(tmp_path: Path, compiler: str) -> None:
+    environment = {**os.environ, "QUICKCHANGE_CACHE": str(tmp_path), "CXX": compiler}
+    command = [sys.executable, "-m", "quickchange_adapters.native"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "no native kernels here" in done.stderr
+    assert compiler in done.stderr
+    assert not list(tmp_path.rglob("*.so"))
+
+
+def test_the_builder_needs_no_torch() -> None:
+    code = "import sys, quickchange_adapters.native.__main__; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_every_source_is_part_of_the_fingerprint() -> None:
+    folder = Path(build.__file__).parent
+    sources = {path.name for path in folder.iterdir() if path.suffix in (".h", ".cpp")}
+    assert sources == {*build.SOURCES, build.MAIN_SOURCE}
