@@ -2,7 +2,8 @@
 
 Either there is no key at all, or there is somebody who can make and revoke keys: an admin key of
 the default tenant, or a key outside of the catalog (`has_other_admin`). Each change keeps that, in
-its own transaction; writers take one lock. Methods block, and raise StoreUnavailable when the database does not answer.
+its own transaction; writers take one lock. Methods block, and raise StoreUnavailable when the
+database does not answer.
 """
 
 import json

@@ -91,6 +91,11 @@ class AdapterDirectory:
                         yield adapter.name, version
                     yield f"{adapter.name}@{alias}", version
 
+    def owned(self, tenant: str) -> list[VersionRecord]:
+        """Return all versions of a tenant's adapters, static ones aside."""
+        found = (of_name.get(tenant) for of_name in self._records.values())
+        return [version for adapter in found if adapter for version in adapter.versions]
+
     def _choose_public(self, name: str, records: Iterable[AdapterRecord]) -> None:
         """Say which record a name means to tenants that have none of their own.
 

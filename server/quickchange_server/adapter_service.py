@@ -319,6 +319,10 @@ class AdapterService:
             return self._views.base(model_id)
         return self._views.model(model_id, self._lookup.meant(model_id, tenant))
 
+    def owned(self, tenant: str) -> Sequence[VersionRecord]:
+        """Return every version that a tenant has in the catalog."""
+        return self._directory.owned(tenant)
+
     def digests_of(self, tenant: str) -> Collection[str] | None:
         """Return the digests that a tenant may learn of; None: all, for the default tenant."""
         if tenant == DEFAULT_TENANT:

@@ -157,6 +157,27 @@ class ServerConfig:
         LIMITS,
         metavar="N",
     )
+    tenant_max_bytes: int | None = option(
+        None,
+        o.read_bytes,
+        "Most bytes that a tenant may have in the store. Default: no limit.",
+        LIMITS,
+        metavar="BYTES",
+    )
+    tenant_max_versions: int | None = option(
+        None,
+        o.read_count(0),
+        "Most versions that a tenant may have in the store. Default: no limit.",
+        LIMITS,
+        metavar="N",
+    )
+    tenant_uploads_per_minute: int | None = option(
+        None,
+        o.read_count(1),
+        "How often a tenant may upload, per server. Default: no limit.",
+        LIMITS,
+        metavar="N",
+    )
     host: str = option("127.0.0.1", o.read_text, "Address to listen on.", HTTP, metavar="ADDRESS")
     port: int = option(8000, o.read_count(0, 65535), "Port to listen on.", HTTP, metavar="PORT")
     drain_timeout: float = option(

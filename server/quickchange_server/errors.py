@@ -15,6 +15,7 @@ QuickchangeError                     500 internal_error
 ├── TooLarge                         413 too_large
 ├── UnsupportedMediaType             415 unsupported_media_type
 ├── QueueFull                        429 queue_full
+├── RateLimited                      429 rate_limited
 ├── Unavailable                      503 unavailable (draining, store_unavailable, …)
 ├── GenerationFailed                 500 generation_failed
 └── CannotStart                      never an answer: the process ends with the sentence
@@ -149,6 +150,14 @@ class QueueFull(QuickchangeError):
     type = "rate_limit_error"
     code = "queue_full"
     retry_after_s = 1
+
+
+class RateLimited(QuickchangeError):
+    """The caller comes too often; `Retry-After` says when it may again."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limited"
 
 
 class Unavailable(QuickchangeError):

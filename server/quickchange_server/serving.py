@@ -23,6 +23,7 @@ import uvicorn
 from fastapi import FastAPI
 from quickchange_adapters.key_catalog import KeyCatalog
 from quickchange_adapters.limits import AdapterLimits
+from quickchange_adapters.records import Quota
 from transformers.utils.logging import disable_progress_bar
 
 from quickchange_server.adapter_service import AdapterService
@@ -42,6 +43,7 @@ from quickchange_server.storage import open_storage
 from quickchange_server.thread_affinity import restore_affinity
 from quickchange_server.tokenizer import Tokenizer
 from quickchange_server.upload_checker import UploadChecker
+from quickchange_server.upload_quotas import UploadQuotas
 
 KEEP_ALIVE_S = 75
 READY_POLL_S = 0.02
@@ -119,6 +121,10 @@ def build_services(config: ServerConfig, base_folder: Path, keyring: Keyring) ->
         is_strict=config.strict_fields,
         keyring=keyring,
         keys=KeyService(KeyCatalog(catalog.database), keyring),
+        quotas=UploadQuotas(
+            Quota(config.tenant_max_versions, config.tenant_max_bytes),
+            config.tenant_uploads_per_minute,
+        ),
         is_loopback_only=not config.is_public,
         cors_origins=config.cors_origin,
     )

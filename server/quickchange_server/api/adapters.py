@@ -37,6 +37,7 @@ async def upload(
     """
     reader = UploadReader(services.adapters, caller.tenant, _terms(services, caller))
     try:
+        _admit(request, services, caller, dry_run)
         form = await reader.read(request)
         check_upload(caller, form.name)
         if dry_run:
@@ -53,7 +54,19 @@ async def upload(
 def _terms(services: AppServices, caller: Principal) -> UploadTerms:
     """Return what holds for an upload: once there are keys, a new name is its tenant's alone."""
     visibility = "public" if services.keyring.is_open else "private"
-    return UploadTerms(caller.actor, visibility)
+    return UploadTerms(caller.actor, visibility, services.quotas.quota)
+
+
+def _admit(request: Request, services: AppServices, caller: Principal, dry_run: bool) -> None:
+    """Refuse, before the body is read, what comes too often or cannot fit.
+
+    Raises: RateLimited, Forbidden.
+    """
+    services.quotas.count_try(caller.tenant)
+    announced = request.headers.get("content-length", "")
+    if services.quotas.quota is not None and announced.isdecimal() and not dry_run:
+        owned = services.adapters.owned(caller.tenant)
+        services.quotas.check_announced(caller.tenant, owned, int(announced))
 
 
 def _note_refusal(error: QuickchangeError, services: AppServices) -> None:

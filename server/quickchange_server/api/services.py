@@ -12,6 +12,7 @@ from quickchange_server.key_service import KeyService
 from quickchange_server.keyring import Keyring
 from quickchange_server.metrics import ServerMetrics
 from quickchange_server.tokenizer import Tokenizer
+from quickchange_server.upload_quotas import UploadQuotas
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -34,6 +35,7 @@ class AppServices:
         is_strict: unknown request fields are refused, not named in a header.
         keyring: the keys that are good now; while it is open, nobody is asked for one.
         keys: makes and revokes keys, and tells the keyring; None: there is no place to keep them.
+        quotas: how much a tenant may upload.
         is_loopback_only: only this machine reaches the server, and may call while there is no key.
         cors_origins: origins whose pages may call nevertheless.
         ping_s: silence after which a stream gets a comment line.
@@ -48,6 +50,7 @@ class AppServices:
     is_strict: bool = False
     keyring: Keyring = field(default_factory=Keyring)
     keys: KeyService | None = None
+    quotas: UploadQuotas = field(default_factory=UploadQuotas)
     is_loopback_only: bool = True
     cors_origins: tuple[str, ...] = ()
     limits: BodyLimits = field(default_factory=BodyLimits)
