@@ -12,13 +12,15 @@ AdapterError
 ├── CatalogError        the catalog says no
 │   ├── NotInCatalog    no such adapter, version or alias
 │   ├── AliasInUse      a version cannot go while an alias points at it
+│   ├── VersionDisabled a version that is out of service cannot do that
 │   ├── RevisionChanged somebody else changed the adapter meanwhile
 │   ├── QuotaExceeded   the tenant would have more than it may
 │   ├── PublicNameTaken another tenant has a public adapter of that name
 │   ├── AdminKeyNeeded  the first key must be one that can make others
 │   └── LastAdminKey    without it nobody could make or revoke a key
 ├── NotFinite           a merged matrix is beyond the serving dtype
-└── MergeBudgetExceeded a merged copy would pass the ceiling
+├── MergeBudgetExceeded a merged copy would pass the ceiling
+└── PinBudgetExceeded   pinned versions would fill host memory
 """
 
 from dataclasses import dataclass
@@ -104,6 +106,13 @@ class AliasInUse(CatalogError):
         self.aliases = aliases
 
 
+class VersionDisabled(CatalogError):
+    """A version is out of service."""
+
+    def __init__(self, name: str, version: int) -> None:
+        super().__init__(f"version {version} of {name!r} is disabled: enable it first")
+
+
 class RevisionChanged(CatalogError):
     """The adapter is not in the state that the caller saw."""
 
@@ -161,6 +170,19 @@ class MergeBudgetExceeded(AdapterError):
     def __init__(self, needed_bytes: int, used_bytes: int, ceiling_bytes: int) -> None:
         super().__init__(
             f"a merged copy needs {needed_bytes} bytes; {used_bytes} of {ceiling_bytes} are in use"
+        )
+        self.needed_bytes = needed_bytes
+        self.used_bytes = used_bytes
+        self.ceiling_bytes = ceiling_bytes
+
+
+class PinBudgetExceeded(AdapterError):
+    """A version of `needed_bytes` does not fit into what pins may take of host memory."""
+
+    def __init__(self, needed_bytes: int, used_bytes: int, ceiling_bytes: int) -> None:
+        super().__init__(
+            f"pinning it takes {needed_bytes} bytes; {used_bytes} of the {ceiling_bytes} that pins "
+            "may take are in use: unpin another, or raise --adapter-host-bytes"
         )
         self.needed_bytes = needed_bytes
         self.used_bytes = used_bytes

@@ -1,6 +1,7 @@
 """The end of versions: out of the engine when their last request ended, then off the disk."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from quickchange_adapters.publication import finish_deletion
@@ -30,6 +31,7 @@ class AdapterRemover:
         self._directory = directory
         self._loader = loader
         self._drains: SharedTasks[FreedBytes] = SharedTasks()
+        self._digests: Counter[str] = Counter()
 
     async def stop(self) -> None:
         """Leave what is under way to the next start."""
@@ -49,7 +51,19 @@ class AdapterRemover:
         task = self._drains.start(key, lambda: self._drain(gone))
         return await asyncio.wait_for(asyncio.shield(task), timeout_s)
 
-    async def _drain(self, gone: Iterable[VersionRecord]) -> FreedBytes:
+    def is_removing(self, digest: str) -> bool:
+        """Whether a version with these bytes is being removed by this process."""
+        return self._digests[digest] > 0
+
+    async def _drain(self, gone: Sequence[VersionRecord]) -> FreedBytes:
+        digests = [version.digest for version in gone]
+        self._digests.update(digests)
+        try:
+            return await self._drain_each(gone)
+        finally:
+            self._digests -= Counter(digests)
+
+    async def _drain_each(self, gone: Iterable[VersionRecord]) -> FreedBytes:
         freed = FreedBytes()
         for version in gone:
             # The same bytes may serve under another name; then they stay where they are.

@@ -9,7 +9,7 @@ from quickchange_adapters.task import Task
 Json = dict[str, Any]
 VersionState = Literal["ready", "quarantined", "disabled", "deleting"]
 Tier = Literal["disk", "host", "device"]
-ActionName = Literal["load", "unload", "merge", "unmerge"]
+ActionName = Literal["load", "unload", "pin", "unpin", "merge", "unmerge", "disable", "enable"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +180,7 @@ class DeletionView:
 
 @dataclass(frozen=True, slots=True)
 class ActionView:
-    """What a load, unload, merge or unmerge did, and where the version is now."""
+    """What an action did, and where the version is now."""
 
     action: ActionName
     version: VersionView
@@ -198,7 +198,9 @@ class ActionView:
             "name": version.name,
             "version": version.version,
             "digest": version.digest,
+            "state": version.state,
             "tier": version.tier,
+            "pinned": version.pinned,
             "merged": version.merged,
             "bytes": {
                 "host": version.host_bytes,

@@ -12,10 +12,12 @@ from quickchange_adapters.errors import (
     LastAdminKey,
     MergeBudgetExceeded,
     NotInCatalog,
+    PinBudgetExceeded,
     PublicNameTaken,
     QuotaExceeded,
     RevisionChanged,
     StoreUnavailable,
+    VersionDisabled,
 )
 
 from quickchange_server.errors import (
@@ -60,4 +62,8 @@ def _answer(error: AdapterError) -> QuickchangeError | None:
         return PreconditionFailed(message)
     if isinstance(error, MergeBudgetExceeded):
         return Conflict(message, code="merge_budget")
+    if isinstance(error, PinBudgetExceeded):
+        return Conflict(message, code="pin_budget")
+    if isinstance(error, VersionDisabled):
+        return Conflict(message)
     return None

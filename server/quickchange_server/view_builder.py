@@ -4,7 +4,7 @@ import asyncio
 import json
 import platform
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from quickchange_adapters.records import AdapterRecord, EventRecord, VersionRecord
 
@@ -28,10 +28,16 @@ Reports = Mapping[int, Json]
 
 
 class ViewBuilder:
-    """Builds views; remembers when each version was last used in this process."""
+    """Builds views; remembers when each version was last used in this process.
 
-    def __init__(self, engine: GenerationEngine) -> None:
+    `is_pinned`: whether a version is to be kept loaded.
+    """
+
+    def __init__(
+        self, engine: GenerationEngine, is_pinned: Callable[[VersionRecord], bool]
+    ) -> None:
         self._engine = engine
+        self._is_pinned = is_pinned
         self._last_used: dict[tuple[str, str, int], int] = {}
         self._started = int(time.time())
 
@@ -65,7 +71,7 @@ class ViewBuilder:
             host_bytes=resident.host_bytes if resident else 0,
             device_bytes=resident.device_bytes if resident else 0,
             tier=_tier(resident),
-            pinned=False,
+            pinned=self._is_pinned(record),
             merged=bool(resident and resident.merged_bytes),
             base=record.base_name,
             created_at=record.created_at,
@@ -166,6 +172,7 @@ def _shows(action: ActionName, resident: ResidentAdapter | None) -> bool:
     return {
         "load": resident is not None,
         "unload": resident is None,
+        "pin": bool(resident and resident.is_pinned),
         "merge": merged_bytes > 0,
         "unmerge": merged_bytes == 0,
-    }[action]
+    }.get(action, True)
