@@ -55,7 +55,7 @@ def check_database(connection: Connection) -> list[Finding]:
 
 
 def check_versions(found: Collection[VersionRecord]) -> list[Finding]:
-    """Compare each version's digest with its files, and look whether both files have rows."""
+    """Compare each version's digest with its files and its task; both files must have rows."""
     findings = []
     for version in found:
         missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if version.file(name) is None]
@@ -65,6 +65,9 @@ def check_versions(found: Collection[VersionRecord]) -> list[Finding]:
             findings.append(Finding("file_unknown", label, message, UPLOAD_AGAIN, (label,)))
         elif version_digest(version.files) != version.digest:
             message = f"{label} has the digest {version.digest[:12]}…, which its files do not have"
+            findings.append(Finding("digest_wrong", label, message, UPLOAD_AGAIN, (label,)))
+        elif not version.has_its_task:
+            message = f"{label} has a task in the catalog that is not its task.json"
             findings.append(Finding("digest_wrong", label, message, UPLOAD_AGAIN, (label,)))
     return findings
 

@@ -57,6 +57,14 @@ class VersionRecord:
         """Return one file by its name."""
         return next((file for file in self.files if file.file == name), None)
 
+    @property
+    def has_its_task(self) -> bool:
+        """Whether `task_text` is what the digest covers: the text of task.json, or none at all."""
+        file = self.file(TASK_FILE)
+        if file is None or self.task_text is None:
+            return file is None and self.task_text is None
+        return hashlib.sha256(self.task_text.encode()).hexdigest() == file.sha256
+
 
 @dataclass(frozen=True, slots=True)
 class AdapterRecord:

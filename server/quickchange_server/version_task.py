@@ -1,6 +1,9 @@
 """The task that a version carries, read from its record in memory. Opens no file."""
 
+from typing import Any
+
 from quickchange_adapters.records import VersionRecord
+from quickchange_adapters.strict_json import JsonRefused, parse_object
 from quickchange_adapters.task import Task, stored_task
 
 from quickchange_server.errors import Conflict
@@ -9,15 +12,32 @@ from quickchange_server.errors import Conflict
 def read_version_task(version: VersionRecord) -> Task | None:
     """Return what a version's task.json says; None when it has none.
 
-    Raises: Conflict for one that another version of this program accepted and this one would not:
-    serving without it would give other answers than were trained.
+    Without its task a version would give other answers than were trained, so it is refused then.
+
+    Raises: Conflict when the task is lost or changed since the digest was taken, or is one that
+    another version of this program accepted and this one would not.
     """
+    if not version.has_its_task:
+        raise _refused(version, "it is not the one that was uploaded: delete it")
     if version.task_text is None:
         return None
     reading = stored_task(version.task_text)
     if reading.task is None:
-        raise Conflict(
-            f"this server cannot read the task.json of {version.name}:{version.number} "
-            f"({reading.problems[0].message}): use the version that took it, or upload it again"
-        )
+        problem = reading.problems[0].message
+        raise _refused(version, f"{problem}: use the version that took it")
     return reading.task
+
+
+def task_json(version: VersionRecord) -> dict[str, Any] | None:
+    """Return a version's task.json as it stands there, also one that is not served."""
+    try:
+        return None if version.task_text is None else parse_object(version.task_text.encode())
+    except JsonRefused:
+        return None
+
+
+def _refused(version: VersionRecord, reason: str) -> Conflict:
+    label = f"{version.name}:{version.number}"
+    return Conflict(
+        f"this server cannot read the task.json of {label}; {reason}, or upload it again"
+    )

@@ -1,7 +1,6 @@
 """Views of adapters, made of the catalog's records and of what the engine holds."""
 
 import asyncio
-import json
 import platform
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -20,6 +19,7 @@ from quickchange_server.adapter_views import (
     VersionView,
 )
 from quickchange_server.engine.interface import GenerationEngine, ResidentAdapter
+from quickchange_server.version_task import task_json
 
 SETTLE_S = 2.0
 SETTLE_POLL_S = 0.005
@@ -66,7 +66,7 @@ class ViewBuilder:
             rank=max(record.ranks, default=0),
             ranks=record.ranks,
             target_modules=record.target_modules,
-            task=None if record.task_text is None else json.loads(record.task_text),
+            task=task_json(record),
             file_bytes=record.num_bytes,
             host_bytes=resident.host_bytes if resident else 0,
             device_bytes=resident.device_bytes if resident else 0,

@@ -1,5 +1,6 @@
 """The text of a version's task.json in the catalog: written, read and removed with its version."""
 
+import hashlib
 import sqlite3
 from contextlib import closing
 from dataclasses import replace
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from quickchange_adapters.catalog import Catalog, sqlite_url
+from quickchange_adapters.catalog_check import check_versions
 from quickchange_adapters.records import FileRecord, NewVersion, VersionRecord, version_digest
 
 TASK = '{"prompt": "naïve {input} 🙂", "max_tokens": 4}\n'
@@ -55,6 +57,23 @@ def test_a_task_belongs_to_its_version_alone_and_is_there_after_opening_again(fi
     again = catalog.publish(WITH_TASK)
     assert (again.created, again.version.task_text) == (False, TASK)
     assert len(rows_of(file)) == 1
+
+
+def test_the_check_of_a_store_tells_a_task_that_is_not_the_uploaded_one(file: Path) -> None:
+    text = '{"top_p": 0.5}'
+    sha256 = hashlib.sha256(text.encode()).hexdigest()
+    files = (*FILES, FileRecord("task.json", sha256, len(text)))
+    catalog = catalog_of(file)
+    sound = catalog.publish(replace(WITH_TASK, files=files, task_text=text)).version
+    assert sound.has_its_task
+    assert check_versions([sound]) == []
+    changed = [replace(sound, task_text=each) for each in (text + " ", None)]
+    changed.append(replace(sound, files=FILES, digest=version_digest(FILES)))
+    for version in changed:
+        assert not version.has_its_task
+        (finding,) = check_versions([version])
+        assert (finding.code, finding.where) == ("digest_wrong", "a:1")
+        assert "task" in finding.message
 
 
 def test_a_task_goes_with_its_version(file: Path) -> None:

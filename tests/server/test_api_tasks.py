@@ -11,6 +11,8 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from quickchange_adapters.catalog import Catalog, sqlite_url
+from quickchange_adapters.records import FileRecord, NewVersion
 from quickchange_server.api.app import create_app
 from quickchange_server.errors import Conflict, QuickchangeError
 
@@ -192,7 +194,7 @@ async def test_a_dry_run_of_a_good_task_keeps_nothing(
     assert (await client.get("/v1/adapters")).json()["data"] == []
 
 
-async def test_a_restart_serves_the_task_and_one_from_elsewhere_stops_only_itself(
+async def test_a_restart_serves_the_task_as_before(
     tiny_base: Path, folder: Path, tmp_path: Path
 ) -> None:
     store = tmp_path / "store"
@@ -204,17 +206,66 @@ async def test_a_restart_serves_the_task_and_one_from_elsewhere_stops_only_itsel
         after = await answer_of(client)
         assert after["choices"] == before["choices"]
         assert after["usage"]["prompt_tokens"] == before["usage"]["prompt_tokens"]
-    with closing(sqlite3.connect(store / "catalog.db")) as connection, connection:
-        connection.execute("""UPDATE tasks SET text = '{"format": "of tomorrow"}'""")
+
+
+async def refusal_of(client: httpx.AsyncClient, model: str) -> str:
+    """Ask for a model that is refused; return with which sentence."""
+    answer = await client.post("/v1/completions", json={"model": model, "prompt": "a"})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (409, "conflict")
+    assert answer.headers["x-should-retry"] == "false"
+    message: str = error["message"]
+    return message
+
+
+async def test_a_task_of_tomorrow_stops_its_own_version_alone(
+    tiny_base: Path, folder: Path, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
     async with serving(tiny_base, store) as client:
-        body = {"model": "ada", "prompt": "a"}
-        refused = await client.post("/v1/completions", json=body)
-        assert (refused.status_code, refused.json()["error"]["code"]) == (409, "conflict")
-        assert "'format'" in refused.json()["error"]["message"]
+        await push(client, folder, None)
+    text = '{"format": "of tomorrow"}'
+    catalog = Catalog(sqlite_url(store / "catalog.db"))
+    known = catalog.resolve("ada")
+    assert known is not None
+    task = FileRecord(TASK, hashlib.sha256(text.encode()).hexdigest(), len(text))
+    catalog.publish(
+        NewVersion(
+            *("ada", (*known.files, task), "tiny", "b" * 64, known.ranks, known.target_modules, {}),
+            task_text=text,
+        )
+    )
+    catalog.close()
+    async with serving(tiny_base, store) as client:
+        assert "'format'" in await refusal_of(client, "ada:2")
         shown = (await client.get("/v1/adapters/ada")).json()["versions"]
-        assert [version["task"] for version in shown] == [{"format": "of tomorrow"}, None]
-        await answer_of(client, model="ada:2")
+        assert [version["task"] for version in shown] == [None, {"format": "of tomorrow"}]
+        await answer_of(client, model="ada:1")
         assert (await client.delete("/v1/adapters/ada")).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("damage", "shown"),
+    [
+        ("DELETE FROM tasks", None),
+        ("UPDATE tasks SET text = '{\"max_tokens\": 6}'", {"max_tokens": 6}),
+        ("UPDATE tasks SET text = 'no JSON'", None),
+    ],
+)
+async def test_a_task_that_is_not_the_digest_s_is_not_served(
+    tiny_base: Path, folder: Path, tmp_path: Path, damage: str, shown: Json | None
+) -> None:
+    store = tmp_path / "store"
+    async with serving(tiny_base, store) as client:
+        await push(client, folder)
+        await push(client, folder, None)
+    with closing(sqlite3.connect(store / "catalog.db")) as connection, connection:
+        connection.execute(damage)
+    async with serving(tiny_base, store) as client:
+        assert "ada:1; it is not the one that was uploaded" in await refusal_of(client, "ada")
+        versions = (await client.get("/v1/adapters/ada")).json()["versions"]
+        assert [version["task"] for version in versions] == [shown, None]
+        await answer_of(client, model="ada:2")
 
 
 async def test_a_static_folder_brings_its_task_and_is_held_to_it(
