@@ -18,13 +18,14 @@ def read_version_task(version: VersionRecord) -> Task | None:
     another version of this program accepted and this one would not.
     """
     if not version.has_its_task:
-        raise _refused(version, "it is not the one that was uploaded: delete it")
+        reason = "it is not the one that was uploaded; delete the version and upload it again"
+        raise _refused(version, reason)
     if version.task_text is None:
         return None
     reading = stored_task(version.task_text)
     if reading.task is None:
         problem = reading.problems[0].message
-        raise _refused(version, f"{problem}: use the version that took it")
+        raise _refused(version, f"{problem}; use the server version that took it")
     return reading.task
 
 
@@ -38,6 +39,4 @@ def task_json(version: VersionRecord) -> dict[str, Any] | None:
 
 def _refused(version: VersionRecord, reason: str) -> Conflict:
     label = f"{version.name}:{version.number}"
-    return Conflict(
-        f"this server cannot read the task.json of {label}; {reason}, or upload it again"
-    )
+    return Conflict(f"the task.json of {label} cannot be served: {reason}")

@@ -144,4 +144,11 @@ async def test_openapi_shows_the_upload_s_form(client: httpx.AsyncClient) -> Non
     properties = form["multipart/form-data"]["schema"]["properties"]
     assert {"name", "adapter_config", "adapter_model", "task", "alias"} <= set(properties)
     assert properties["adapter_model"]["format"] == "binary"
+    assert properties["task"]["format"] == "binary"
     assert (await client.get("/docs")).status_code == 200
+
+
+async def test_openapi_shows_how_a_task_is_left_aside(client: httpx.AsyncClient) -> None:
+    schemas = (await client.get("/openapi.json")).json()["components"]["schemas"]
+    for body in ("ChatBody", "CompletionBody", "TokenizeBody"):
+        assert "task.json" in schemas[body]["properties"]["raw_prompt"]["description"]

@@ -262,7 +262,9 @@ async def test_a_task_that_is_not_the_digest_s_is_not_served(
     with closing(sqlite3.connect(store / "catalog.db")) as connection, connection:
         connection.execute(damage)
     async with serving(tiny_base, store) as client:
-        assert "ada:1; it is not the one that was uploaded" in await refusal_of(client, "ada")
+        assert "ada:1 cannot be served: it is not the one that was uploaded" in await refusal_of(
+            client, "ada"
+        )
         versions = (await client.get("/v1/adapters/ada")).json()["versions"]
         assert [version["task"] for version in versions] == [shown, None]
         await answer_of(client, model="ada:2")

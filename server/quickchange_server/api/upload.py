@@ -136,7 +136,10 @@ OPENAPI_BODY: dict[str, Any] = {
                         },
                         "adapter_config": _file("PEFT's adapter_config.json"),
                         "adapter_model": _file("PEFT's adapter_model.safetensors"),
-                        "task": _file("task.json: prompt form and defaults"),
+                        "task": _file(
+                            "task.json, up to 16 KiB: prompt (with {input}), system, stop, "
+                            "max_tokens, temperature, top_p; all optional"
+                        ),
                         "alias": {
                             "type": "string",
                             "pattern": "^[a-z][a-z0-9-]{0,31}$",
