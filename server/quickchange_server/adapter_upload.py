@@ -5,18 +5,18 @@ from collections.abc import AsyncIterable, AsyncIterator, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from quickchange_adapters.errors import BlobTooLarge, Problem, StoreUnavailable
+from quickchange_adapters.errors import BlobTooLarge, Problem
 from quickchange_adapters.names import DEFAULT_TENANT, adapter_name_problem, alias_problem
 from quickchange_adapters.records import CONFIG_FILE, TASK_FILE, WEIGHTS_FILE, FileRecord, Quota
 from quickchange_adapters.store import StagedFile, Store
 from quickchange_adapters.task import Task, TaskReading, read_task_file
 
+from quickchange_server.answers import as_answers
 from quickchange_server.errors import (
     Conflict,
     InvalidRequest,
     QuickchangeError,
     TooLarge,
-    Unavailable,
 )
 
 FileName = Literal["adapter_config.json", "adapter_model.safetensors", "task.json"]
@@ -135,20 +135,19 @@ async def stage_file(
 ) -> StagedFile:
     """Write one part to the store's incoming folder; a failure leaves nothing.
 
-    Raises: TooLarge, Unavailable.
+    Raises: TooLarge, Unavailable, StorageFull.
     """
     try:
-        writer = await asyncio.to_thread(store.stage, max_bytes)
-        try:
-            async for block in _blocks(chunks):
-                await asyncio.to_thread(writer.write, block)
-            return await asyncio.to_thread(writer.finish)
-        finally:
-            writer.abort()
+        with as_answers():
+            writer = await asyncio.to_thread(store.stage, max_bytes)
+            try:
+                async for block in _blocks(chunks):
+                    await asyncio.to_thread(writer.write, block)
+                return await asyncio.to_thread(writer.finish)
+            finally:
+                writer.abort()
     except BlobTooLarge as error:
         raise TooLarge(f"{file} is larger than {max_bytes} bytes", param=PART_OF[file]) from error
-    except StoreUnavailable as error:
-        raise Unavailable(str(error), code="store_unavailable") from error
 
 
 async def _blocks(chunks: AsyncIterable[bytes]) -> AsyncIterator[bytes]:

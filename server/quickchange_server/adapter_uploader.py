@@ -14,7 +14,8 @@ from quickchange_adapters.limits import AdapterLimits
 from quickchange_adapters.publication import publish_upload
 from quickchange_adapters.records import NewVersion, Published
 from quickchange_adapters.report import Report, refused
-from quickchange_adapters.store import StagedFile, Store
+from quickchange_adapters.store import StagedFile, Store, unavailable
+from quickchange_adapters.task import TaskReading
 from quickchange_adapters.validate import ValidationJob
 
 from quickchange_server.adapter_upload import (
@@ -25,6 +26,7 @@ from quickchange_server.adapter_upload import (
     read_task_part,
     refusal,
 )
+from quickchange_server.answers import as_answers
 from quickchange_server.live_catalog import LiveCatalog
 from quickchange_server.shared_tasks import SharedTasks
 
@@ -91,7 +93,7 @@ class AdapterUploader:
     async def check(self, form: UploadForm, taken_names: Sequence[str]) -> Report:
         """Return the report of an upload, with everything that is wrong with it."""
         problems = form_problems(form, taken_names)
-        task = await asyncio.to_thread(read_task_part, form)
+        task = await _read_task(form)
         task_problems = map(by_part, task.problems)
         if form.adapter_config is None or form.adapter_model is None:
             return refused((*problems, *task_problems), self._base)
@@ -120,7 +122,7 @@ class AdapterUploader:
         report = await self.check(form, taken_names)
         if not report.ok:
             raise refusal(report.problems)
-        task = await asyncio.to_thread(read_task_part, form)
+        task = await _read_task(form)
         new = self._new_version(form, report, task.text)
 
         async def work() -> Published:
@@ -149,3 +151,8 @@ class AdapterUploader:
             upload_id=secrets.token_hex(16),
             task_text=task_text,
         )
+
+
+async def _read_task(form: UploadForm) -> TaskReading:
+    with as_answers(), unavailable("the part task cannot be read"):
+        return await asyncio.to_thread(read_task_part, form)

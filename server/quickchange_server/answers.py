@@ -16,6 +16,7 @@ from quickchange_adapters.errors import (
     PublicNameTaken,
     QuotaExceeded,
     RevisionChanged,
+    StoreFull,
     StoreUnavailable,
     VersionDisabled,
 )
@@ -26,6 +27,7 @@ from quickchange_server.errors import (
     NotFound,
     PreconditionFailed,
     QuickchangeError,
+    StorageFull,
     Unavailable,
 )
 
@@ -44,6 +46,8 @@ def as_answers() -> Iterator[None]:
 
 def _answer(error: AdapterError) -> QuickchangeError | None:
     message = str(error)
+    if isinstance(error, StoreFull):
+        return StorageFull(f"{message}; nothing was kept: make room, then send it again")
     if isinstance(error, StoreUnavailable | BlobMissing):
         return Unavailable(message, code="store_unavailable")
     if isinstance(error, CannotCheck):

@@ -17,6 +17,7 @@ QuickchangeError                     500 internal_error
 ├── QueueFull                        429 queue_full
 ├── RateLimited                      429 rate_limited
 ├── Unavailable                      503 unavailable (draining, store_unavailable, …)
+├── StorageFull                      507 storage_full
 ├── GenerationFailed                 500 generation_failed
 └── CannotStart                      never an answer: the process ends with the sentence
     ├── ConfigInvalid                a flag, variable or TOML key is wrong
@@ -167,6 +168,16 @@ class Unavailable(QuickchangeError):
     type = "server_error"
     code = "unavailable"
     retry_after_s = 5
+
+
+class StorageFull(QuickchangeError):
+    """There is no room for what was sent; nothing of it was kept.
+
+    Not 503: trying again by itself helps nobody until somebody made room.
+    """
+
+    status = 507
+    code = "storage_full"
 
 
 class GenerationFailed(QuickchangeError):

@@ -25,6 +25,7 @@ QuickchangeError
     ├── UnsupportedMediaType         415 unsupported_media_type
     ├── QueueFull                    429 queue_full, rate_limited; has retry_after_s
     ├── Unavailable                  503 draining, store_unavailable, …; has retry_after_s
+    ├── StorageFull                  507 storage_full: somebody has to make room first
     └── InternalError                500 internal_error
         └── GenerationFailed         500 generation_failed
 """
@@ -166,6 +167,10 @@ class Unavailable(ApiError):
     """503: not now; later."""
 
 
+class StorageFull(ApiError):
+    """507: there is no room for what was sent, and nothing of it was kept."""
+
+
 class InternalError(ApiError):
     """500: the server's own mistake."""
 
@@ -191,6 +196,7 @@ _BY_STATUS: dict[int, type[ApiError]] = {
     429: QueueFull,
     500: InternalError,
     503: Unavailable,
+    507: StorageFull,
 }
 
 

@@ -20,6 +20,7 @@ from quickchange_server.errors import (
     InvalidRequest,
     NotFound,
     QuickchangeError,
+    StorageFull,
     TooLarge,
     UnsupportedMediaType,
 )
@@ -57,7 +58,7 @@ def error_response(error: QuickchangeError, headers: Mapping[str, str] | None = 
     sent = dict(headers or {})
     if error.retry_after_s is not None:
         sent["retry-after"] = str(error.retry_after_s)
-    if isinstance(error, Conflict | GenerationFailed):
+    if isinstance(error, Conflict | GenerationFailed | StorageFull):
         sent["x-should-retry"] = "false"
     if isinstance(error, InvalidApiKey):
         sent["www-authenticate"] = "Bearer"
