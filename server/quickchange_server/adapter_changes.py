@@ -90,7 +90,6 @@ class AdapterChanges:
         version: int,
         *,
         timeout_s: float = 30.0,
-        if_match: str | None = None,
         tenant: str = DEFAULT_TENANT,
         actor: str = "",
     ) -> DeletionView:
@@ -98,16 +97,13 @@ class AdapterChanges:
 
         Waits up to `timeout_s`; after that `done` is False and it goes on in the background.
 
-        Raises: NotFound, Conflict (alias_in_use, or static), PreconditionFailed, Unavailable.
+        Raises: NotFound, Conflict (alias_in_use, or static), Unavailable.
         """
-        revision = revision_of(if_match, name)
         owner = self._lookup.owner(name, tenant)
         gone = await self._live.change(
             owner,
             name,
-            lambda: self._catalog.begin_delete_version(
-                name, version, tenant=owner, revision=revision, actor=actor
-            ),
+            lambda: self._catalog.begin_delete_version(name, version, tenant=owner, actor=actor),
         )
         return await self._remove(name, version, (gone,), timeout_s)
 
@@ -116,7 +112,6 @@ class AdapterChanges:
         name: str,
         *,
         timeout_s: float = 30.0,
-        if_match: str | None = None,
         tenant: str = DEFAULT_TENANT,
         actor: str = "",
         on_gone: Callable[[str], None] | None = None,
@@ -126,16 +121,13 @@ class AdapterChanges:
         `on_gone` is called with what metrics call it, once nobody finds it and before what runs on
         it is awaited: from then on the name may be somebody else's.
 
-        Raises: NotFound, Conflict (static), PreconditionFailed, Unavailable.
+        Raises: NotFound, Conflict (static), Unavailable.
         """
-        revision = revision_of(if_match, name)
         owner = self._lookup.owner(name, tenant)
         gone = await self._live.change(
             owner,
             name,
-            lambda: self._catalog.begin_delete_adapter(
-                name, tenant=owner, revision=revision, actor=actor
-            ),
+            lambda: self._catalog.begin_delete_adapter(name, tenant=owner, actor=actor),
         )
         if on_gone is not None:
             on_gone(adapter_label(name, owner))
