@@ -28,11 +28,12 @@ from quickchange_adapters.catalog_schema import (
     aliases,
     blobs,
     catalog_state,
+    desired,
     events,
     reservations,
     versions,
 )
-from quickchange_adapters.errors import AliasInUse, NotInCatalog
+from quickchange_adapters.errors import AliasInUse, NotInCatalog, VersionDisabled
 from quickchange_adapters.names import (
     DEFAULT_ALIAS,
     DEFAULT_TENANT,
@@ -48,9 +49,9 @@ from quickchange_adapters.records import (
     Published,
     VersionRecord,
 )
+from quickchange_adapters.version_states import VersionStates
 
-RESERVATION_S = 2 * 3600.0
-"""Longer than the slowest upload to an object store that is not given up."""
+RESERVATION_S = 600.0
 
 
 def sqlite_url(path: Path) -> str:
@@ -59,7 +60,7 @@ def sqlite_url(path: Path) -> str:
 
 
 class Catalog:
-    """The rows of all adapters. `clock` gives seconds since 1970.
+    """The rows of all adapters. `clock` gives seconds since 1970; `states` holds what is wished.
 
     Every method raises StoreUnavailable when the database does not answer.
     """
@@ -72,6 +73,7 @@ class Catalog:
     ) -> None:
         self._clock = clock
         self.database = CatalogDatabase(url, timeouts)
+        self.states = VersionStates(self.database, clock)
 
     def close(self) -> None:
         """Close all connections."""
@@ -139,7 +141,7 @@ class Catalog:
         return [v for adapter in found for v in adapter.versions if v.state == "deleting"]
 
     def reserve(self, upload_id: str, files: Iterable[FileRecord]) -> None:
-        """Protect blobs from `collect` while an upload puts them; lapses after two hours."""
+        """Protect blobs from `collect` while an upload puts them; lapses after ten minutes."""
         with self.database.writing("reserve") as connection:
             for sha256, num_bytes in {f.sha256: f.num_bytes for f in files}.items():
                 rows.add_blob(connection, sha256, num_bytes)
@@ -164,7 +166,7 @@ class Catalog:
         """
         with self.database.writing("publish") as connection:
             adapter_id = self._open_adapter(connection, new)
-            number = _number_of(connection, adapter_id, new.digest)
+            number = rows.number_of(connection, adapter_id, new.digest)
             created = number is None
             if number is None:
                 number = self._add_version(connection, adapter_id, new)
@@ -182,14 +184,16 @@ class Catalog:
     ) -> AdapterRecord:
         """Point an alias at a version. `revision`: the adapter's, as the caller saw it.
 
-        Raises: NotInCatalog, RevisionChanged.
+        Raises: NotInCatalog, VersionDisabled, RevisionChanged.
         """
         tenant, name, number = version.tenant, version.name, version.number
         with self.database.writing("set_alias") as connection:
             adapter_id = rows.adapter_id_of(connection, tenant, name, revision)
             row = rows.version_row(connection, adapter_id, number)
-            if row is None or row["state"] != "ready":
+            if row is None or row["state"] == "deleting":
                 raise NotInCatalog("version", f"{name}:{number}")
+            if row["state"] == "disabled":
+                raise VersionDisabled(name, number)
             rows.point_alias(connection, adapter_id, alias, row["id"])
             self._note(connection, "set_alias", version, number, actor=actor, alias=alias)
             return _existing(connection, tenant, name)
@@ -218,13 +222,20 @@ class Catalog:
             return _existing(connection, tenant, name)
 
     def begin_delete_version(
-        self, name: str, number: int, *, tenant: str = DEFAULT_TENANT, actor: str = ""
+        self,
+        name: str,
+        number: int,
+        *,
+        tenant: str = DEFAULT_TENANT,
+        revision: int | None = None,
+        actor: str = "",
     ) -> VersionRecord:
         """Mark a version as deleting: it takes no requests from now on. A repeat is a no-op.
 
-        Raises: NotInCatalog, AliasInUse.
+        Raises: NotInCatalog, AliasInUse, RevisionChanged.
         """
         with self.database.writing("begin_delete") as connection:
+            rows.adapter_id_of(connection, tenant, name, revision)
             adapter = _existing(connection, tenant, name)
             version = adapter.version(number)
             if version is None:
@@ -237,15 +248,20 @@ class Catalog:
         return version
 
     def begin_delete_adapter(
-        self, name: str, *, tenant: str = DEFAULT_TENANT, actor: str = ""
+        self,
+        name: str,
+        *,
+        tenant: str = DEFAULT_TENANT,
+        revision: int | None = None,
+        actor: str = "",
     ) -> tuple[VersionRecord, ...]:
         """Take a name away with its aliases; its versions are deleting. Returns them.
 
-        Raises: NotInCatalog.
+        Raises: NotInCatalog, RevisionChanged.
         """
         with self.database.writing("begin_delete") as connection:
+            adapter_id = rows.adapter_id_of(connection, tenant, name, revision)
             adapter = _existing(connection, tenant, name)
-            adapter_id = rows.adapter_id_of(connection, tenant, name)
             connection.execute(delete(aliases).where(aliases.c.adapter_id == adapter_id))
             for version in adapter.versions:
                 self._mark_deleting(connection, version, actor)
@@ -332,7 +348,7 @@ class Catalog:
         of_adapter = adapters.c.id == adapter_id
         number = connection.scalars(select(adapters.c.next_version).where(of_adapter)).one()
         connection.execute(update(adapters).where(of_adapter).values(next_version=number + 1))
-        is_first = not _has_ready_version(connection, adapter_id)
+        is_first = not rows.has_version(connection, adapter_id)
         result = connection.execute(
             insert(versions).values(
                 adapter_id=adapter_id,
@@ -362,16 +378,19 @@ class Catalog:
         row = rows.version_row(connection, adapter_id, number)
         assert row is not None
         assert new.alias is not None
+        if row["state"] == "disabled":
+            raise VersionDisabled(new.name, number)
         rows.point_alias(connection, adapter_id, new.alias, row["id"])
         self._note(connection, "set_alias", new, number, actor=new.actor, alias=new.alias)
 
     def _mark_deleting(self, connection: Connection, version: VersionRecord, actor: str) -> None:
         adapter_id = rows.adapter_id_of(connection, version.tenant, version.name)
+        row = rows.version_row(connection, adapter_id, version.number)
+        assert row is not None
         connection.execute(
-            update(versions)
-            .where(versions.c.adapter_id == adapter_id, versions.c.number == version.number)
-            .values(state="deleting")
+            update(versions).where(versions.c.id == row["id"]).values(state="deleting")
         )
+        connection.execute(delete(desired).where(desired.c.version_id == row["id"]))
         self._note(connection, "delete_version", version, version.number, actor=actor)
 
     def _note(
@@ -396,21 +415,3 @@ def _existing(connection: Connection, tenant: str, name: str) -> AdapterRecord:
     if adapter is None:
         raise NotInCatalog("adapter", name)
     return adapter
-
-
-def _number_of(connection: Connection, adapter_id: int, digest: str) -> int | None:
-    """Return the number of an adapter's live version with these bytes."""
-    return connection.scalar(
-        select(versions.c.number).where(
-            versions.c.adapter_id == adapter_id,
-            versions.c.digest == digest,
-            versions.c.state == "ready",
-        )
-    )
-
-
-def _has_ready_version(connection: Connection, adapter_id: int) -> bool:
-    of_adapter = select(versions.c.id).where(
-        versions.c.adapter_id == adapter_id, versions.c.state == "ready"
-    )
-    return connection.scalar(of_adapter.limit(1)) is not None

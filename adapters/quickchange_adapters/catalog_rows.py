@@ -24,6 +24,7 @@ from quickchange_adapters.catalog_schema import (
     aliases,
     blobs,
     catalog_state,
+    desired,
     events,
     reservations,
     tasks,
@@ -116,6 +117,25 @@ def version_row(connection: Connection, adapter_id: int, number: int) -> RowMapp
     )
 
 
+def number_of(connection: Connection, adapter_id: int, digest: str) -> int | None:
+    """Return the number of an adapter's live version with these bytes."""
+    return connection.scalar(
+        select(versions.c.number).where(
+            versions.c.adapter_id == adapter_id,
+            versions.c.digest == digest,
+            versions.c.state != "deleting",
+        )
+    )
+
+
+def has_version(connection: Connection, adapter_id: int) -> bool:
+    """Whether an adapter has a version whose deletion was not begun."""
+    of_adapter = select(versions.c.id).where(
+        versions.c.adapter_id == adapter_id, versions.c.state != "deleting"
+    )
+    return connection.scalar(of_adapter.limit(1)) is not None
+
+
 def point_alias(connection: Connection, adapter_id: int, alias: str, version_id: int) -> None:
     """Make an alias mean a version."""
     connection.execute(
@@ -163,6 +183,7 @@ def remove_version(connection: Connection, version_id: int) -> None:
         _count_reference(connection, sha256, -1)
     connection.execute(delete(version_files).where(of_version))
     connection.execute(delete(tasks).where(tasks.c.version_id == version_id))
+    connection.execute(delete(desired).where(desired.c.version_id == version_id))
     connection.execute(delete(versions).where(versions.c.id == version_id))
 
 
@@ -208,8 +229,9 @@ def _versions_by_adapter(
 ) -> dict[int, list[VersionRecord]]:
     columns = [column for column in versions.c if column.name != "report"]
     query = (
-        select(*columns, adapters.c.tenant, adapters.c.name)
+        select(*columns, adapters.c.tenant, adapters.c.name, desired.c.pinned, desired.c.merged)
         .join(adapters, adapters.c.id == versions.c.adapter_id)
+        .outerjoin(desired, desired.c.version_id == versions.c.id)
         .where(where)
         .order_by(versions.c.number)
     )
@@ -268,4 +290,6 @@ def _version_record(
         files=tuple(sorted(files, key=lambda file: FILE_ORDER.index(file.file))),
         created_at=row["created_at"],
         task_text=task_text,
+        wants_pin=bool(row["pinned"]),
+        wants_merge=bool(row["merged"]),
     )

@@ -1,7 +1,7 @@
 """The catalog's tables. Knows no rules, and no database in particular.
 
     adapters 1─* versions 1─* version_files *─1 blobs        events: append only, by name
-           1─* aliases *─1 versions 1─? tasks                reservations: uploads under way
+           1─* aliases *─1 versions 1─? tasks, 1─? desired   reservations: uploads under way
     api_keys: who may call
 
 A deleted adapter's row stays (`deleted_at`), so that its numbers are never given again.
@@ -93,6 +93,15 @@ aliases = Table(
     Column("adapter_id", ForeignKey("adapters.id"), primary_key=True),
     Column("alias", String(32), primary_key=True),
     Column("version_id", ForeignKey("versions.id"), nullable=False),
+)
+
+# What a version is to be wherever the catalog is followed; no row: nothing in particular.
+desired = Table(
+    "desired",
+    metadata,
+    Column("version_id", ForeignKey("versions.id"), primary_key=True),
+    Column("pinned", Integer, nullable=False),
+    Column("merged", Integer, nullable=False),
 )
 
 blobs = Table(

@@ -6,21 +6,21 @@ AdapterError
 │                       one part cannot be read; becomes a Problem (in the part's own module)
 ├── CannotCheck         there is no process that could check an upload
 ├── StoreUnavailable    the place where bytes or rows live did not answer
-│   ├── StoreFull       it has no room for more
-│   ├── StoreRefused    it does not exist, or is not ours: no waiting helps
-│   └── BlobDamaged     bytes came that are not those of their name
+│   └── StoreFull       it has no room for more
 ├── BlobMissing         the store has no such bytes
 ├── BlobTooLarge        more bytes arrived than allowed
 ├── CatalogError        the catalog says no
 │   ├── NotInCatalog    no such adapter, version or alias
 │   ├── AliasInUse      a version cannot go while an alias points at it
+│   ├── VersionDisabled a version that is out of service cannot do that
 │   ├── RevisionChanged somebody else changed the adapter meanwhile
 │   ├── QuotaExceeded   the tenant would have more than it may
 │   ├── PublicNameTaken another tenant has a public adapter of that name
 │   ├── AdminKeyNeeded  the first key must be one that can make others
 │   └── LastAdminKey    without it nobody could make or revoke a key
 ├── NotFinite           a merged matrix is beyond the serving dtype
-└── MergeBudgetExceeded a merged copy would pass the ceiling
+├── MergeBudgetExceeded a merged copy would pass the ceiling
+└── PinBudgetExceeded   pinned versions would fill host memory
 """
 
 from dataclasses import dataclass
@@ -67,18 +67,6 @@ class StoreFull(StoreUnavailable):
     """There is no room for bytes or rows; nothing was kept of what was sent."""
 
 
-class StoreRefused(StoreUnavailable):
-    """The place that was named is not there, or does not let us in."""
-
-
-class BlobDamaged(StoreUnavailable):
-    """A blob's bytes have another sha256 than its name says, also when they are read again."""
-
-    def __init__(self, sha256: str) -> None:
-        super().__init__(f"blob {sha256} is damaged: its bytes have another sha256")
-        self.sha256 = sha256
-
-
 class BlobTooLarge(AdapterError):
     """More bytes arrived than the writer's limit."""
 
@@ -116,6 +104,13 @@ class AliasInUse(CatalogError):
             "move or delete the alias first"
         )
         self.aliases = aliases
+
+
+class VersionDisabled(CatalogError):
+    """A version is out of service."""
+
+    def __init__(self, name: str, version: int) -> None:
+        super().__init__(f"version {version} of {name!r} is disabled: enable it first")
 
 
 class RevisionChanged(CatalogError):
@@ -175,6 +170,19 @@ class MergeBudgetExceeded(AdapterError):
     def __init__(self, needed_bytes: int, used_bytes: int, ceiling_bytes: int) -> None:
         super().__init__(
             f"a merged copy needs {needed_bytes} bytes; {used_bytes} of {ceiling_bytes} are in use"
+        )
+        self.needed_bytes = needed_bytes
+        self.used_bytes = used_bytes
+        self.ceiling_bytes = ceiling_bytes
+
+
+class PinBudgetExceeded(AdapterError):
+    """A version of `needed_bytes` does not fit into what pins may take of host memory."""
+
+    def __init__(self, needed_bytes: int, used_bytes: int, ceiling_bytes: int) -> None:
+        super().__init__(
+            f"pinning it takes {needed_bytes} bytes; {used_bytes} of the {ceiling_bytes} that pins "
+            "may take are in use: unpin another, or raise --adapter-host-bytes"
         )
         self.needed_bytes = needed_bytes
         self.used_bytes = used_bytes

@@ -8,6 +8,7 @@ the vocabulary and live outside the arenas.
 | ranges of live slots never overlap | nobody reads another adapter's rows |
 | every live row lies below `num_active_rows` | the active window is a view of the arenas |
 | a slot with references is never evicted | a running request keeps its weights |
+| a pinned slot is evicted last, when nothing else makes room | nobody waits for ever |
 
 Slots may move (`compact`, `acquire`) between steps only; `generation` grows whenever slots
 come, go or move, so a plan made under an older generation is stale. Rows of dropped slots keep
@@ -122,6 +123,7 @@ class AdapterPool:
             for kind, shape in layout.groups.items()
         }  # fmt: skip
         self._slots: OrderedDict[str, Slot] = OrderedDict()
+        self.pinned: set[str] = set()
         self.num_evictions = 0
         self.generation = 0
 
@@ -152,8 +154,8 @@ class AdapterPool:
     def acquire(self, *adapters: HostAdapter) -> tuple[Slot, ...] | None:
         """Return a slot for each adapter with one more reference, copying in what is missing.
 
-        Evicts unreferenced slots, least recently used first. None: they do not fit together now,
-        because other referenced slots hold the rows; nothing was changed.
+        Evicts unreferenced slots, least recently used first, pinned ones last. None: they do not
+        fit together now, because other referenced slots hold the rows; nothing was changed.
         """
         wanted = {adapter.digest: adapter for adapter in adapters}
         missing = [adapter for digest, adapter in wanted.items() if digest not in self._slots]
@@ -248,7 +250,7 @@ class AdapterPool:
 
     def _make_room(self, adapter: HostAdapter) -> None:
         idle = [slot for slot in self._slots.values() if slot.num_references == 0]
-        for slot in idle:
+        for slot in sorted(idle, key=lambda slot: slot.digest in self.pinned):
             if self._fits(adapter):
                 return
             self.evict(slot.digest)

@@ -13,7 +13,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 TASK_FILE = "task.json"
 FILE_ORDER = (CONFIG_FILE, WEIGHTS_FILE, TASK_FILE)
 
-VersionState = Literal["ready", "deleting"]
+VersionState = Literal["ready", "disabled", "deleting"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,8 @@ class FileRecord:
 class VersionRecord:
     """One immutable upload. `report` is read apart, as it may be long.
 
-    `task_text` is its task.json as it was sent; None if it has none.
+    `task_text` is its task.json as it was sent; None if it has none. `state`, `wants_pin` and
+    `wants_merge` say what it is to be.
     """
 
     tenant: str
@@ -44,6 +45,8 @@ class VersionRecord:
     files: tuple[FileRecord, ...]
     created_at: int
     task_text: str | None = None
+    wants_pin: bool = False
+    wants_merge: bool = False
 
     @property
     def num_bytes(self) -> int:
@@ -67,7 +70,8 @@ class VersionRecord:
 class AdapterRecord:
     """A name with its versions (by number, oldest first) and aliases.
 
-    `revision` grows with every change of versions, aliases, tags or visibility.
+    `revision` grows with every change of versions, of what they are to be, of aliases, tags or
+    visibility.
     """
 
     tenant: str

@@ -90,6 +90,7 @@ class AdapterChanges:
         version: int,
         *,
         timeout_s: float = 30.0,
+        if_match: str | None = None,
         tenant: str = DEFAULT_TENANT,
         actor: str = "",
     ) -> DeletionView:
@@ -97,13 +98,16 @@ class AdapterChanges:
 
         Waits up to `timeout_s`; after that `done` is False and it goes on in the background.
 
-        Raises: NotFound, Conflict (alias_in_use, or static), Unavailable.
+        Raises: NotFound, Conflict (alias_in_use, or static), PreconditionFailed, Unavailable.
         """
+        revision = revision_of(if_match, name)
         owner = self._lookup.owner(name, tenant)
         gone = await self._live.change(
             owner,
             name,
-            lambda: self._catalog.begin_delete_version(name, version, tenant=owner, actor=actor),
+            lambda: self._catalog.begin_delete_version(
+                name, version, tenant=owner, revision=revision, actor=actor
+            ),
         )
         return await self._remove(name, version, (gone,), timeout_s)
 
@@ -112,6 +116,7 @@ class AdapterChanges:
         name: str,
         *,
         timeout_s: float = 30.0,
+        if_match: str | None = None,
         tenant: str = DEFAULT_TENANT,
         actor: str = "",
         on_gone: Callable[[str], None] | None = None,
@@ -121,13 +126,16 @@ class AdapterChanges:
         `on_gone` is called with what metrics call it, once nobody finds it and before what runs on
         it is awaited: from then on the name may be somebody else's.
 
-        Raises: NotFound, Conflict (static), Unavailable.
+        Raises: NotFound, Conflict (static), PreconditionFailed, Unavailable.
         """
+        revision = revision_of(if_match, name)
         owner = self._lookup.owner(name, tenant)
         gone = await self._live.change(
             owner,
             name,
-            lambda: self._catalog.begin_delete_adapter(name, tenant=owner, actor=actor),
+            lambda: self._catalog.begin_delete_adapter(
+                name, tenant=owner, revision=revision, actor=actor
+            ),
         )
         if on_gone is not None:
             on_gone(adapter_label(name, owner))

@@ -1,33 +1,47 @@
 """Which adapters exist now, in memory, so that a request never waits for the catalog.
 
-Holds the catalog's last known records and this process's static adapters, which shadow them. Lives
-on the event loop. Knows no bytes and no engine.
+Holds the catalog's last known records and this process's static adapters, which shadow them; and
+versions that this process alone has in or out of service. Lives on the event loop. Knows no bytes
+and no engine.
 """
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 from quickchange_adapters.catalog_changes import AdapterKey
 from quickchange_adapters.names import DEFAULT_ALIAS, DEFAULT_TENANT, parse_model
-from quickchange_adapters.records import AdapterRecord, VersionRecord
+from quickchange_adapters.records import AdapterRecord, VersionRecord, VersionState
+
+VersionKey = tuple[str, str, int]
 
 
 class AdapterDirectory:
-    """Records by name and tenant. A tenant sees its own, then those that are public."""
+    """Records by name and tenant. A tenant sees its own, then those that are public.
+
+    `generation` grows with every change.
+    """
 
     def __init__(self) -> None:
+        self.generation = 0
         self._records: dict[str, dict[str, AdapterRecord]] = {}
         self._public: dict[str, AdapterRecord] = {}
+        self._seen: dict[AdapterKey, AdapterRecord] = {}
         self._static: dict[str, AdapterRecord] = {}
+        self._states_here: dict[VersionKey, tuple[VersionState, VersionState]] = {}
+        self._served: tuple[int, frozenset[str]] = (-1, frozenset())
 
     def replace(self, tenant: str, name: str, record: AdapterRecord | None) -> None:
         """Take one adapter's new record; None: it is gone. An older state is not taken."""
-        of_name = self._records.setdefault(name, {})
-        known = of_name.get(tenant)
+        known = self._seen.get((tenant, name))
         if known is not None and record is not None and record.revision < known.revision:
             return
+        self.generation += 1
+        of_name = self._records.setdefault(name, {})
         if record is not None:
-            of_name[tenant] = record
+            self._seen[tenant, name] = record
+            of_name[tenant] = self._as_here(record)
         else:
+            self._seen.pop((tenant, name), None)
             of_name.pop(tenant, None)
         if not of_name:
             del self._records[name]
@@ -35,14 +49,26 @@ class AdapterDirectory:
 
     def revisions(self) -> dict[AdapterKey, int]:
         """Return the revision of each of the catalog's adapters, as it was last seen here."""
-        return {
-            (tenant, name): record.revision
-            for name, of_name in self._records.items()
-            for tenant, record in of_name.items()
-        }
+        return {key: record.revision for key, record in self._seen.items()}
+
+    def set_state_here(self, version: VersionRecord, state: VersionState) -> None:
+        """Have a version in or out of service here, until its state in the catalog changes.
+
+        One that has gone is left alone.
+        """
+        record = self._seen.get((version.tenant, version.name))
+        known = None if record is None else record.version(version.number)
+        if record is not None and known is not None:
+            self._states_here[_key(known)] = (known.state, state)
+            self.replace(record.tenant, record.name, record)
+
+    def forget_state_here(self, version: VersionRecord) -> None:
+        """Have a version be what the catalog says."""
+        self._states_here.pop(_key(version), None)
 
     def add_static(self, record: AdapterRecord) -> None:
         """Add an adapter that shadows the catalog's of that name."""
+        self.generation += 1
         self._static[record.name] = record
 
     def get_static(self, name: str) -> AdapterRecord | None:
@@ -79,14 +105,22 @@ class AdapterDirectory:
 
     def is_served(self, digest: str) -> bool:
         """Whether any adapter has a version with these bytes that takes requests."""
-        return any(v.digest == digest and v.state == "ready" for v in self._all_versions())
+        generation, served = self._served
+        if generation != self.generation:
+            served = frozenset(version.digest for version in self.served_versions())
+            self._served = self.generation, served
+        return digest in served
+
+    def served_versions(self) -> Iterator[VersionRecord]:
+        """Yield every version that takes requests, of all tenants."""
+        return (version for version in self._all_versions() if version.state == "ready")
 
     def model_names(self, tenant: str) -> Iterator[tuple[str, VersionRecord]]:
-        """Yield every bare name and `name@alias` with what it means."""
+        """Yield every bare name and `name@alias` that takes requests, with what it means."""
         for adapter in self.visible(tenant):
             for alias, number in sorted(adapter.aliases.items()):
                 version = adapter.version(number)
-                if version is not None:
+                if version is not None and version.state == "ready":
                     if alias == DEFAULT_ALIAS:
                         yield adapter.name, version
                     yield f"{adapter.name}@{alias}", version
@@ -107,6 +141,18 @@ class AdapterDirectory:
         else:
             self._public.pop(name, None)
 
+    def _as_here(self, record: AdapterRecord) -> AdapterRecord:
+        """Return a record with the states that hold in this process alone."""
+        versions = tuple(map(self._version_as_here, record.versions))
+        return record if versions == record.versions else replace(record, versions=versions)
+
+    def _version_as_here(self, version: VersionRecord) -> VersionRecord:
+        then, here = self._states_here.get(_key(version), (version.state, version.state))
+        if then != version.state:
+            self.forget_state_here(version)
+            return version
+        return version if here == then else replace(version, state=here)
+
     def _all_versions(self) -> Iterator[VersionRecord]:
         for adapter in self._static.values():
             yield from adapter.versions
@@ -117,3 +163,7 @@ class AdapterDirectory:
 
 def _precedence(record: AdapterRecord) -> tuple[bool, int, str]:
     return record.tenant != DEFAULT_TENANT, record.created_at, record.tenant
+
+
+def _key(version: VersionRecord) -> VersionKey:
+    return version.tenant, version.name, version.number

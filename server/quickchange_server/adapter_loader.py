@@ -5,12 +5,14 @@
 | several requests for one cold version | one load; all wait for it |
 | a request while its version drains for an unload | waits, then loads again |
 | a request while its version drains for a deletion | waits, then gets NotFound |
+| a load while another process removes the files | Unavailable, or NotFound if it was a deletion |
 """
 
 import asyncio
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from typing import TypeVar
 from weakref import WeakValueDictionary
 
 import torch
@@ -19,17 +21,21 @@ from quickchange_adapters.records import VersionRecord
 from quickchange_adapters.weights import AdapterWeights
 
 from quickchange_server.engine.interface import GenerationEngine, MergeResult, ResidentAdapter
-from quickchange_server.errors import Conflict, NotFound, Unavailable
+from quickchange_server.errors import Conflict, NotFound, QuickchangeError, Unavailable
 from quickchange_server.shared_tasks import SharedTasks
 
 DRAIN_POLL_S = 60.0
+MAX_LOADS = 3
+READ_ERRORS = (AdapterRefused, BlobMissing, StoreUnavailable, OSError)
+T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
 class AdapterLoader:
     """Loads, merges and unloads versions.
 
     `read` gives a version's tensors (it blocks; it runs in a loader thread); `is_served` says
-    whether anybody may still ask for a digest.
+    whether anybody may still ask for a digest; `read_again` renews what is known of a version.
     """
 
     def __init__(
@@ -37,10 +43,12 @@ class AdapterLoader:
         engine: GenerationEngine,
         read: Callable[[VersionRecord], AdapterWeights],
         is_served: Callable[[str], bool],
+        read_again: Callable[[VersionRecord], Awaitable[None]],
     ) -> None:
         self._engine = engine
         self._read = read
         self._is_served = is_served
+        self._read_again = read_again
         self._threads = ThreadPoolExecutor(2, "quickchange-adapter", _use_one_thread)
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._loads: SharedTasks[None] = SharedTasks()
@@ -60,14 +68,43 @@ class AdapterLoader:
         if not self._engine.is_loaded(version.digest):
             await self._loads.run(version.digest, lambda: self._load(version))
 
+    async def activate(self, version: VersionRecord) -> None:
+        """Load a version and bring it to the device.
+
+        Raises: Unavailable (running requests hold the room), and what `load` raises.
+        """
+        async with self._lock(version.digest):
+            if not await self._while_loaded(version, self._engine.activate):
+                raise Unavailable(
+                    f"running requests hold the room that {version.name}:{version.number} needs "
+                    "on the device: try again",
+                    code="adapter_memory",
+                )
+
+    async def pin(self, version: VersionRecord) -> None:
+        """Load a version and keep it loaded, on the device too if it can be brought there now.
+
+        Raises: PinBudgetExceeded, and what `load` raises.
+        """
+        async with self._lock(version.digest):
+            await self._while_loaded(version, self._engine.pin)
+            try:
+                await self._engine.activate(version.digest)
+            except Exception:
+                log.exception("%s:%d stays in host memory", version.name, version.number)
+
+    async def unpin(self, digest: str) -> None:
+        """Let a version go like any other when room is needed."""
+        async with self._lock(digest):
+            await self._engine.unpin(digest)
+
     async def merge(self, version: VersionRecord) -> MergeResult:
         """Load a version and make its merged copy.
 
         Raises: MergeBudgetExceeded, and what `load` raises.
         """
         async with self._lock(version.digest):
-            await self._ensure(version)
-            return await self._engine.merge(version.digest)
+            return await self._while_loaded(version, self._engine.merge)
 
     async def unmerge(self, digest: str) -> MergeResult:
         """Drop a merged copy."""
@@ -86,16 +123,39 @@ class AdapterLoader:
         async with self._lock(version.digest):
             await self._ensure(version)
 
+    async def _while_loaded(self, version: VersionRecord, work: Callable[[str], Awaitable[T]]) -> T:
+        """Load a version for `work`, again if it had to make room in between; its lock is held."""
+        for _ in range(MAX_LOADS):
+            await self._ensure(version)
+            try:
+                return await work(version.digest)
+            except NotFound:
+                continue
+        raise Unavailable(
+            f"{version.name}:{version.number} had to make room for others: try again",
+            code="adapter_memory",
+        )
+
     async def _ensure(self, version: VersionRecord) -> None:
         """Load a version unless it is there; the digest's lock is held."""
         if self._engine.is_loaded(version.digest):
             return
-        if not self._is_served(version.digest):
-            raise NotFound(f"{version.name!r} was deleted", code="model_not_found", param="model")
+        self._check_served(version)
         loop = asyncio.get_running_loop()
-        with _as_answers(version):
+        try:
             weights = await loop.run_in_executor(self._threads, self._read, version)
+        except READ_ERRORS as error:
+            if isinstance(error, BlobMissing | FileNotFoundError):
+                await self._read_again(version)
+                self._check_served(version)
+            raise _answer(error, version) from error
         await self._engine.load_adapter(weights)
+
+    def _check_served(self, version: VersionRecord) -> None:
+        if not self._is_served(version.digest):
+            raise NotFound(
+                f"{version.name!r} was deleted or disabled", code="model_not_found", param="model"
+            )
 
     async def _unload(self, digest: str) -> ResidentAdapter | None:
         async with self._lock(digest):
@@ -114,24 +174,16 @@ class AdapterLoader:
         return lock
 
 
-@contextmanager
-def _as_answers(version: VersionRecord) -> Iterator[None]:
-    """Turn what reading a version's files may raise into answers; none carries a path."""
-    try:
-        yield
-    except AdapterRefused as error:
-        first = error.problems[0]
-        raise Conflict(
-            f"{version.name}:{version.number} does not fit this base: {first.message}",
-            code="base_mismatch",
-        ) from error
-    except (BlobMissing, StoreUnavailable) as error:
-        raise Unavailable(str(error), code="store_unavailable") from error
-    except OSError as error:
-        raise Unavailable(
-            f"the files of {version.name}:{version.number} cannot be read: {error.strerror}",
-            code="store_unavailable",
-        ) from error
+def _answer(error: Exception, version: VersionRecord) -> QuickchangeError:
+    """Return what a failure to read a version's files is to a caller; none carries a path."""
+    what = f"{version.name}:{version.number}"
+    if isinstance(error, AdapterRefused):
+        message = f"{what} does not fit this base: {error.problems[0].message}"
+        return Conflict(message, code="base_mismatch")
+    if isinstance(error, OSError):
+        text = f"the files of {what} cannot be read: {error.strerror}"
+        return Unavailable(text, code="store_unavailable")
+    return Unavailable(str(error), code="store_unavailable")
 
 
 def _use_one_thread() -> None:

@@ -56,16 +56,26 @@ class AdapterLookup:
             raise NotFound(f"there is no version {what}", code="version_not_found")
         return version
 
-    def ready_version(self, name: str, number: int | None, tenant: str) -> VersionRecord:
-        """Return a version that takes requests and is the tenant's to load, unload and merge.
+    def live_version(self, name: str, number: int | None, tenant: str) -> VersionRecord:
+        """Return a version that is not being deleted, and is the tenant's to act on.
 
         Raises: NotFound (adapter_not_found, version_not_found), Forbidden (another tenant's).
         """
         version = self.version(name, number, tenant)
         if version.tenant != tenant:
             raise foreign_adapter(name)
-        if version.state != "ready":
+        if version.state == "deleting":
             raise NotFound(f"{name}:{version.number} is being deleted", code="version_not_found")
+        return version
+
+    def ready_version(self, name: str, number: int | None, tenant: str) -> VersionRecord:
+        """Return a version that takes requests.
+
+        Raises: NotFound (adapter_not_found, version_not_found), Conflict (it is disabled).
+        """
+        version = self.live_version(name, number, tenant)
+        if version.state == "disabled":
+            raise Conflict(f"{name}:{version.number} is disabled: enable it first")
         return version
 
     def meant(self, model: str, tenant: str) -> VersionRecord:

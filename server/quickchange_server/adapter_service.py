@@ -5,9 +5,9 @@ blocks runs in threads. Knows nothing of HTTP: views say what to show, errors ca
 """
 
 import asyncio
-from collections.abc import AsyncIterable, AsyncIterator, Collection, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterable, Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,6 +24,7 @@ from quickchange_adapters.records import (
 from quickchange_adapters.store import StagedFile, Store
 from quickchange_adapters.task import MAX_TASK_BYTES
 from quickchange_adapters.validate import Report, ValidationJob
+from quickchange_adapters.version_states import Wish
 
 from quickchange_server.adapter_actions import AdapterActions
 from quickchange_server.adapter_changes import AdapterChanges
@@ -50,14 +51,16 @@ from quickchange_server.adapter_views import (
 )
 from quickchange_server.answers import as_answers
 from quickchange_server.catalog_poll import POLL_S, CatalogPoll, OnChange
+from quickchange_server.desired_state import DesiredState
 from quickchange_server.engine.interface import GenerationEngine
 from quickchange_server.errors import Conflict, NotFound
 from quickchange_server.live_catalog import LiveCatalog
+from quickchange_server.state_actions import StateActions
 from quickchange_server.static_folder import read_folder, read_folder_task, static_record
-from quickchange_server.threaded_context import in_thread
 from quickchange_server.version_files import VersionFiles
 from quickchange_server.version_task import read_version_task
 from quickchange_server.view_builder import ViewBuilder, event_json
+from quickchange_server.wishes import Wishes
 
 __all__ = ["AdapterService", "FileName", "UploadForm", "UploadRefused"]
 
@@ -71,8 +74,8 @@ class AdapterService:
     """Everything the routes may do with adapters.
 
     `version` arguments: a number, or None for what the bare name means (alias `default`).
-    What moves a version between tiers is `AdapterActions`', what changes its rows
-    `AdapterChanges`'; both are called here.
+    What moves a version between tiers is `AdapterActions`', what says how it is to be
+    `StateActions`', what changes its rows `AdapterChanges`'; all are called here.
     `validator` says where uploads are checked; None: in threads of this process. `poll_s`: how
     often the catalog is asked for what other processes did.
     """
@@ -100,14 +103,33 @@ class AdapterService:
         self._uploader = AdapterUploader(
             engine.base, store, self._live, limits, validator or ThreadValidator()
         )
-        self._loader = AdapterLoader(engine, self._files.read_weights, self._directory.is_served)
+        self._loader = AdapterLoader(
+            engine, self._files.read_weights, self._directory.is_served, self._live.read_again
+        )
         self._remover = AdapterRemover(store, self._live, self._directory, self._loader)
-        self._views = ViewBuilder(engine, self._files.is_on_disk)
+        self._wishes = Wishes(self._directory)
+        self._desired = DesiredState(
+            engine,
+            self._directory,
+            self._wishes,
+            self._loader,
+            self._remover.is_removing,
+            poll_s,
+        )
+        self.on_catalog_change(self._desired.renew)
+        self._views = ViewBuilder(engine, partial(self._wishes.is_wished, "pin"))
         self._lookup = AdapterLookup(self._directory)
         self._static_reports: dict[str, Json] = {}
-        actions = AdapterActions(self._lookup, self._loader, self._views)
+        self._bind_actions()
+
+    def _bind_actions(self) -> None:
+        """Offer what other classes do as methods of this one."""
+        parts = self._wishes, self._desired, self._views
+        actions = AdapterActions(self._lookup, self._loader, *parts)
         self.load, self.unload = actions.load, actions.unload
-        self.merge, self.unmerge = actions.merge, actions.unmerge
+        states = StateActions(self._live, self._directory, *parts)
+        self.wish, self.set_state = states.wish, states.set_state
+        self.merge, self.unmerge = states.merge, states.unmerge
         changes = AdapterChanges(self._live, self._lookup, self._remover, self._views)
         self.set_alias, self.delete_alias = changes.set_alias, changes.delete_alias
         self.delete_version = changes.delete_version
@@ -123,6 +145,7 @@ class AdapterService:
             await asyncio.to_thread(self._store.sweep_incoming, INCOMING_S)
         await self._poll.look()
         self._poll.start()
+        self._desired.start()
 
     def on_catalog_change(self, renew: OnChange) -> None:
         """Have `renew` called soon after any process changed the catalog, and once at the start.
@@ -133,13 +156,13 @@ class AdapterService:
         self._poll.on_change.append(renew)
 
     async def stop(self) -> None:
-        """End background work, close catalog and store. Uploads under way are finished first."""
+        """End background work and close the catalog. Uploads under way are finished first."""
         await self._poll.stop()
+        await self._desired.stop()
         await self._uploader.stop()
         await self._remover.stop()
         await self._loader.stop()
         await self._live.close()
-        self._store.close()
 
     async def stage(self, file: FileName, chunks: AsyncIterable[bytes]) -> StagedFile:
         """Write one part of an upload to the store's incoming folder, hashing as it goes.
@@ -238,21 +261,18 @@ class AdapterService:
         record = self._lookup.version(name, version, tenant)
         return self._views.version(record, await self._report(record))
 
-    @asynccontextmanager
-    async def open_file(
+    async def file_path(
         self, name: str, version: int, file: FileName, *, tenant: str = DEFAULT_TENANT
-    ) -> AsyncIterator[Path]:
-        """Give where one file of a version can be read, byte for byte as it was uploaded.
-
-        It stays while the block runs.
+    ) -> Path:
+        """Return where one file of a version can be read, byte for byte as it was uploaded.
 
         Raises: NotFound (adapter_not_found, version_not_found, file_not_found), Unavailable.
         """
         record = self._lookup.version(name, version, tenant)
         if record.file(file) is None:
             raise NotFound(f"{name}:{version} has no {file}", code="file_not_found")
-        async with in_thread(self._files.held(record, file)) as paths:
-            yield paths[file]
+        with as_answers():
+            return (await asyncio.to_thread(self._files.paths, record))[file]
 
     async def events(self, name: str, *, tenant: str = DEFAULT_TENANT) -> Sequence[Json]:
         """Return the tenant's audit log of a name, oldest first; also of one that was deleted.
@@ -266,6 +286,10 @@ class AdapterService:
         if record is not None and record.tenant != tenant:
             raise foreign_adapter(name)
         return [event_json(event) for event in found]
+
+    def num_unmet(self) -> Mapping[Wish, int]:
+        """Return how many wishes of each kind are not fulfilled here; from any thread."""
+        return self._desired.num_unmet
 
     def resolve(self, model: str, *, tenant: str = DEFAULT_TENANT) -> ResolvedModel:
         """Say what a model string means now. A look-up in memory: never waits.

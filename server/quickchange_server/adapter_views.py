@@ -8,8 +8,8 @@ from quickchange_adapters.task import Task
 
 Json = dict[str, Any]
 VersionState = Literal["ready", "quarantined", "disabled", "deleting"]
-Tier = Literal["remote", "disk", "host", "device"]
-ActionName = Literal["load", "unload", "merge", "unmerge"]
+Tier = Literal["disk", "host", "device"]
+ActionName = Literal["load", "unload", "pin", "unpin", "merge", "unmerge", "disable", "enable"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +133,6 @@ class FreedBytes:
     host: int = 0
     merged: int = 0
     disk: int = 0
-    remote: int = 0
 
     def __add__(self, other: "FreedBytes") -> "FreedBytes":
         """Sum two replies, tier by tier."""
@@ -142,7 +141,6 @@ class FreedBytes:
             self.host + other.host,
             self.merged + other.merged,
             self.disk + other.disk,
-            self.remote + other.remote,
         )
 
     def to_json(self) -> dict[str, int]:
@@ -152,7 +150,6 @@ class FreedBytes:
             "host": self.host,
             "merged": self.merged,
             "disk": self.disk,
-            "remote": self.remote,
         }
 
 
@@ -183,7 +180,7 @@ class DeletionView:
 
 @dataclass(frozen=True, slots=True)
 class ActionView:
-    """What a load, unload, merge or unmerge did, and where the version is now."""
+    """What an action did, and where the version is now."""
 
     action: ActionName
     version: VersionView
@@ -201,7 +198,9 @@ class ActionView:
             "name": version.name,
             "version": version.version,
             "digest": version.digest,
+            "state": version.state,
             "tier": version.tier,
+            "pinned": version.pinned,
             "merged": version.merged,
             "bytes": {
                 "host": version.host_bytes,

@@ -12,11 +12,13 @@ from quickchange_adapters.errors import (
     LastAdminKey,
     MergeBudgetExceeded,
     NotInCatalog,
+    PinBudgetExceeded,
     PublicNameTaken,
     QuotaExceeded,
     RevisionChanged,
     StoreFull,
     StoreUnavailable,
+    VersionDisabled,
 )
 
 from quickchange_server.errors import (
@@ -64,4 +66,8 @@ def _answer(error: AdapterError) -> QuickchangeError | None:
         return PreconditionFailed(message)
     if isinstance(error, MergeBudgetExceeded):
         return Conflict(message, code="merge_budget")
+    if isinstance(error, PinBudgetExceeded):
+        return Conflict(message, code="pin_budget")
+    if isinstance(error, VersionDisabled):
+        return Conflict(message)
     return None

@@ -7,7 +7,6 @@ told. While the catalog does not answer, the pictures stay as they are, and it i
 import asyncio
 import logging
 import random
-import time
 from collections.abc import Awaitable, Callable
 
 from quickchange_server.errors import Unavailable
@@ -30,7 +29,6 @@ class CatalogPoll:
 
     def __init__(self, live: LiveCatalog, interval_s: float = POLL_S) -> None:
         self.on_change: list[OnChange] = []
-        self.last_read_s = time.time()
         self._live = live
         self._interval_s = interval_s
         self._pause_s = interval_s
@@ -60,29 +58,25 @@ class CatalogPoll:
                 await renew()
             # The number from before the reading: what came in between is read once more.
             self._seen = revision
-        self.last_read_s = time.time()
 
     async def _run(self) -> None:
         while True:
             await asyncio.sleep(self._pause_s * random.uniform(1 - JITTER, 1 + JITTER))
             try:
                 await self.look()
-            except Unavailable as error:
-                self._note_trouble(f"{error}; adapters are served as they were last known")
+            except Unavailable:  # its database has said so, once
+                self._pause_s = min(2 * self._pause_s, MAX_PAUSE_S)
             except Exception as error:
-                self._note_trouble(f"news from the catalog cannot be taken in: {error!r}", error)
+                self._pause_s = min(2 * self._pause_s, MAX_PAUSE_S)
+                self._note_trouble(error)
             else:
-                self._note_end_of_trouble()
+                self._pause_s = self._interval_s
+                self._note_trouble(None)
 
-    def _note_trouble(self, text: str, error: Exception | None = None) -> None:
-        """Say once what is wrong, and ask less often."""
-        self._pause_s = min(2 * self._pause_s, MAX_PAUSE_S)
-        if not self._is_troubled:
-            log.warning("%s", text, exc_info=error)
-        self._is_troubled = True
-
-    def _note_end_of_trouble(self) -> None:
-        self._pause_s = self._interval_s
-        if self._is_troubled:
+    def _note_trouble(self, error: Exception | None) -> None:
+        """Say once that something is wrong, and once that it is well again."""
+        if error is not None and not self._is_troubled:
+            log.error("the catalog's news cannot be taken in: %r", error, exc_info=error)
+        elif error is None and self._is_troubled:
             log.warning("the catalog is followed again")
-        self._is_troubled = False
+        self._is_troubled = error is not None

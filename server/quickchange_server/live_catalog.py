@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from quickchange_adapters.catalog import Catalog
+from quickchange_adapters.records import VersionRecord
 
 from quickchange_server.adapter_directory import AdapterDirectory
 from quickchange_server.answers import as_answers
@@ -46,6 +47,13 @@ class LiveCatalog:
                 self._directory.replace(record.tenant, record.name, record)
             for tenant, name in changes.gone:
                 self._directory.replace(tenant, name, None)
+
+    async def read_again(self, version: VersionRecord) -> None:
+        """Read one version's adapter anew."""
+        tenant, name = version.tenant, version.name
+        async with self._changing:
+            record = await self.ask(lambda: self.catalog.get(name, tenant))
+            self._directory.replace(tenant, name, record)
 
     async def ask(self, function: Callable[[], T]) -> T:
         """Run a call that changes no adapter."""

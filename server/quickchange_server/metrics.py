@@ -6,7 +6,7 @@ scrape asks (snapshot_collector.py). Label values come from registered names onl
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,11 +19,13 @@ from prometheus_client import (
     disable_created_metrics,
 )
 from prometheus_client.exposition import choose_encoder
+from quickchange_adapters.version_states import Wish
 
 from quickchange_server.adapter_labels import AdapterLabels
 from quickchange_server.engine.interface import EngineSnapshot
 from quickchange_server.engine.observer import StepStats
 from quickchange_server.snapshot_collector import SnapshotCollector
+from quickchange_server.wish_collector import WishCollector
 
 Outcome = Literal["ok", "error", "cancelled", "rejected"]
 
@@ -136,14 +138,16 @@ class ServerMetrics:
 
     def watch_catalog(self, is_up: Callable[[], bool]) -> None:
         """Show from now on whether the catalog answered when it was last asked."""
-        self._watch("catalog_up", "1 if the catalog answered when it was last asked.", is_up)
+        gauge = Gauge(
+            PREFIX + "catalog_up",
+            "1 if the catalog answered when it was last asked, else 0.",
+            registry=self.registry,
+        )
+        gauge.set_function(is_up)
 
-    def watch_store(self, is_up: Callable[[], bool]) -> None:
-        """Show from now on whether the object store answered when it was last asked."""
-        self._watch("store_up", "1 if the object store answered when it was last asked.", is_up)
-
-    def _watch(self, name: str, text: str, is_true: Callable[[], bool]) -> None:
-        Gauge(PREFIX + name, text, registry=self.registry).set_function(is_true)
+    def watch_wishes(self, num_unmet: Callable[[], Mapping[Wish, int]]) -> None:
+        """Show from now on how many wishes of the catalog are not fulfilled here."""
+        self.registry.register(WishCollector(num_unmet))
 
     def on_step(self, stats: StepStats) -> None:
         """Take note of one engine step; called on the engine thread."""

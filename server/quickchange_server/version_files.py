@@ -1,7 +1,5 @@
 """Where the files of a version are, be it in the store or in a static folder."""
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -30,37 +28,28 @@ class VersionFiles:
         self._limits = limits
         self._dtype = dtype
 
-    def is_on_disk(self, version: VersionRecord) -> bool:
-        """Whether all files are on this machine. Never waits."""
-        is_static = version.name in self.folders
-        return is_static or all(self._store.is_on_disk(file.sha256) for file in version.files)
-
-    @contextmanager
-    def held(self, version: VersionRecord, *files: str) -> Iterator[dict[str, Path]]:
-        """Give where files can be read; they stay while the block runs.
+    def paths(self, version: VersionRecord) -> dict[str, Path]:
+        """Return where each file can be read.
 
         Raises: BlobMissing, StoreUnavailable, Conflict (a static folder changed).
         """
         folder = self.folders.get(version.name)
-        if folder is not None:
-            check_unchanged(version, folder)
-            yield {file: folder / file for file in files}
-            return
-        digests = {file.file: file.sha256 for file in version.files}
-        with ExitStack() as leases:
-            yield {file: leases.enter_context(self._store.lease(digests[file])) for file in files}
+        if folder is None:
+            return {file.file: self._store.path(file.sha256) for file in version.files}
+        check_unchanged(version, folder)
+        return {file.file: folder / file.file for file in version.files}
 
     def read_weights(self, version: VersionRecord) -> AdapterWeights:
         """Return a version's tensors.
 
-        Raises: AdapterRefused, OSError, and what `held` raises.
+        Raises: AdapterRefused, OSError, and what `paths` raises.
         """
-        with self.held(version, CONFIG_FILE, WEIGHTS_FILE) as paths:
-            return load_weights(
-                paths[CONFIG_FILE],
-                paths[WEIGHTS_FILE],
-                self._base,
-                version.digest,
-                self._dtype,
-                self._limits,
-            )
+        paths = self.paths(version)
+        return load_weights(
+            paths[CONFIG_FILE],
+            paths[WEIGHTS_FILE],
+            self._base,
+            version.digest,
+            self._dtype,
+            self._limits,
+        )

@@ -1,14 +1,20 @@
 """An adapter service that holds what a test put into it; no store, no catalog, no checks."""
 
-from collections.abc import AsyncIterable, Collection, Sequence
+from collections.abc import AsyncIterable, Collection, Mapping, Sequence
 from pathlib import Path
 
 from quickchange_adapters.errors import Problem
 from quickchange_adapters.store import StagedFile
 from quickchange_adapters.task import Task
+from quickchange_adapters.version_states import Wish
 from quickchange_server.adapter_service import AdapterService, FileName, UploadForm
 from quickchange_server.adapter_upload import form_problems, refusal
-from quickchange_server.adapter_views import ModelView, ResolvedModel, UploadResult, VersionView
+from quickchange_server.adapter_views import (
+    ModelView,
+    ResolvedModel,
+    UploadResult,
+    VersionView,
+)
 from quickchange_server.catalog_poll import OnChange
 from quickchange_server.errors import NotFound
 
@@ -57,6 +63,10 @@ class ScriptedAdapters(AdapterService):
 
     def on_catalog_change(self, renew: OnChange) -> None:
         """Do nothing: there is no catalog."""
+
+    def num_unmet(self) -> Mapping[Wish, int]:
+        """Nothing is wished."""
+        return {"pin": 0, "merge": 0}
 
     async def stop(self) -> None:
         """Do nothing."""

@@ -73,6 +73,7 @@ class ScriptedEngine:
     loaded: dict[str, AdapterWeights] = field(default_factory=dict)
     merged: dict[str, int] = field(default_factory=dict)
     quarantined: set[str] = field(default_factory=set)
+    pinned: set[str] = field(default_factory=set)
 
     async def start(self) -> None:
         """Become alive."""
@@ -179,11 +180,25 @@ class ScriptedEngine:
         resident = self.snapshot().adapters.get(digest)
         self.loaded.pop(digest, None)
         self.merged.pop(digest, None)
+        self.pinned.discard(digest)
         return resident
 
     def _num_running(self, digest: str) -> int:
         live = [request for request in self.requests if request.request_id in self.live]
         return sum(any(ref.digest == digest for ref in request.adapters) for request in live)
+
+    async def pin(self, digest: str) -> None:
+        """Remember it."""
+        assert digest in self.loaded
+        self.pinned.add(digest)
+
+    async def unpin(self, digest: str) -> None:
+        """Forget it."""
+        self.pinned.discard(digest)
+
+    async def activate(self, digest: str) -> bool:
+        """Do nothing: what is loaded is on the device."""
+        return digest in self.loaded
 
     async def merge(self, digest: str) -> MergeResult:
         """Count a merged copy of the base's one projection."""
@@ -203,6 +218,7 @@ class ScriptedEngine:
                 weights.num_bytes,
                 self.merged.get(digest, 0),
                 self._num_running(digest),
+                digest in self.pinned,
             )
             for digest, weights in self.loaded.items()
         }

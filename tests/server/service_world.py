@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,16 +13,18 @@ import torch
 from quickchange_adapters.catalog import Catalog, sqlite_url
 from quickchange_adapters.errors import MergeBudgetExceeded
 from quickchange_adapters.limits import AdapterLimits
-from quickchange_adapters.store import LocalStore, Store
+from quickchange_adapters.store import LocalStore
 from quickchange_adapters.weights import AdapterWeights
 from quickchange_server.adapter_service import AdapterService, UploadForm
 from quickchange_server.engine.interface import EngineSnapshot, MergeResult
 from quickchange_server.engine.request import AdapterRef, GenerationRequest
+from quickchange_server.errors import NotFound
 
 from tests.adapters.adapter_files import config_values, q_pairs, small_spec, weights_bytes
 from tests.server.scripted_engine import ScriptedEngine
 
 SPEC = small_spec()
+SEEN_S = 10.0
 LIMITS = AdapterLimits(max_weights_bytes=1 << 20)
 
 
@@ -60,14 +63,14 @@ class World:
     root: Path
     engine: SlowEngine = field(default_factory=lambda: SlowEngine(base=SPEC))
     open_catalog: Callable[[str], Catalog] = Catalog
-    open_store: Callable[[Path], Store] = LocalStore
+    poll_s: float = 0.02
+    catalog_url: str = ""
 
     def __post_init__(self) -> None:
-        self.root.mkdir(parents=True, exist_ok=True)
-        self.store = self.open_store(self.root)
-        self.catalog = self.open_catalog(sqlite_url(self.root / "catalog.db"))
+        self.store = LocalStore(self.root)
+        self.catalog = self.open_catalog(self.catalog_url or sqlite_url(self.root / "catalog.db"))
         self.service = AdapterService(
-            self.engine, self.store, self.catalog, LIMITS, torch.float32, poll_s=0.02
+            self.engine, self.store, self.catalog, LIMITS, torch.float32, poll_s=self.poll_s
         )
 
     async def start(self) -> None:
@@ -76,7 +79,7 @@ class World:
 
     async def restart(self) -> "World":
         await self.service.stop()
-        world = World(self.root, open_catalog=self.open_catalog, open_store=self.open_store)
+        world = World(self.root, catalog_url=self.catalog_url)
         await world.engine.start()
         await world.service.start()
         return world
@@ -128,3 +131,20 @@ class World:
 async def chunks(data: bytes, size: int = 1000) -> AsyncIterator[bytes]:
     for start in range(0, len(data), size):
         yield data[start : start + size]
+
+
+def meaning(world: World, model: str) -> int | None:
+    """Return the version number that a model string means to a server."""
+    try:
+        return world.service.resolve(model).version
+    except NotFound:
+        return None
+
+
+async def seen(is_true: Callable[[], bool]) -> float:
+    """Wait for what another server, or the background, is to do; return how long it took."""
+    started = time.monotonic()
+    async with asyncio.timeout(SEEN_S):
+        while not is_true():
+            await asyncio.sleep(0.01)
+    return time.monotonic() - started

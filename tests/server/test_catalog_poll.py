@@ -1,20 +1,15 @@
 """Two services on one store and one catalog, and a catalog that goes away for a while."""
 
-import asyncio
 import logging
-import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 
 import pytest
 from quickchange_adapters.catalog import Catalog
-from quickchange_adapters.errors import StoreUnavailable
 from quickchange_adapters.records import FileRecord
-from quickchange_server.errors import NotFound, Unavailable
+from quickchange_server.errors import Unavailable
 
-from tests.server.service_world import World
-
-SEEN_S = 10.0
+from tests.server.service_world import World, meaning, seen
 
 
 class FailingCatalog(Catalog):
@@ -34,38 +29,22 @@ class FailingCatalog(Catalog):
 
     def _check(self) -> None:
         if self.is_down:
-            raise StoreUnavailable("the catalog does not answer: nobody is there")
+            with self.database.reading() as connection:
+                connection.exec_driver_sql("SELECT * FROM nowhere")
 
 
 @pytest.fixture
-async def worlds(tmp_path: Path) -> AsyncIterator[tuple[World, World]]:
+async def worlds(tmp_path: Path, catalog_url: str) -> AsyncIterator[tuple[World, World]]:
     """Two servers that share their disk; the second's catalog can be taken away."""
     pair = (
-        World(tmp_path / "store"),
-        World(tmp_path / "store", open_catalog=FailingCatalog),
+        World(tmp_path / "store", catalog_url=catalog_url),
+        World(tmp_path / "store", catalog_url=catalog_url, open_catalog=FailingCatalog),
     )
     for world in pair:
         await world.start()
     yield pair
     for world in pair:
         await world.service.stop()
-
-
-async def seen(is_true: Callable[[], bool]) -> float:
-    """Wait for what the other server is to notice; return how long it took."""
-    started = time.monotonic()
-    async with asyncio.timeout(SEEN_S):
-        while not is_true():
-            await asyncio.sleep(0.01)
-    return time.monotonic() - started
-
-
-def meaning(world: World, model: str) -> int | None:
-    """Return the version number that a model string means to a server."""
-    try:
-        return world.service.resolve(model).version
-    except NotFound:
-        return None
 
 
 async def test_another_process_s_changes_are_seen(worlds: tuple[World, World]) -> None:
@@ -115,10 +94,10 @@ async def test_an_outage_is_said_once_and_ends_without_a_restart(
         assert refused.value.code == "store_unavailable"
         catalog.is_down = False
         await seen(lambda: meaning(there, "b") == 1)
-    said = [r.message for r in caplog.records if r.name == "quickchange_server.catalog_poll"]
+    said = [record.message for record in caplog.records if "catalog" in record.message]
     assert len(said) == 2
-    assert "served as they were last known" in said[0]
-    assert "followed again" in said[1]
+    assert "the catalog does not answer" in said[0]
+    assert "the catalog answers again" in said[1]
 
 
 async def test_other_pictures_are_renewed_with_the_same_look(worlds: tuple[World, World]) -> None:

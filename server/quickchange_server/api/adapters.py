@@ -1,19 +1,17 @@
-"""`/v1/adapters`: upload, list, show, alias, load, merge, delete. The work is the service's."""
+"""`/v1/adapters`: upload, list, show, alias, load, delete. The work is the service's."""
 
-from collections.abc import AsyncIterator
-from pathlib import Path as FilePath
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Header, Path, Query, Request
+from fastapi import APIRouter, Header, Path, Query, Request
 from quickchange_adapters.errors import Problem
 from starlette.responses import FileResponse, JSONResponse, Response
 
 from quickchange_server.adapter_service import FileName
 from quickchange_server.adapter_upload import UploadTerms
 from quickchange_server.adapter_views import AdapterView, DeletionView
-from quickchange_server.api.auth import Admin, Reader, Writer
+from quickchange_server.api.auth import Reader, Writer
 from quickchange_server.api.named_adapters import check_upload
-from quickchange_server.api.schemas import ActionBody, AliasBody
+from quickchange_server.api.schemas import ActionBody, AliasBody, LoadBody
 from quickchange_server.api.scoped_route import ScopedRoute
 from quickchange_server.api.services import AppServices, Services
 from quickchange_server.api.upload import FILES, OPENAPI_BODY, UploadReader
@@ -127,37 +125,34 @@ async def get_version(name: str, version: Version, services: Services, caller: R
     return view.to_json()
 
 
-async def _held_file(
+@router.get("/{name}/versions/{version}/files/{file}", response_class=FileResponse)
+async def get_file(
     name: str, version: Version, file: str, services: Services, caller: Reader
-) -> AsyncIterator[FilePath]:
-    """Give a file's path; it is held until the answer was sent."""
+) -> FileResponse:
+    """Download one file of a version, byte for byte as it was uploaded."""
     known: dict[str, FileName] = {each: each for each in FILES.values()}
     if file not in known:
         raise NotFound(
             f"{file[:80]!r} is not a file of an adapter; use {', '.join(known)}",
             code="file_not_found",
         )
-    opened = services.adapters.open_file(name, version, known[file], tenant=caller.tenant)
-    async with opened as path:
-        yield path
-
-
-@router.get("/{name}/versions/{version}/files/{file}", response_class=FileResponse)
-async def get_file(
-    file: str, path: Annotated[FilePath, Depends(_held_file)], caller: Reader
-) -> FileResponse:
-    """Download one file of a version, byte for byte as it was uploaded."""
+    path = await services.adapters.file_path(name, version, known[file], tenant=caller.tenant)
     return FileResponse(path, filename=file)
 
 
 @router.delete("/{name}")
 async def delete_adapter(
-    name: str, services: Services, caller: Writer, timeout_s: Timeout = 30.0
+    name: str,
+    services: Services,
+    caller: Writer,
+    timeout_s: Timeout = 30.0,
+    if_match: IfMatch = None,
 ) -> Response:
     """Delete an adapter: unknown at once, running requests finish; 202 when they still run."""
     done = await services.adapters.delete_adapter(
         name,
         timeout_s=timeout_s,
+        if_match=if_match,
         tenant=caller.tenant,
         actor=caller.actor,
         on_gone=services.metrics.forget_adapter,
@@ -167,11 +162,21 @@ async def delete_adapter(
 
 @router.delete("/{name}/versions/{version}")
 async def delete_version(
-    name: str, version: Version, services: Services, caller: Writer, timeout_s: Timeout = 30.0
+    name: str,
+    version: Version,
+    services: Services,
+    caller: Writer,
+    timeout_s: Timeout = 30.0,
+    if_match: IfMatch = None,
 ) -> Response:
     """Delete one version that no alias points at."""
     done = await services.adapters.delete_version(
-        name, version, timeout_s=timeout_s, tenant=caller.tenant, actor=caller.actor
+        name,
+        version,
+        timeout_s=timeout_s,
+        if_match=if_match,
+        tenant=caller.tenant,
+        actor=caller.actor,
     )
     return _deletion(done)
 
@@ -204,11 +209,14 @@ async def delete_alias(
 
 
 @router.post("/{name}/load")
-async def load(
-    name: str, services: Services, caller: Writer, body: ActionBody | None = None
-) -> Json:
-    """Bring a version into host memory; the engine moves it to the device when it is used."""
-    view = await services.adapters.load(name, _version(body), tenant=caller.tenant)
+async def load(name: str, services: Services, caller: Writer, body: LoadBody | None = None) -> Json:
+    """Bring a version into host memory, or to the device before a request needs it there."""
+    view = await services.adapters.load(
+        name,
+        _version(body),
+        to_device=body is not None and body.tier == "device",
+        tenant=caller.tenant,
+    )
     return view.to_json()
 
 
@@ -224,24 +232,6 @@ async def unload(
     view = await services.adapters.unload(
         name, _version(body), timeout_s=timeout_s, tenant=caller.tenant
     )
-    return view.to_json()
-
-
-@router.post("/{name}/merge")
-async def merge(
-    name: str, services: Services, caller: Admin, body: ActionBody | None = None
-) -> Json:
-    """Make a merged copy beside the untouched base."""
-    view = await services.adapters.merge(name, _version(body), tenant=caller.tenant)
-    return view.to_json()
-
-
-@router.post("/{name}/unmerge")
-async def unmerge(
-    name: str, services: Services, caller: Admin, body: ActionBody | None = None
-) -> Json:
-    """Drop the merged copy."""
-    view = await services.adapters.unmerge(name, _version(body), tenant=caller.tenant)
     return view.to_json()
 
 

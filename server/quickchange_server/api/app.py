@@ -8,7 +8,15 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Scope
 
 from quickchange_server import __version__
-from quickchange_server.api import adapters, documentation, generation, keys, models, operations
+from quickchange_server.api import (
+    adapter_states,
+    adapters,
+    documentation,
+    generation,
+    keys,
+    models,
+    operations,
+)
 from quickchange_server.api.error_handlers import add_error_handlers
 from quickchange_server.api.middleware import (
     BodyLimit,
@@ -37,8 +45,9 @@ def create_app(services: AppServices) -> FastAPI:
     app.state.services = services
     app.state.is_ready = False
     services.metrics.watch(services.engine.snapshot)
+    services.metrics.watch_wishes(services.adapters.num_unmet)
     add_error_handlers(app)
-    for room in (generation, adapters, models, keys, operations, documentation):
+    for room in (generation, adapters, adapter_states, models, keys, operations, documentation):
         app.include_router(room.router)
     _add_middleware(app, services)
     return app

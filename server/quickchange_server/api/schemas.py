@@ -233,9 +233,14 @@ class KeyBody(BaseModel):
 
 
 class ActionBody(BaseModel):
-    """Body of load, unload, merge and unmerge; may be left out."""
+    """Body of what is done to one version; may be left out."""
 
     model_config = ConfigDict(extra="forbid")
 
     version: StrictInt | None = Field(None, ge=1, lt=INT64)
-    tier: Literal["host"] | None = None
+
+
+class LoadBody(ActionBody):
+    """Body of load; may be left out."""
+
+    tier: Literal["host", "device"] | None = None

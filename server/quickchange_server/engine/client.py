@@ -138,6 +138,28 @@ class EngineClient:
         done = asyncio.wrap_future(self._engine.unload(digest))
         return await asyncio.wait_for(asyncio.shield(done), timeout_s)
 
+    async def pin(self, digest: str) -> None:
+        """Keep a version. Raises: PinBudgetExceeded, NotFound."""
+
+        def pin() -> None:
+            self._loaded(digest)
+            self._engine.residency.pin(digest)
+
+        await self._on_engine(pin)
+
+    async def unpin(self, digest: str) -> None:
+        """Let a version go like any other."""
+        await self._on_engine(lambda: self._engine.residency.unpin(digest))
+
+    async def activate(self, digest: str) -> bool:
+        """Bring a version to the device between two steps. Raises: NotFound."""
+
+        def activate() -> bool:
+            self._loaded(digest)
+            return self._engine.residency.activate(digest)
+
+        return await self._on_engine(activate)
+
     async def merge(self, digest: str) -> MergeResult:
         """Compute a merged copy on the loader thread. Raises: MergeBudgetExceeded."""
         started = time.monotonic()

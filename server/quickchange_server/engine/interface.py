@@ -22,6 +22,7 @@ class ResidentAdapter:
     device_bytes: int
     merged_bytes: int
     num_running: int
+    is_pinned: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +99,21 @@ class GenerationEngine(Protocol):
         Returns what was freed, or None when it was not loaded.
         Raises: TimeoutError when requests still run after `timeout_s`; it then unloads when they
         end.
+        """
+
+    async def pin(self, digest: str) -> None:
+        """Keep a loaded version in host memory, and on the device as long as that is possible.
+
+        Raises: PinBudgetExceeded; NotFound when it is not loaded.
+        """
+
+    async def unpin(self, digest: str) -> None:
+        """Let it go like any other when room is needed."""
+
+    async def activate(self, digest: str) -> bool:
+        """Bring a loaded version to the device; False: running requests hold all the room.
+
+        Raises: NotFound when it is not loaded.
         """
 
     async def merge(self, digest: str) -> MergeResult:

@@ -10,7 +10,7 @@ import threading
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
 
-from quickchange_adapters.errors import MergeBudgetExceeded
+from quickchange_adapters.errors import MergeBudgetExceeded, PinBudgetExceeded
 from quickchange_adapters.host_adapter import HostAdapter
 from quickchange_adapters.merge import MergedCopy
 from quickchange_adapters.pool import AdapterPool, Slot
@@ -20,6 +20,8 @@ from quickchange_server.engine.request import GenerationRequest, RequestFailure
 from quickchange_server.engine.sequence import Sequence
 
 MAX_DAMAGED = 2
+PIN_SHARE = 0.75
+"""Of host memory, so that what is not pinned can still be loaded beside."""
 
 
 class AdapterResidency:
@@ -74,12 +76,13 @@ class AdapterResidency:
             raise MemoryError(f"adapter {adapter.digest[:12]} is being unloaded: try again")
         if adapter.digest in self._host:
             return
-        idle = [d for d in self._host if not self._users[d] and d not in self.merged]
+        kept = self.merged.keys() | self.pool.pinned
+        idle = [d for d in self._host if not self._users[d] and d not in kept]
         in_use = self.host_bytes - sum(self._host[digest].num_bytes for digest in idle)
         if in_use + adapter.num_bytes > self._host_ceiling_bytes:
             raise MemoryError(
                 f"adapter needs {adapter.num_bytes} bytes of host memory; {in_use} of "
-                f"{self._host_ceiling_bytes} are in use"
+                f"{self._host_ceiling_bytes} are in use, {self._pinned_bytes()} of them pinned"
             )
         for digest in idle:
             if self.host_bytes + adapter.num_bytes <= self._host_ceiling_bytes:
@@ -150,6 +153,38 @@ class AdapterResidency:
         self._changed.add(digest)
         return 0 if copy is None else copy.num_bytes
 
+    def pin(self, digest: str) -> None:
+        """Never drop a host copy to make room, and its slot only when nothing else does.
+
+        Raises: PinBudgetExceeded.
+        """
+        with self._lock:
+            pinned = self.pool.pinned - {digest}
+            used = sum(self._host[other].num_bytes for other in pinned)
+            needed, ceiling = (
+                self._host[digest].num_bytes,
+                int(self._host_ceiling_bytes * PIN_SHARE),
+            )
+            if used + needed > ceiling:
+                raise PinBudgetExceeded(needed, used, ceiling)
+            self.pool.pinned.add(digest)
+            self._changed.add(digest)
+
+    def _pinned_bytes(self, besides: str = "") -> int:
+        return sum(self._host[digest].num_bytes for digest in self.pool.pinned - {besides})
+
+    def unpin(self, digest: str) -> None:
+        """Let a version go like any other when room is needed; a repeat is a no-op."""
+        with self._lock:
+            self.pool.pinned.discard(digest)
+            self._changed.add(digest)
+
+    def activate(self, digest: str) -> bool:
+        """Copy a loaded version to the device; whether it is there, since slots may be in use."""
+        slots = self.pool.acquire(self._host[digest])
+        self._release(slots or ())
+        return slots is not None
+
     def note_damage(self, digests: Iterable[str]) -> None:
         """Count a step's non-finite results, once per adapter; the second time it is out.
 
@@ -193,6 +228,7 @@ class AdapterResidency:
             0 if slot is None else slot.num_bytes,
             0 if merged is None else merged.num_bytes,
             self._users[digest],
+            digest in self.pool.pinned,
         )
 
     def describe_all(self) -> dict[str, ResidentAdapter]:
@@ -215,6 +251,7 @@ class AdapterResidency:
         assert not self._users[digest], f"adapter {digest[:12]} is in use"
         self.drop_merged(digest)
         self.pool.evict(digest)
+        self.pool.pinned.discard(digest)
         self._host.pop(digest, None)
         del self._users[digest]
 
