@@ -180,6 +180,13 @@ class ServerConfig:
     )
     host: str = option("127.0.0.1", o.read_text, "Address to listen on.", HTTP, metavar="ADDRESS")
     port: int = option(8000, o.read_count(0, 65535), "Port to listen on.", HTTP, metavar="PORT")
+    admin_port: int | None = option(
+        None,
+        o.read_count(0, 65535),
+        "A second port, for probes and metrics alone, which asks for no key.",
+        HTTP,
+        metavar="PORT",
+    )
     drain_timeout: float = option(
         30.0,
         o.read_seconds,
@@ -268,7 +275,7 @@ class ServerConfig:
 
 
 OPTIONS: dict[str, Option] = o.options_of(ServerConfig)
-UNAVAILABLE = ("quantize", "auto_merge", "admin_port")
+UNAVAILABLE = ("quantize", "auto_merge")
 """Settings of the public contract that this version does not do, refused by name."""
 CLIENT_VARIABLES = ("QUICKCHANGE_URL", "QUICKCHANGE_API_KEY")
 CONFIG_VARIABLE = "QUICKCHANGE_CONFIG"
@@ -344,6 +351,8 @@ def _check(config: ServerConfig) -> None:
         _refuse(f"--adapter names {twice[0]!r} twice; give each adapter its own name")
     if config.base_name in names:
         _refuse(f"--adapter {config.base_name!r} is the base's name; choose another")
+    if config.admin_port is not None and config.admin_port == config.port != 0:
+        _refuse(f"--admin-port {config.admin_port} is also --port; give them ports of their own")
 
 
 def _refuse(sentence: str) -> NoReturn:

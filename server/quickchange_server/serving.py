@@ -7,7 +7,6 @@ once. The only module that knows all rooms.
 """
 
 import asyncio
-import math
 import os
 import shutil
 import signal
@@ -15,11 +14,11 @@ import socket
 import sys
 import time
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import psutil
 import torch
-import uvicorn
 from fastapi import FastAPI
 from quickchange_adapters.key_catalog import KeyCatalog
 from quickchange_adapters.limits import AdapterLimits
@@ -27,6 +26,7 @@ from quickchange_adapters.records import Quota
 from transformers.utils.logging import disable_progress_bar
 
 from quickchange_server.adapter_service import AdapterService
+from quickchange_server.api.admin_app import create_admin_app
 from quickchange_server.api.app import AppServices, create_app
 from quickchange_server.base_footprint import read_footprint
 from quickchange_server.config import ServerConfig
@@ -35,6 +35,7 @@ from quickchange_server.engine.settings import EngineSettings
 from quickchange_server.errors import CannotStart, ConfigInvalid, QuickchangeError
 from quickchange_server.key_service import KeyService
 from quickchange_server.keyring import Keyring
+from quickchange_server.listeners import ApiServer, bind, listening_beside, url_of
 from quickchange_server.memory_budget import MemoryBudget, resolve_budget
 from quickchange_server.memory_limit import device_memory, host_memory
 from quickchange_server.metrics import ServerMetrics
@@ -45,8 +46,9 @@ from quickchange_server.tokenizer import Tokenizer
 from quickchange_server.upload_checker import UploadChecker
 from quickchange_server.upload_quotas import UploadQuotas
 
-KEEP_ALIVE_S = 75
 READY_POLL_S = 0.02
+Listeners = tuple[socket.socket, socket.socket | None]
+"""The API's, and the operators'."""
 CUDA_WARNING = "CUDA: written, not yet run on hardware"
 
 
@@ -58,13 +60,18 @@ def run_server(config: ServerConfig, base_folder: Path, keyring: Keyring) -> Non
     restore_affinity()
     disable_progress_bar()
     check_adapter_folders(config.static_adapters)
-    with bind(config.host, config.port) as listener:
-        services = build_services(config, base_folder, keyring)
+    with bind(config.host, config.port) as listener, _bind_admin(config) as admin_listener:
+        app = create_app(build_services(config, base_folder, keyring))
         restore_affinity()
-        app = create_app(services)
-        server = uvicorn.Server(_uvicorn_config(app, config))
+        server = ApiServer(app, config.drain_timeout, lambda: setattr(app.state, "is_ready", False))
         with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
-            runner.run(_serve(app, server, listener, config))
+            runner.run(_serve(app, server, (listener, admin_listener), config))
+
+
+def _bind_admin(config: ServerConfig) -> AbstractContextManager[socket.socket | None]:
+    if config.admin_port is None:
+        return nullcontext()
+    return bind(config.host, config.admin_port, "--admin-port")
 
 
 def check_adapter_folders(adapters: Iterable[StaticAdapter]) -> None:
@@ -78,25 +85,6 @@ def check_adapter_folders(adapters: Iterable[StaticAdapter]) -> None:
                 f"{_spelling(each)}: there is no adapter_config.json in that folder; "
                 "give one that PEFT's save_pretrained wrote"
             )
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """Take the port, without listening yet: until the server is ready, callers are refused.
-
-    Raises: CannotStart.
-    """
-    host = host.strip("[]")
-    try:
-        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, socket.SOCK_STREAM)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except OSError as error:
-        raise CannotStart(
-            f"cannot listen on {host} port {port}: {error.strerror}; "
-            "choose others with --host and --port"
-        ) from error
-    return listener
 
 
 def build_services(config: ServerConfig, base_folder: Path, keyring: Keyring) -> AppServices:
@@ -176,31 +164,18 @@ def engine_settings(config: ServerConfig, budget: MemoryBudget) -> EngineSetting
     )
 
 
-def _uvicorn_config(app: FastAPI, config: ServerConfig) -> uvicorn.Config:
-    return uvicorn.Config(
-        app,
-        lifespan="off",  # entered in _serve, so that its errors are ours to tell
-        log_level="warning",
-        access_log=False,
-        proxy_headers=False,
-        server_header=False,
-        ws="none",
-        timeout_keep_alive=KEEP_ALIVE_S,
-        timeout_graceful_shutdown=math.ceil(config.drain_timeout),
-    )
-
-
 async def _serve(
-    app: FastAPI, server: uvicorn.Server, listener: socket.socket, config: ServerConfig
+    app: FastAPI, server: ApiServer, listeners: Listeners, config: ServerConfig
 ) -> None:
-    """Run the app's lifespan around the server. Signals end it with exit code 0."""
+    """Run the app's lifespan around the servers. Signals end them with exit code 0."""
     services: AppServices = app.state.services
     async with app.router.lifespan_context(app):
         await _add_static(services.adapters, config.static_adapters)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, _note_signal)  # uvicorn raises them again when it is done
-        announcement = asyncio.create_task(_announce(server, listener, config))
-        await server.serve(sockets=[listener])
+        announcement = asyncio.create_task(_announce(server, listeners, config))
+        async with listening_beside(create_admin_app(app), listeners[1]):
+            await server.serve(sockets=[listeners[0]])
         announcement.cancel()
     _say("stopped")
 
@@ -221,12 +196,15 @@ def _note_signal(number: int, _frame: object) -> None:
     """Take a signal that was already obeyed."""
 
 
-async def _announce(server: uvicorn.Server, listener: socket.socket, config: ServerConfig) -> None:
+async def _announce(server: ApiServer, listeners: Listeners, config: ServerConfig) -> None:
     while not server.started:
         await asyncio.sleep(READY_POLL_S)
     seconds = time.time() - psutil.Process().create_time()
     names = [each.name for each in config.static_adapters]
-    _say(ready_text(_url(listener), config.base_name, names, seconds))
+    api, admin = listeners
+    _say(ready_text(url_of(api), config.base_name, names, seconds))
+    if admin is not None:
+        _say(f"Probes and measurements, without a key: {url_of(admin)}/metrics")
 
 
 def ready_text(url: str, base: str, adapters: list[str], seconds: float) -> str:
@@ -253,12 +231,6 @@ def _client_command() -> str:
         return "quickchange"
     beside = Path(sys.executable).with_name("quickchange")
     return os.path.relpath(beside) if beside.is_relative_to(Path.cwd()) else str(beside)
-
-
-def _url(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
-    return f"http://{shown}:{port}"
 
 
 def _say(text: str) -> None:

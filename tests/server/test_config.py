@@ -39,6 +39,7 @@ SAMPLES: dict[str, tuple[str, str, object]] = {
     "max_queue": ("0", "0", 0),
     "host": ("localhost", '"localhost"', "localhost"),
     "port": ("8123", "8123", 8123),
+    "admin_port": ("9000", "9000", 9000),
     "drain_timeout": ("1.5", "1.5", 1.5),
     "strict_fields": ("true", "true", True),
     "cors_origin": ("https://a.example", '["https://a.example"]', ("https://a.example",)),
@@ -278,3 +279,9 @@ def test_adapter_cannot_take_the_name_of_the_base() -> None:
 def test_base_is_called_by_the_last_part_of_its_path(model: str, name: str) -> None:
     assert ServerConfig(model=model).base_name == name
     assert ServerConfig(model=model, served_model_name="x").base_name == "x"
+
+
+def test_two_listeners_need_two_ports() -> None:
+    with pytest.raises(ConfigInvalid, match="--admin-port 8000 is also --port"):
+        load_config({"admin_port": "8000"}, {})
+    assert load_config({"admin_port": "0", "port": "0"}, {}).admin_port == 0

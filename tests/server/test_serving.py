@@ -77,6 +77,42 @@ def test_stop_lets_a_running_stream_finish(start_server: StartServer, tiny_base:
         httpx.get(f"{server.url}/livez")
 
 
+def test_a_keyed_server_with_an_admin_port_drains_in_order(
+    start_server: StartServer, tmp_path: Path
+) -> None:
+    secret = "0123456789abcdef" * 4
+    file = tmp_path / "admin.key"
+    file.write_text(secret + "\n")
+    file.chmod(0o600)
+    keys = ("--admin-key-file", str(file), "--admin-port", "0", "--host", "0.0.0.0")
+    server = start_server(*keys).wait_ready()
+    found = re.search(r"without a key: (http://\S+)/metrics", server.log.read_text())
+    assert found is not None
+    admin, headers = found[1], {"authorization": f"Bearer {secret}"}
+    assert httpx.get(f"{admin}/metrics").status_code == 200
+    assert httpx.get(f"{admin}/v1/models").status_code == 404
+    assert httpx.get(f"{server.url}/metrics").status_code == 401
+    assert httpx.get(f"{server.url}/metrics", headers=headers).status_code == 200
+    body = {"model": "tiny-llama", "prompt": "the", "stream": True, "ignore_eos": True}
+    was_ready_last = True
+    with httpx.stream(
+        *("POST", f"{server.url}/v1/completions"),
+        json={**body, "max_tokens": 480, "n": 4},
+        headers=headers,
+        timeout=60,
+    ) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        server.process.send_signal(signal.SIGTERM)
+        while was_ready_last:
+            next(lines)
+            was_ready_last = httpx.get(f"{admin}/readyz").status_code == 200
+        assert "data: [DONE]" in list(lines)
+    assert server.process.wait(30) == 0
+    assert secret not in server.log.read_text()
+    assert "Traceback" not in server.log.read_text()
+
+
 def test_ctrl_c_ends_with_0(start_server: StartServer) -> None:
     assert start_server().wait_ready().stop(signal.SIGINT) == 0
 

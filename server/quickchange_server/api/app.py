@@ -49,6 +49,7 @@ def create_app(services: AppServices) -> FastAPI:
     add_error_handlers(app)
     for room in (generation, adapters, adapter_states, models, keys, operations, documentation):
         app.include_router(room.router)
+    app.include_router(operations.probes)
     _add_middleware(app, services)
     return app
 

@@ -16,21 +16,22 @@ from quickchange_server.errors import Unavailable
 
 Json = dict[str, Any]
 
+probes = APIRouter(tags=["operations"], route_class=ScopedRoute)
 router = APIRouter(tags=["operations"], route_class=ScopedRoute)
 
 
-@router.head("/livez", include_in_schema=False)
-@router.get("/livez")
+@probes.head("/livez", include_in_schema=False)
+@probes.get("/livez")
 async def livez(services: Services) -> Json:
     """Say whether event loop and engine go on; 503 when the engine died or hangs."""
     _check_engine(services)
     return {"status": "alive"}
 
 
-@router.head("/health", include_in_schema=False)
-@router.head("/readyz", include_in_schema=False)
-@router.get("/health")
-@router.get("/readyz")
+@probes.head("/health", include_in_schema=False)
+@probes.head("/readyz", include_in_schema=False)
+@probes.get("/health")
+@probes.get("/readyz")
 async def readyz(request: Request, services: Services) -> Json:
     """Say whether requests are served: base loaded, catalog read, not stopping."""
     if not request.app.state.is_ready:
@@ -50,14 +51,14 @@ def _check_engine(services: AppServices) -> None:
         )
 
 
-@router.get("/version")
+@probes.get("/version")
 async def version(services: Services) -> Json:
     """Show what is running."""
     base = services.engine.base
     return {"version": __version__, "base": base.name, "base_digest": base.digest}
 
 
-@router.get("/metrics", response_class=Response)
+@probes.get("/metrics", response_class=Response)
 async def metrics(request: Request, services: Services, caller: Scraper) -> Response:
     """Show the metrics in Prometheus' text format, or OpenMetrics when asked for."""
     accept = request.headers.get("accept", "")
