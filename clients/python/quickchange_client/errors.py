@@ -23,7 +23,8 @@ QuickchangeError
     ├── PreconditionFailed           412 the ETag has changed
     ├── TooLarge                     413 too_large
     ├── UnsupportedMediaType         415 unsupported_media_type
-    ├── QueueFull                    429 queue_full, rate_limited; has retry_after_s
+    ├── QueueFull                    429 queue_full; has retry_after_s
+    ├── RateLimited                  429 rate_limited; has retry_after_s
     ├── Unavailable                  503 draining, store_unavailable, …; has retry_after_s
     ├── StorageFull                  507 storage_full: somebody has to make room first
     └── InternalError                500 internal_error
@@ -160,7 +161,11 @@ class UnsupportedMediaType(ApiError):
 
 
 class QueueFull(ApiError):
-    """429: the waiting line is at its ceiling, or the caller at its rate."""
+    """429: the waiting line is at its ceiling."""
+
+
+class RateLimited(ApiError):
+    """429: the caller comes too often."""
 
 
 class Unavailable(ApiError):
@@ -182,6 +187,7 @@ class GenerationFailed(InternalError):
 _BY_CODE: dict[str, type[ApiError]] = {
     "context_length_exceeded": ContextLengthExceeded,
     "generation_failed": GenerationFailed,
+    "rate_limited": RateLimited,
     "scope_missing": ScopeMissing,
 }
 _BY_STATUS: dict[int, type[ApiError]] = {
