@@ -63,7 +63,7 @@ def test_an_error_carries_what_the_answer_says() -> None:
     body = {"error": {"message": "m", "type": "t", "param": "p", "code": "rate_limited"}}
     headers = {"retry-after": "9", "x-request-id": "r-1"}
     error = ask(httpx.Response(429, json=body, headers=headers))
-    assert isinstance(error, errors.QueueFull)
+    assert isinstance(error, errors.RateLimited)
     assert (str(error), error.type, error.param, error.code) == ("m", "t", "p", "rate_limited")
     assert (error.status, error.retry_after_s, error.request_id) == (429, 9.0, "r-1")
 
