@@ -10,6 +10,7 @@ QuickchangeError                     500 internal_error
 ├── Forbidden                        403 forbidden
 │   └── ScopeMissing                 403 scope_missing
 ├── NotFound                         404 not_found (or per thing: model_not_found, …)
+├── TooSlow                          408 upload_too_slow
 ├── Conflict                         409 conflict (alias_in_use, merge_budget, …)
 ├── PreconditionFailed               412 precondition_failed
 ├── TooLarge                         413 too_large
@@ -110,6 +111,14 @@ class NotFound(QuickchangeError):
     status = 404
     type = "invalid_request_error"
     code = "not_found"
+
+
+class TooSlow(QuickchangeError):
+    """The body came so slowly, or stood still for so long, that the rest is not waited for."""
+
+    status = 408
+    type = "invalid_request_error"
+    code = "upload_too_slow"
 
 
 class Conflict(QuickchangeError):

@@ -38,7 +38,7 @@ async def upload(
     reader = UploadReader(services.adapters, caller.tenant, _terms(services, caller))
     try:
         _admit(request, services, caller, dry_run)
-        form = await reader.read(request)
+        form = await reader.read(request, services.limits.upload_pace)
         check_upload(caller, form.name)
         if dry_run:
             return JSONResponse(await services.adapters.check(form))

@@ -22,6 +22,7 @@ from quickchange_server.errors import (
     QuickchangeError,
     StorageFull,
     TooLarge,
+    TooSlow,
     UnsupportedMediaType,
 )
 
@@ -58,6 +59,8 @@ def error_response(error: QuickchangeError, headers: Mapping[str, str] | None = 
     sent = dict(headers or {})
     if error.retry_after_s is not None:
         sent["retry-after"] = str(error.retry_after_s)
+    if isinstance(error, TooSlow):
+        sent["connection"] = "close"  # the rest of the body is not read
     if isinstance(error, Conflict | GenerationFailed | StorageFull):
         sent["x-should-retry"] = "false"
     if isinstance(error, InvalidApiKey):

@@ -7,6 +7,7 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from quickchange_server.adapter_service import AdapterService
+from quickchange_server.api.upload_pace import UploadPace
 from quickchange_server.engine.interface import GenerationEngine
 from quickchange_server.key_service import KeyService
 from quickchange_server.keyring import Keyring
@@ -20,10 +21,11 @@ GIB = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class BodyLimits:
-    """Largest bodies that are read, in bytes. The files of an upload have limits of their own."""
+    """Largest bodies that are read, in bytes, and the slowest; files have limits of their own."""
 
     json_bytes: int = 8 * MIB
     upload_bytes: int = GIB + 2 * MIB
+    upload_pace: UploadPace = UploadPace()
 
 
 @dataclass(frozen=True, slots=True)

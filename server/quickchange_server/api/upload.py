@@ -11,6 +11,7 @@ from starlette.exceptions import HTTPException
 from quickchange_server.adapter_service import AdapterService, FileName, UploadForm
 from quickchange_server.adapter_upload import UploadTerms
 from quickchange_server.api.multipart import FormInvalid, MultipartReader, read_text
+from quickchange_server.api.upload_pace import UploadPace
 from quickchange_server.errors import InvalidRequest, TooLarge
 
 MAX_FIELD_BYTES = 4096
@@ -40,13 +41,14 @@ class UploadReader:
         self._seen: set[str] = set()
         self._problems: list[Problem] = []
 
-    async def read(self, request: Request) -> UploadForm:
+    async def read(self, request: Request, pace: UploadPace) -> UploadForm:
         """Read the body to its end.
 
-        Raises: FormInvalid, UnsupportedMediaType, Unavailable, TooLarge when it is the body.
+        Raises: FormInvalid, UnsupportedMediaType, Unavailable, TooSlow, TooLarge when it is the
+        body.
         """
         content_type = request.headers.get("content-type", "")
-        reader = MultipartReader(content_type, request.stream())
+        reader = MultipartReader(content_type, pace.watch(request.stream()))
         try:
             async for name, chunks in reader.parts():
                 await self._take(name, chunks)
