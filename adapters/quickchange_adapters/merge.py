@@ -1,5 +1,6 @@
 """Merged copies: W + B·A of one adapter's linears as extra resident matrices beside the base."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -10,6 +11,8 @@ from quickchange_adapters.errors import NotFinite
 from quickchange_adapters.host_adapter import HostAdapter, HostGroup, iter_deltas
 from quickchange_adapters.layout import AdapterLayout, GroupShape
 from quickchange_adapters.ops.linear_weight import LinearWeight
+
+MakeWeight = Callable[[Tensor], LinearWeight]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +47,8 @@ class DenseBase(Protocol):
     def dense_head(self) -> Tensor:
         """Return the head [vocabulary, width]."""
 
-    def make_weight(self, weight: Tensor) -> LinearWeight:
-        """Make a matrix resident in the form that the base's own have."""
+    def weight_maker(self) -> MakeWeight:
+        """Return what makes the matrices of one copy resident, in the form of the base's own."""
 
 
 def merged_bytes_of(adapter: HostAdapter, layout: AdapterLayout, itemsize: int) -> int:
@@ -73,24 +76,27 @@ def merged_bytes_of(adapter: HostAdapter, layout: AdapterLayout, itemsize: int) 
 
 def merge_adapter(adapter: HostAdapter, layout: AdapterLayout, base: DenseBase) -> MergedCopy:
     """Compute W + B·A in float32, rounded once, for every group the adapter targets."""
-    copy = MergedCopy(adapter.digest, head=_merge_head(adapter, base))
+    make_weight = base.weight_maker()
+    copy = MergedCopy(adapter.digest, head=_merge_head(adapter, base, make_weight))
     for kind, group in adapter.groups.items():
         shape = layout.groups[kind]
         for layer in range(shape.num_layers):
             merged = merge_matrix(base.dense(kind, layer), group, shape, layer)
-            copy.weights[(kind, layer)] = base.make_weight(merged)
+            copy.weights[(kind, layer)] = make_weight(merged)
             if group.has_bias:
                 bias = _merge_bias(base.bias(kind, layer), group, layer)
                 copy.biases[(kind, layer)] = bias.to(merged.device)
     return copy
 
 
-def _merge_head(adapter: HostAdapter, base: DenseBase) -> LinearWeight | None:
+def _merge_head(
+    adapter: HostAdapter, base: DenseBase, make_weight: MakeWeight
+) -> LinearWeight | None:
     if adapter.head is None:
         return None
     head = base.dense_head()
     delta = adapter.head.lora_b.float() @ adapter.head.lora_a.float()
-    return base.make_weight((head.float() + delta.to(head.device)).to(head.dtype))
+    return make_weight((head.float() + delta.to(head.device)).to(head.dtype))
 
 
 def _merge_bias(bias: Tensor | None, group: HostGroup, layer: int) -> Tensor:

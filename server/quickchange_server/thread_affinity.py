@@ -14,9 +14,14 @@ _saved_mask: set[int] | None = None
 
 
 def prepare_threads() -> None:
-    """Save the affinity mask, and let a waiting thread run soon. Call before importing torch."""
+    """Save the affinity mask, and let a waiting thread run soon. Call before importing torch.
+
+    Large tensors are put on huge pages, where the system has them: weights are read from end to
+    end in every step.
+    """
     global _saved_mask
     sys.setswitchinterval(SWITCH_INTERVAL_S)
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch's own name
     if os.environ.get("OMP_PROC_BIND") and hasattr(os, "sched_getaffinity"):
         _saved_mask = os.sched_getaffinity(0)
 

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from quickchange_adapters.merge import merge_adapter, merged_bytes_of
+from quickchange_adapters.merge import MakeWeight, merge_adapter, merged_bytes_of
 from quickchange_adapters.ops.linear_weight import (
-    LinearWeight,
     PackedWeight,
     PlainWeight,
     can_pack,
@@ -30,8 +29,8 @@ class FixedBase:
     def dense_head(self) -> Tensor:
         raise NotImplementedError
 
-    def make_weight(self, weight: Tensor) -> LinearWeight:
-        return make_linear_weight(weight)
+    def weight_maker(self) -> MakeWeight:
+        return make_linear_weight
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -10,7 +10,7 @@ import torch
 from quickchange_adapters.native import build
 from quickchange_adapters.native.build import BuildFailed, library_path
 from quickchange_adapters.native.library import load_library
-from quickchange_adapters.native.weight import NativeWeight
+from quickchange_adapters.native.weight import NativeWeight, PackedMemory
 
 from tests.server.engine.native import needs_native
 
@@ -18,7 +18,7 @@ SHAPES = [(32, 2), (96, 64), (381, 64), (1, 32), (70, 576)]
 
 
 def native_weight(weight: torch.Tensor) -> NativeWeight:
-    return NativeWeight(weight, load_library())
+    return NativeWeight(weight, load_library(), PackedMemory())
 
 
 @needs_native

@@ -1,6 +1,11 @@
-// Attention of one token over its KV blocks, read in place. Sums run in the order of the positions.
+// Attention of one token over its KV blocks, read in place. Sums run in one order, whatever the batch.
+//
+// Keys lie so that sixteen of them are scored side by side, a lane each: within a block, by groups of
+// sixteen positions: [block][block size / 16][KV heads][head width / 2][16][2]. Values lie as they come:
+// [block][block size][KV heads][head width].
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -37,6 +42,9 @@ inline void normalise(const bf16* x, int width, const bf16* weight, float epsilo
   }
 }
 
+constexpr int kKeys = 16;     // scored together; KV blocks hold a multiple of them
+constexpr int kMaxHeads = 4;  // query heads of one KV head that read its values together
+
 class Attention {
  public:
   Attention(const Model& model, const Step& step) : model_(model), step_(step) {}
@@ -52,94 +60,165 @@ class Attention {
       if (norm) normalise(qkv + head * width, width, norm, model_.epsilon, qkv + head * width);
       rotate(qkv + head * width, width, cosines, sines);
     }
-    const std::size_t bytes = sizeof(bf16) * model_.num_kv_heads * width;
     const bf16* key = qkv + model_.num_heads * width;
-    std::memcpy(layer.keys + place(token, position, 0), key, bytes);
-    std::memcpy(layer.values + place(token, position, 0), key + model_.num_kv_heads * width, bytes);
+    bf16* lane = layer.keys + place(token, position / kKeys * kKeys) + position % kKeys * 2;
+    for (std::int64_t k = 0; k < row_width(); k += 2) std::memcpy(lane + k * kKeys, key + k, 2 * sizeof(bf16));
+    std::memcpy(layer.values + place(token, position), key + row_width(), sizeof(bf16) * row_width());
   }
 
-  // Fills out [head width] with one head's attention of one token.
-  void attend(const Layer& layer, int token, int head, const bf16* query, std::vector<float>* scores, bf16* out) const {
-    const int kv_head = head / (model_.num_heads / model_.num_kv_heads);
+  // Fills out [heads, head width] with the attention of one token's heads, all of one KV head;
+  // query [heads, head width].
+  void attend(const Layer& layer, int token, int head, int num_heads, const bf16* query, std::vector<float>* scores,
+              bf16* out) const {
+    const int kv_head = head / groups();
+    const std::int64_t offset = static_cast<std::int64_t>(kv_head) * model_.head_width;
     const int end = step_.positions[token] + 1;
     const int start = layer.window && end > layer.window ? end - static_cast<int>(layer.window) : 0;
-    const int count = end - start;
-    if (static_cast<int>(scores->size()) < count + 16) scores->resize(count + 16);
-    const float largest = score(layer, token, kv_head, query, start, end, scores->data());
-    const float total = exponentiate(scores->data(), count, largest);
-    gather(layer, token, kv_head, start, count, scores->data(), 1.0f / total, out);
+    const Span span{token, start / kKeys * kKeys, start, end};
+    const int stride = (end - span.first + kKeys - 1) / kKeys * kKeys;
+    if (static_cast<int>(scores->size()) < stride * num_heads) scores->resize(stride * num_heads);
+    const Heads heads{layer.keys + offset * kKeys, layer.values + offset, query, scores->data(), stride, out};
+    switch (num_heads) {
+      case 1: return attend_heads<1>(span, heads);
+      case 2: return attend_heads<2>(span, heads);
+      case 3: return attend_heads<3>(span, heads);
+      default: return attend_heads<4>(span, heads);
+    }
   }
 
  private:
-  // Where a position's K or V of a KV head begins.
-  std::int64_t place(int token, int position, int kv_head) const {
+  // Positions [start, end) of a token's row; scores begin at `first`, where a group of keys begins.
+  struct Span {
+    int token, first, start, end;
+
+    // Which of sixteen positions are within.
+    __mmask16 seen(int position) const {
+      const unsigned before = position < start ? (1u << (start - position)) - 1u : 0u;
+      const unsigned behind = end - position < kKeys ? ~((1u << (end - position)) - 1u) : 0u;
+      return static_cast<__mmask16>(~(before | behind));
+    }
+  };
+
+  // Query heads of one KV head: its keys and values, queries and out [heads, head width], scores
+  // [heads, stride].
+  struct Heads {
+    const bf16* keys;
+    const bf16* values;
+    const bf16* query;
+    float* scores;
+    int stride;
+    bf16* out;
+  };
+
+  template <int kHeads>
+  void attend_heads(const Span& span, const Heads& heads) const {
+    constexpr int kGroups = kHeads == 1 ? 8 : 4;  // as many sums as hide the time that each takes
+    int position = span.first;
+    for (; position + kGroups * kKeys <= span.end; position += kGroups * kKeys) {
+      score<kHeads, kGroups>(span, position, heads);
+    }
+    for (; position < span.end; position += kKeys) score<kHeads, 1>(span, position, heads);
+    float factors[kHeads];
+    for (int h = 0; h < kHeads; ++h) factors[h] = 1.0f / exponentiate(heads.scores + h * heads.stride, span);
+    gather<kHeads>(span, heads, factors);
+  }
+
+  int groups() const { return model_.num_heads / model_.num_kv_heads; }
+
+  // Numbers of one position: all KV heads.
+  std::int64_t row_width() const { return static_cast<std::int64_t>(model_.num_kv_heads) * model_.head_width; }
+
+  // Where a position's K or V begins.
+  std::int64_t place(int token, int position) const {
     const int size = model_.block_size;
     const std::int64_t block = step_.kv_blocks[step_.tables[token] + position / size];
-    return ((block * size + position % size) * model_.num_kv_heads + kv_head) * model_.head_width;
+    return (block * size + position % size) * row_width();
   }
 
-  // Fills scores of positions [start, end) and returns the largest.
-  float score(const Layer& layer, int token, int kv_head, const bf16* query, int start, int end, float* scores) const {
-    const int width = model_.head_width;
-    const __m512 scale = _mm512_set1_ps(model_.attention_scale);
-    __m512 largest = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
-    for (int position = start; position < end; position += 16) {
-      const int count = std::min(16, end - position);
-      const bf16* keys[16];
-      for (int i = 0; i < 16; ++i) keys[i] = layer.keys + place(token, position + std::min(i, count - 1), kv_head);
-      __m512 sums[16];
-#pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i) sums[i] = _mm512_setzero_ps();
-      for (int k = 0; k < width; k += kLanes) {
-        const __m512bh q = load_bf16(query + k);
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; ++i) sums[i] = _mm512_dpbf16_ps(sums[i], load_bf16(keys[i] + k), q);
-      }
-      const __m512 scaled = _mm512_mul_ps(sum_each(sums), scale);
-      const __mmask16 seen = static_cast<__mmask16>((1u << count) - 1u);
-      _mm512_storeu_ps(scores + (position - start), scaled);
-      largest = _mm512_mask_max_ps(largest, seen, largest, scaled);
+  // Fills the scores of a few groups of sixteen positions. What lies in a block behind the end, or
+  // before the start, is read and not used.
+  template <int kHeads, int kGroups>
+  void score(const Span& span, int position, const Heads& heads) const {
+    const bf16* keys[kGroups];
+    __m512 sums[kHeads][kGroups];
+#pragma GCC unroll 8
+    for (int g = 0; g < kGroups; ++g) {
+      keys[g] = heads.keys + place(span.token, position + g * kKeys);
+#pragma GCC unroll 4
+      for (int h = 0; h < kHeads; ++h) sums[h][g] = _mm512_setzero_ps();
     }
-    return _mm512_reduce_max_ps(largest);
+    for (int k = 0; k < model_.head_width; k += 2) {
+      __m512bh pairs[kGroups];
+#pragma GCC unroll 8
+      for (int g = 0; g < kGroups; ++g) pairs[g] = load_bf16(keys[g] + k * kKeys);
+#pragma GCC unroll 4
+      for (int h = 0; h < kHeads; ++h) {
+        const __m512bh q = load_pair(heads.query + h * model_.head_width + k);
+#pragma GCC unroll 8
+        for (int g = 0; g < kGroups; ++g) sums[h][g] = _mm512_dpbf16_ps(sums[h][g], pairs[g], q);
+      }
+    }
+    const __m512 scale = _mm512_set1_ps(model_.attention_scale);
+#pragma GCC unroll 4
+    for (int h = 0; h < kHeads; ++h) {
+      float* at = heads.scores + h * heads.stride + (position - span.first);
+#pragma GCC unroll 8
+      for (int g = 0; g < kGroups; ++g) _mm512_storeu_ps(at + g * kKeys, _mm512_mul_ps(sums[h][g], scale));
+    }
   }
 
-  // Replaces scores by exp(score - largest), with zeros behind the last, and returns their sum.
-  static float exponentiate(float* scores, int count, float largest) {
-    const __m512 shift = _mm512_set1_ps(largest);
+  // Replaces scores by exp(score - the largest), and by zero outside the span; returns their sum.
+  static float exponentiate(float* scores, const Span& span) {
+    __m512 largest = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+    for (int position = span.first; position < span.end; position += kKeys) {
+      const __m512 each = _mm512_loadu_ps(scores + (position - span.first));
+      largest = _mm512_mask_max_ps(largest, span.seen(position), largest, each);
+    }
+    const __m512 shift = _mm512_set1_ps(_mm512_reduce_max_ps(largest));
     __m512 total = _mm512_setzero_ps();
-    for (int i = 0; i < count; i += 16) {
-      const int left = std::min(16, count - i);
-      const __mmask16 seen = static_cast<__mmask16>((1u << left) - 1u);
-      const __m512 raised = exp_floats(_mm512_sub_ps(_mm512_loadu_ps(scores + i), shift));
-      const __m512 weights = _mm512_maskz_mov_ps(seen, raised);
-      _mm512_storeu_ps(scores + i, weights);
+    for (int position = span.first; position < span.end; position += kKeys) {
+      float* at = scores + (position - span.first);
+      const __m512 raised = exp_floats(_mm512_sub_ps(_mm512_loadu_ps(at), shift));
+      const __m512 weights = _mm512_maskz_mov_ps(span.seen(position), raised);
+      _mm512_storeu_ps(at, weights);
       total = _mm512_add_ps(total, weights);
     }
     return _mm512_reduce_add_ps(total);
   }
 
-  // out = factor * Σ weight · V, 32 numbers of the head at a time.
-  void gather(const Layer& layer, int token, int kv_head, int start, int count, const float* weights, float factor,
-              bf16* out) const {
-    const __m512 scale = _mm512_set1_ps(factor);
-    for (int k = 0; k < model_.head_width; k += 2 * kLanes) {
-      const bool is_wide = k + kLanes < model_.head_width;
-      __m512 sums[4];
-      for (auto& sum : sums) sum = _mm512_setzero_ps();
-      for (int i = 0; i < count; ++i) {
-        const bf16* value = layer.values + place(token, start + i, kv_head) + k;
-        const __m512 weight = _mm512_set1_ps(weights[i]);
-        const __m512i bits = load_bits(value);
-        sums[0] = _mm512_fmadd_ps(weight, even_floats(bits), sums[0]);
-        sums[1] = _mm512_fmadd_ps(weight, odd_floats(bits), sums[1]);
-        if (is_wide) {
-          const __m512i more = load_bits(value + kLanes);
-          sums[2] = _mm512_fmadd_ps(weight, even_floats(more), sums[2]);
-          sums[3] = _mm512_fmadd_ps(weight, odd_floats(more), sums[3]);
+  // out = factor * Σ weight · V for each head, 64 numbers of a head at a time.
+  template <int kHeads>
+  void gather(const Span& span, const Heads& heads, const float* factors) const {
+    const int width = model_.head_width;
+    for (int k = 0; k < width; k += 2 * kLanes) {
+      // A head whose width is an odd number of registers reads its last one twice.
+      const int next = k + kLanes < width ? k + kLanes : k;
+      __m512 sums[kHeads][4];
+#pragma GCC unroll 4
+      for (int h = 0; h < kHeads; ++h) {
+        for (int j = 0; j < 4; ++j) sums[h][j] = _mm512_setzero_ps();
+      }
+      for (int position = span.start; position < span.end;) {
+        const bf16* rows = heads.values + place(span.token, position);
+        const int end = std::min(span.end, (position / kKeys + 1) * kKeys);
+        for (; position < end; ++position, rows += row_width()) {
+          const __m512i low = load_bits(rows + k), high = load_bits(rows + next);
+          const float* weight = heads.scores + (position - span.first);
+#pragma GCC unroll 4
+          for (int h = 0; h < kHeads; ++h) {
+            const __m512 factor = _mm512_set1_ps(weight[h * heads.stride]);
+            sums[h][0] = _mm512_fmadd_ps(factor, even_floats(low), sums[h][0]);
+            sums[h][1] = _mm512_fmadd_ps(factor, odd_floats(low), sums[h][1]);
+            sums[h][2] = _mm512_fmadd_ps(factor, even_floats(high), sums[h][2]);
+            sums[h][3] = _mm512_fmadd_ps(factor, odd_floats(high), sums[h][3]);
+          }
         }
       }
-      write(sums, scale, out + k);
-      if (is_wide) write(sums + 2, scale, out + k + kLanes);
+      for (int h = 0; h < kHeads; ++h) {
+        const __m512 scale = _mm512_set1_ps(factors[h]);
+        write(sums[h], scale, heads.out + h * width + k);
+        if (next != k) write(sums[h] + 2, scale, heads.out + h * width + next);
+      }
     }
   }
 

@@ -38,8 +38,7 @@ void product(const bf16* x, int num_tokens, const Linear& linear, int num_output
     const int num_columns = std::min(kPanel, num_outputs - panel * kPanel);
     for_tiles(num_tokens, [&](int first, int count) {
       Tile tile;
-      const bf16* rows = x + static_cast<std::int64_t>(first) * num_inputs;
-      multiply(rows, num_inputs, count, panel_of(linear.weight, panel, num_inputs), num_inputs, &tile);
+      Panels{linear.weight, num_inputs, team.size()}.multiply_tile(panel, x, first, count, &tile);
       for (int m = 0; m < count; ++m) {
         bf16* out = y + static_cast<std::int64_t>(first + m) * num_outputs + panel * kPanel;
         for (int i = 0; i < num_columns; ++i) {

@@ -12,26 +12,29 @@ namespace quickchange {
 
 constexpr int kPanel = 32;
 constexpr int kTile = 12;  // tokens computed together: 24 sums, 2 registers of W
+constexpr int kAheadRows = 4;  // fewer rows wait for memory all the time, and gain nothing
 
 struct Tile {
   alignas(64) float values[kTile][kPanel];
 };
 
 template <int kRows>
-inline void multiply_rows(const bf16* x, std::int64_t stride, const bf16* panel, int num_pairs, Tile* tile) {
+inline void multiply_rows(const bf16* x, std::int64_t stride, const bf16* panel, int num_pairs, const bf16* ahead,
+                          Tile* tile) {
   __m512 sums[kRows][2];
 #pragma GCC unroll 12
   for (int m = 0; m < kRows; ++m) sums[m][0] = sums[m][1] = _mm512_setzero_ps();
   for (int k = 0; k < num_pairs; ++k) {
     const bf16* w = panel + k * 2 * kPanel;
     const __m512bh first = load_bf16(w), last = load_bf16(w + kPanel);
-    _mm_prefetch(reinterpret_cast<const char*>(w) + 2048, _MM_HINT_T0);
-    _mm_prefetch(reinterpret_cast<const char*>(w) + 2112, _MM_HINT_T0);
+    if constexpr (kRows >= kAheadRows) {
+      const char* next = reinterpret_cast<const char*>(ahead + k * 2 * kPanel);
+      _mm_prefetch(next, _MM_HINT_T1);
+      _mm_prefetch(next + 64, _MM_HINT_T1);
+    }
 #pragma GCC unroll 12
     for (int m = 0; m < kRows; ++m) {
-      std::int32_t pair;
-      std::memcpy(&pair, x + m * stride + 2 * k, sizeof pair);
-      const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
+      const __m512bh both = load_pair(x + m * stride + 2 * k);
       sums[m][0] = _mm512_dpbf16_ps(sums[m][0], first, both);
       sums[m][1] = _mm512_dpbf16_ps(sums[m][1], last, both);
     }
@@ -43,22 +46,24 @@ inline void multiply_rows(const bf16* x, std::int64_t stride, const bf16* panel,
   }
 }
 
-// Fills the first `num_rows` rows of a tile with one panel's outputs; num_inputs is even.
-inline void multiply(const bf16* x, std::int64_t stride, int num_rows, const bf16* panel, int num_inputs, Tile* tile) {
+// Fills the first `num_rows` rows of a tile with one panel's outputs; num_inputs is even. The panel
+// at `ahead` is brought near meanwhile; give the panel itself where none is wanted.
+inline void multiply(const bf16* x, std::int64_t stride, int num_rows, const bf16* panel, int num_inputs,
+                     const bf16* ahead, Tile* tile) {
   const int pairs = num_inputs / 2;
   switch (num_rows) {
-    case 1: return multiply_rows<1>(x, stride, panel, pairs, tile);
-    case 2: return multiply_rows<2>(x, stride, panel, pairs, tile);
-    case 3: return multiply_rows<3>(x, stride, panel, pairs, tile);
-    case 4: return multiply_rows<4>(x, stride, panel, pairs, tile);
-    case 5: return multiply_rows<5>(x, stride, panel, pairs, tile);
-    case 6: return multiply_rows<6>(x, stride, panel, pairs, tile);
-    case 7: return multiply_rows<7>(x, stride, panel, pairs, tile);
-    case 8: return multiply_rows<8>(x, stride, panel, pairs, tile);
-    case 9: return multiply_rows<9>(x, stride, panel, pairs, tile);
-    case 10: return multiply_rows<10>(x, stride, panel, pairs, tile);
-    case 11: return multiply_rows<11>(x, stride, panel, pairs, tile);
-    default: return multiply_rows<12>(x, stride, panel, pairs, tile);
+    case 1: return multiply_rows<1>(x, stride, panel, pairs, ahead, tile);
+    case 2: return multiply_rows<2>(x, stride, panel, pairs, ahead, tile);
+    case 3: return multiply_rows<3>(x, stride, panel, pairs, ahead, tile);
+    case 4: return multiply_rows<4>(x, stride, panel, pairs, ahead, tile);
+    case 5: return multiply_rows<5>(x, stride, panel, pairs, ahead, tile);
+    case 6: return multiply_rows<6>(x, stride, panel, pairs, ahead, tile);
+    case 7: return multiply_rows<7>(x, stride, panel, pairs, ahead, tile);
+    case 8: return multiply_rows<8>(x, stride, panel, pairs, ahead, tile);
+    case 9: return multiply_rows<9>(x, stride, panel, pairs, ahead, tile);
+    case 10: return multiply_rows<10>(x, stride, panel, pairs, ahead, tile);
+    case 11: return multiply_rows<11>(x, stride, panel, pairs, ahead, tile);
+    default: return multiply_rows<12>(x, stride, panel, pairs, ahead, tile);
   }
 }
 
@@ -71,6 +76,24 @@ inline void for_tiles(int num_tokens, Work&& work) {
     work(first, end - first);
   }
 }
+
+// A packed matrix, and how far ahead of the panel in work its threads will be next.
+struct Panels {
+  const bf16* packed;
+  int num_inputs;
+  int num_threads;
+
+  const bf16* at(int panel) const { return packed + static_cast<std::int64_t>(panel) * kPanel * num_inputs; }
+
+  // Multiplies tokens [first, first + count) of x [tokens, in]. What will be read next is fetched while
+  // the first tile is computed: panels are taken in turn, so it is as far ahead as there are threads.
+  void multiply_tile(int panel, const bf16* x, int first, int count, Tile* tile) const {
+    const bf16* here = at(panel);
+    const bf16* ahead = first == 0 ? at(panel + num_threads) : here;
+    const bf16* rows = x + static_cast<std::int64_t>(first) * num_inputs;
+    multiply(rows, num_inputs, count, here, num_inputs, ahead, tile);
+  }
+};
 
 inline const bf16* panel_of(const bf16* packed, int panel, int num_inputs) {
   return packed + static_cast<std::int64_t>(panel) * kPanel * num_inputs;

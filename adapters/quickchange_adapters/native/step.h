@@ -57,6 +57,7 @@ class StepRun {
 
  private:
   static constexpr int kStagesOfLayer = 12;
+  static constexpr int kFewTokens = 4;
 
   static void grow(std::vector<bf16>& buffer, std::size_t size) {
     if (buffer.size() < size) buffer.resize(size);
@@ -98,8 +99,7 @@ class StepRun {
   // Computes one panel of a group for a tile of tokens: product, bias and deltas.
   void compute(Group group, const Linear& linear, int layer, int panel, const bf16* x, int num_inputs, int first,
                int count, Tile* tile) const {
-    const bf16* rows = x + static_cast<std::int64_t>(first) * num_inputs;
-    multiply(rows, num_inputs, count, panel_of(linear.weight, panel, num_inputs), num_inputs, tile);
+    Panels{linear.weight, num_inputs, team_.size()}.multiply_tile(panel, x, first, count, tile);
     if (linear.bias) add_bias(tile, count, linear.bias + panel * kPanel);
     scratch_.deltas[group].expand(layer, panel, first, count, tile);
   }
@@ -128,13 +128,21 @@ class StepRun {
     team_.wait();
   }
 
+  // A unit is some heads of one KV head: as many as can share its values, or one where tokens are few.
   void attend(int stage, const Layer& layer) {
     const int num_outputs = model_.arenas[kQkv].num_outputs, width = model_.head_width;
-    team_.share(stage, step_.num_tokens * model_.num_heads, [&](int unit) {
-      const int token = unit / model_.num_heads, head = unit % model_.num_heads;
-      const bf16* query = scratch_.qkv.data() + static_cast<std::int64_t>(token) * num_outputs + head * width;
-      bf16* out = scratch_.attended.data() + static_cast<std::int64_t>(unit) * width;
-      attention_.attend(layer, token, head, query, &scores_, out);
+    const int groups = model_.num_heads / model_.num_kv_heads;
+    const int together = step_.num_tokens < kFewTokens ? 1 : std::min(groups, kMaxHeads);
+    const int units_of_group = (groups + together - 1) / together;
+    const int units_of_token = model_.num_kv_heads * units_of_group;
+    team_.share(stage, step_.num_tokens * units_of_token, [&](int unit) {
+      const int token = unit / units_of_token, place = unit % units_of_token;
+      const int within = place % units_of_group * together;
+      const int head = place / units_of_group * groups + within;
+      const std::int64_t row = static_cast<std::int64_t>(token) * num_outputs;
+      const std::int64_t out = (static_cast<std::int64_t>(token) * model_.num_heads + head) * width;
+      attention_.attend(layer, token, head, std::min(together, groups - within),
+                        scratch_.qkv.data() + row + head * width, &scores_, scratch_.attended.data() + out);
     });
     team_.wait();
   }
@@ -204,8 +212,7 @@ class StepRun {
   void head_panel(int panel) {
     for_tiles(step_.num_wanted, [&](int first, int count) {
       Tile tile;
-      const bf16* x = step_.wanted_hidden + static_cast<std::int64_t>(first) * model_.width;
-      multiply(x, model_.width, count, panel_of(step_.head.weight, panel, model_.width), model_.width, &tile);
+      Panels{step_.head.weight, model_.width, 1}.multiply_tile(panel, step_.wanted_hidden, first, count, &tile);
       const int num_columns = std::min(kPanel, model_.vocabulary - panel * kPanel);
       for (int m = 0; m < count; ++m) {
         float* out = step_.logits + static_cast<std::int64_t>(first + m) * model_.vocabulary + panel * kPanel;

@@ -42,7 +42,7 @@ struct Layer {
   const bf16* query_norm;  // over a head's width; null: none
   const bf16* key_norm;
   Linear qkv, output, gate_up, down;
-  bf16* keys;  // [blocks, block size, KV heads, head width]
+  bf16* keys;  // as attention.h says
   bf16* values;
   std::int64_t window;  // 0: all positions are seen
 };

@@ -18,6 +18,8 @@ class Team {
   // Says how many threads there really are; before any of them waits.
   void set_size(int num_threads) { num_threads_ = num_threads; }
 
+  int size() const { return num_threads_; }
+
   // Waits until all threads of the team are here. Spins, since stages are microseconds apart; yields
   // when somebody else has taken the core of the thread that is missing.
   void wait() {

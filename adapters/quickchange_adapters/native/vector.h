@@ -31,6 +31,13 @@ inline __m512i load_bits(const bf16* p) { return _mm512_loadu_si512(p); }
 
 inline __m512bh load_bf16(const bf16* p) { return (__m512bh)load_bits(p); }
 
+// The same two numbers in all lanes.
+inline __m512bh load_pair(const bf16* p) {
+  std::int32_t pair;
+  std::memcpy(&pair, p, sizeof pair);
+  return (__m512bh)_mm512_set1_epi32(pair);
+}
+
 // Sixteen numbers as float32.
 inline __m512 load_floats(const bf16* p) {
   const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));

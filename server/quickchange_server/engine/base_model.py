@@ -17,10 +17,11 @@ import torch
 from quickchange_adapters.base_spec import BaseSpec, ModuleSpec
 from quickchange_adapters.layers import GroupPart, Head, PlanHolder, ProjectionGroup
 from quickchange_adapters.layout import AdapterLayout, GroupShape, Place
+from quickchange_adapters.merge import MakeWeight
 from quickchange_adapters.native.build import BuildFailed
 from quickchange_adapters.native.library import load_library
-from quickchange_adapters.native.weight import NativeWeight
-from quickchange_adapters.ops.linear_weight import LinearWeight, make_linear_weight
+from quickchange_adapters.native.weight import NativeWeight, PackedMemory
+from quickchange_adapters.ops.linear_weight import make_linear_weight
 from torch import Tensor, nn
 
 from quickchange_server.engine.attention import ATTENTION_NAME, register_attention
@@ -86,6 +87,7 @@ class BaseModel:
         self.dtype: torch.dtype = model.dtype
         self.device = torch.device(settings.device)
         self.native = _native_library(model, settings)
+        self._make_weight = self.weight_maker()
         self.holder = PlanHolder()
         self.groups: dict[tuple[str, int], ProjectionGroup] = {}
         specs: dict[str, ModuleSpec] = {}
@@ -143,11 +145,15 @@ class BaseModel:
         result: Tensor = self.model.get_input_embeddings()(token_ids)
         return result
 
-    def make_weight(self, weight: Tensor) -> LinearWeight:
-        """Make a matrix [out, in] resident in the form that this base's steps read."""
-        if self.native is not None:
-            return NativeWeight(weight, self.native)
-        return make_linear_weight(weight)
+    def weight_maker(self) -> MakeWeight:
+        """Return what makes matrices [out, in] resident in the form that this base's steps read.
+
+        Native ones that one maker made share memory, which is free when all are gone.
+        """
+        library, memory = self.native, PackedMemory()
+        if library is None:
+            return make_linear_weight
+        return lambda weight: NativeWeight(weight, library, memory)
 
     def checksum(self) -> str:
         """Compute sha256 over every resident base weight, in a fixed order (hex)."""
@@ -195,7 +201,7 @@ class BaseModel:
         return AdapterLayout(shapes, places)
 
     def _install(self, shape: GroupShape, layer: int, linears: list[Linear]) -> None:
-        weight = self.make_weight(torch.cat([linear.weight for linear in linears]))
+        weight = self._make_weight(torch.cat([linear.weight for linear in linears]))
         bias = _fused_bias(linears)
         group = ProjectionGroup(shape, layer, weight, bias, self.holder)
         self.groups[(shape.kind, layer)] = group
@@ -216,7 +222,7 @@ class BaseModel:
             _values_sha256(head.weight.data),
         )
         bias = None if head.bias is None else head.bias.data
-        self.head = Head(self.make_weight(head.weight.data), bias, self.holder)
+        self.head = Head(self._make_weight(head.weight.data), bias, self.holder)
         _set_module(self.model, path, self.head)
         return path
 

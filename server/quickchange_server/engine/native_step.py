@@ -33,6 +33,8 @@ ROLES = (
 """The library's groups in its order: field of a layer, first linear, number of parts."""
 MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 ACTIVATIONS = {"silu": 0, "swish": 0, "gelu_pytorch_tanh": 1}
+KEYS_TOGETHER = 16
+"""KV blocks hold a multiple of this: the positions that are scored side by side."""
 LANES = 32
 """Widths are multiples of this: the bfloat16 numbers of one register."""
 
