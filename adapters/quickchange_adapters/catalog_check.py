@@ -6,6 +6,7 @@ Every function works on the connection of a transaction that its caller began.
 from collections.abc import Collection
 
 from sqlalchemy import Connection, and_, exists, func, select, true, update
+from sqlalchemy.exc import DatabaseError
 from sqlalchemy.sql import Select
 
 from quickchange_adapters import catalog_rows as rows
@@ -44,14 +45,19 @@ def check_database(connection: Connection) -> list[Finding]:
     """Ask SQLite whether its file is sound; other databases check themselves."""
     if connection.dialect.name != "sqlite":
         return []
-    said = [str(row[0]) for row in connection.exec_driver_sql("PRAGMA integrity_check(5)")]
+    try:
+        said = _said_by_sqlite(connection)
+    except DatabaseError as error:
+        said = [str(error.orig)]
+    hint = "stop the server and restore the catalog from a backup"
+    return [Finding("catalog_damaged", "catalog", text, hint) for text in dict.fromkeys(said)]
+
+
+def _said_by_sqlite(connection: Connection) -> list[str]:
+    checked = connection.exec_driver_sql("PRAGMA integrity_check(5)")
+    said = [text for row in checked for text in str(row[0]).splitlines() if text != "ok"]
     broken = connection.exec_driver_sql("PRAGMA foreign_key_check").all()
-    said += [f"a row of {row[0]} refers to a row of {row[2]} that is not there" for row in broken]
-    return [
-        Finding("catalog_damaged", "catalog", text, "restore the catalog from a backup")
-        for text in dict.fromkeys(said)
-        if text != "ok"
-    ]
+    return said + [f"a row of {r[0]} refers to a row of {r[2]} that is not there" for r in broken]
 
 
 def check_versions(found: Collection[VersionRecord]) -> list[Finding]:
@@ -151,7 +157,9 @@ def is_known(connection: Connection, sha256: str) -> bool:
     return connection.scalar(select(blobs.c.sha256).where(blobs.c.sha256 == sha256)) is not None
 
 
-def is_reserved(connection: Connection, sha256: str) -> bool:
-    """Whether an upload may be putting this blob."""
-    query = select(reservations.c.sha256).where(reservations.c.sha256 == sha256)
+def is_reserved(connection: Connection, sha256: str, before_s: float) -> bool:
+    """Whether an upload that began since a time may be putting this blob."""
+    query = select(reservations.c.sha256).where(
+        reservations.c.sha256 == sha256, reservations.c.created_at > before_s
+    )
     return connection.scalar(query.limit(1)) is not None

@@ -100,6 +100,11 @@ class StoreCheck:
         num_bytes = sum(check.num_bytes for check in checks)
         return CheckReport(len(said.versions), len(checks), num_bytes, tuple(findings))
 
+    @property
+    def _lapsed_before(self) -> float:
+        """Reservations made before this moment protect nothing any more."""
+        return self._clock() - RESERVATION_S
+
     def _read_rows(self, connection: Connection) -> _Rows:
         broken = rows.check_database(connection)
         if broken:
@@ -109,7 +114,7 @@ class StoreCheck:
         for sha256, (found, wanted) in rows.wrong_counts(connection).items():
             message = f"the catalog counts {found} references to this blob; there are {wanted}"
             findings.append(Finding("count_wrong", sha256, message, REPAIR))
-        unused = rows.unused_blobs(connection, self._clock() - RESERVATION_S)
+        unused = rows.unused_blobs(connection, self._lapsed_before)
         return _Rows(versions, rows.known_blobs(connection), unused, findings)
 
     def _blob_findings(
@@ -133,7 +138,7 @@ class StoreCheck:
             can_move = isinstance(self._store, StoreWithFolders)
             if not repair or finding.code != "blob_damaged" or not can_move:
                 yield finding
-            elif rows.is_reserved(connection, check.sha256):
+            elif rows.is_reserved(connection, check.sha256, self._lapsed_before):
                 yield finding  # it is being uploaded again at this moment
             else:
                 yield self._put_aside(check, finding)
@@ -172,8 +177,7 @@ class StoreCheck:
     def _unused(self, said: _Rows, repair: bool) -> Iterator[Finding]:
         """Yield what a deletion or an upload left; what is gone by now, a server collected."""
         with self._catalog.database.reading() as connection:
-            before_s = self._clock() - RESERVATION_S
-            unused = said.unused & rows.unused_blobs(connection, before_s)
+            unused = said.unused & rows.unused_blobs(connection, self._lapsed_before)
         message = "no version refers to this blob any more"
         findings = [Finding("blob_unused", sha256, message, REPAIR) for sha256 in sorted(unused)]
         if repair and findings:

@@ -10,7 +10,7 @@ from quickchange_server.adapter_lookup import AdapterLookup
 from quickchange_server.adapter_remover import AdapterRemover
 from quickchange_server.adapter_upload import UploadRefused
 from quickchange_server.adapter_views import AdapterView, DeletionView, adapter_label
-from quickchange_server.errors import PreconditionFailed
+from quickchange_server.errors import PreconditionFailed, StorageFull, Unavailable
 from quickchange_server.live_catalog import LiveCatalog
 from quickchange_server.view_builder import ViewBuilder
 
@@ -147,7 +147,8 @@ class AdapterChanges:
         self._views.forget(gone)
         try:
             freed = await self._remover.remove(gone, timeout_s)
-        except TimeoutError:
+        except (TimeoutError, Unavailable, StorageFull):
+            # It was begun, so nobody finds it any more, and it is ended behind.
             return DeletionView(name, number, done=False)
         return DeletionView(name, number, done=True, freed=freed)
 

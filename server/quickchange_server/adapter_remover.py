@@ -3,6 +3,7 @@
 import asyncio
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 from quickchange_adapters.publication import finish_deletion
 from quickchange_adapters.records import VersionRecord
@@ -11,6 +12,7 @@ from quickchange_adapters.store import Store
 from quickchange_server.adapter_directory import AdapterDirectory
 from quickchange_server.adapter_loader import AdapterLoader
 from quickchange_server.adapter_views import FreedBytes
+from quickchange_server.errors import QuickchangeError
 from quickchange_server.live_catalog import LiveCatalog
 from quickchange_server.shared_tasks import SharedTasks
 from quickchange_server.view_builder import freed_bytes
@@ -31,6 +33,7 @@ class AdapterRemover:
         self._directory = directory
         self._loader = loader
         self._drains: SharedTasks[FreedBytes] = SharedTasks()
+        self._cut_short: dict[str, Sequence[VersionRecord]] = {}
         self._digests: Counter[str] = Counter()
 
     async def stop(self) -> None:
@@ -45,11 +48,28 @@ class AdapterRemover:
     async def remove(self, gone: Sequence[VersionRecord], timeout_s: float) -> FreedBytes:
         """Drain versions, free their memory, remove their rows and bytes.
 
-        Raises: TimeoutError when requests still run after `timeout_s`; it goes on. Unavailable.
+        Raises: TimeoutError when requests still run after `timeout_s`; it goes on. Unavailable and
+        StorageFull: `retry` ends it later.
         """
         key = ",".join(f"{version.tenant}/{version.name}:{version.number}" for version in gone)
-        task = self._drains.start(key, lambda: self._drain(gone))
+        task = self._drains.start(key, lambda: self._end(key, gone))
         return await asyncio.wait_for(asyncio.shield(task), timeout_s)
+
+    async def retry(self) -> None:
+        """End what the store or the catalog cut short.
+
+        Raises: Unavailable, StorageFull.
+        """
+        for key, gone in list(self._cut_short.items()):
+            await self._drains.run(key, partial(self._end, key, gone))
+
+    async def _end(self, key: str, gone: Sequence[VersionRecord]) -> FreedBytes:
+        self._cut_short.pop(key, None)
+        try:
+            return await self._drain(gone)
+        except QuickchangeError:
+            self._cut_short[key] = gone
+            raise
 
     def is_removing(self, digest: str) -> bool:
         """Whether a version with these bytes is being removed by this process."""

@@ -57,6 +57,7 @@ from quickchange_server.errors import Conflict, NotFound
 from quickchange_server.live_catalog import LiveCatalog
 from quickchange_server.state_actions import StateActions
 from quickchange_server.static_folder import read_folder, read_folder_task, static_record
+from quickchange_server.store_sweep import StoreSweep
 from quickchange_server.version_files import VersionFiles
 from quickchange_server.version_task import read_version_task
 from quickchange_server.view_builder import ViewBuilder, event_json
@@ -64,7 +65,6 @@ from quickchange_server.wishes import Wishes
 
 __all__ = ["AdapterService", "FileName", "UploadForm", "UploadRefused"]
 
-INCOMING_S = 3600.0
 
 Names = Collection[str] | None
 """The only names that a caller may see; None: no such limit."""
@@ -107,6 +107,7 @@ class AdapterService:
             engine, self._files.read_weights, self._directory.is_served, self._live.read_again
         )
         self._remover = AdapterRemover(store, self._live, self._directory, self._loader)
+        self._sweep = StoreSweep(store, self._live, self._remover)
         self._wishes = Wishes(self._directory)
         self._desired = DesiredState(
             engine,
@@ -141,8 +142,7 @@ class AdapterService:
         Raises: Unavailable.
         """
         await self._remover.resume()
-        with as_answers():
-            await asyncio.to_thread(self._store.sweep_incoming, INCOMING_S)
+        await self._sweep.start()
         await self._poll.look()
         self._poll.start()
         self._desired.start()
@@ -158,6 +158,7 @@ class AdapterService:
     async def stop(self) -> None:
         """End background work and close the catalog. Uploads under way are finished first."""
         await self._poll.stop()
+        await self._sweep.stop()
         await self._desired.stop()
         await self._uploader.stop()
         await self._remover.stop()

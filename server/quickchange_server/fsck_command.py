@@ -6,7 +6,7 @@ What it needs is imported when it runs, so that other commands begin as fast as 
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Annotated
 
 import typer
@@ -71,7 +71,10 @@ def _check(settings: ServerConfig, repair: bool) -> CheckReport:
     from quickchange_server.storage import open_existing_storage
 
     check = StoreCheck(*open_existing_storage(settings))
-    with _progress(check.num_bytes()) as advance:
+    num_bytes = 0
+    with suppress(StoreUnavailable):  # a damaged catalog is for `run` to tell
+        num_bytes = check.num_bytes()
+    with _progress(num_bytes) as advance:
         return check.run(repair=repair, on_progress=advance)
 
 

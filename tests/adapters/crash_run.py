@@ -99,7 +99,16 @@ class World:
         return version
 
     def _upload(self, operation: Operation) -> None:
-        staged = [self._stage(data) for data in contents(operation.content).values()]
+        staged: list[StagedFile] = []
+        try:
+            for data in contents(operation.content).values():
+                staged.append(self._stage(data))
+            self._publish(operation, staged)
+        finally:
+            for file in staged:
+                self.store.discard(file)
+
+    def _publish(self, operation: Operation, staged: list[StagedFile]) -> None:
         new = NewVersion(
             name=operation.name,
             files=file_records(operation.content),
@@ -117,7 +126,6 @@ class World:
         lost = StagedFile(staged[1].path.with_name("lost"), "0" * 64, 1)
         with contextlib.suppress(StoreUnavailable):
             publish_upload(self.catalog, self.store, new, [staged[0], lost])
-        self.store.discard(staged[1])
 
     def _stage(self, data: bytes) -> StagedFile:
         with self.store.stage(1 << 20) as writer:

@@ -2,9 +2,6 @@
 
 import asyncio
 import hashlib
-import signal
-import subprocess
-import sys
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -551,45 +548,3 @@ async def test_uploads_and_deletes_at_once_leave_memory_and_disk_agreeing(world:
     assert world.blobs() == set()
     assert world.engine.loaded == {}
     assert (await world.service.list()).data == ()
-
-
-UPLOADER = """
-import asyncio, sys
-from pathlib import Path
-from tests.server.test_adapter_service import World
-
-async def main():
-    world = World(Path(sys.argv[1]))
-    await world.engine.start()
-    await world.service.start()
-    for seed in range(int(sys.argv[2]), 1_000_000):
-        result = await world.service.upload(await world.form("a", seed))
-        print(seed, result.version.version, result.version.digest, flush=True)
-
-asyncio.run(main())
-"""
-
-
-async def test_an_acknowledged_upload_survives_sigkill(tmp_path: Path) -> None:
-    acknowledged: dict[int, str] = {}
-    start = 0
-    for num_lines in (1, 4):
-        command = [sys.executable, "-c", UPLOADER, str(tmp_path), str(start)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
-            assert child.stdout is not None
-            lines = [child.stdout.readline() for _ in range(num_lines)]
-            child.send_signal(signal.SIGKILL)
-            lines += child.stdout.read().splitlines()
-        for line in lines:
-            seed, version, digest = line.split()
-            acknowledged[int(version)] = digest
-            start = int(seed) + 2
-    world = World(tmp_path)
-    await world.engine.start()
-    await world.service.start()
-    found = {v.version: v.digest for v in (await world.service.get("a")).versions}
-    assert len(acknowledged) >= 5
-    assert acknowledged.items() <= found.items()
-    for number in found:
-        await world.service.load("a", number)
-    await world.service.stop()

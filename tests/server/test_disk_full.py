@@ -2,6 +2,8 @@
 
 import errno
 import json
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,7 @@ from tests.server.failing_disk import FailingDisk, Faults
 from tests.server.scripted_engine import ScriptedEngine
 
 SPEC = small_spec()
+IN_NAMESPACE = ("unshare", "--user", "--map-root-user", "--mount")
 MAX_CALLS = 60
 FULL, BROKEN = (507, "storage_full"), (503, "store_unavailable")
 
@@ -164,3 +167,41 @@ async def test_an_alias_that_cannot_be_moved_stays(
 
     assert await fail_each_call(edge, move, check, number, is_lasting=True) == 1
     assert (await edge.client.get("/v1/adapters/kept")).json()["aliases"] == {"default": 2}
+
+
+async def test_a_deletion_is_refused_whole_or_begun_and_ended_behind(edge: Edge) -> None:
+    edge.faults.arm(1, errno.ENOSPC, is_lasting=True)
+    check_refusal(await edge.client.delete("/v1/adapters/kept"), FULL)
+    edge.faults.heal()
+    assert await edge.serves("kept")
+    edge.faults.arm(2, errno.ENOSPC, is_lasting=True)
+    answer = await edge.client.delete("/v1/adapters/kept")
+    edge.faults.heal()
+    # The name is gone for good; its rows and bytes go with the next sweep.
+    assert answer.status_code == 202
+    assert not await edge.serves("kept")
+    assert len(edge.catalog.list_deleting()) == 2
+
+
+def namespaces() -> str | None:
+    """Return why no file system can be mounted here without being root; None if it can."""
+    words = [*IN_NAMESPACE, "mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", "/mnt"]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True)
+    except FileNotFoundError:
+        return "there is no program unshare"
+    return f"no mounts in a namespace: {done.stderr.strip()}" if done.returncode else None
+
+
+def test_uploads_onto_a_disk_that_is_really_full(tmp_path: Path) -> None:
+    if reason := namespaces():
+        pytest.skip(reason)
+    words = [*IN_NAMESPACE, sys.executable, "-m", "tests.server.full_disk_run", str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    told = [each.partition(":")[0] for each in found["told"] if each]
+    # With less than a page nothing can be staged; with a little more, no row can be written.
+    assert {"an upload cannot be written", "the catalog has no room"} == set(told)
+    assert found["told"][-1] is None
+    assert "'incoming' cannot be written to; name a folder that can be" in found["read_only"]

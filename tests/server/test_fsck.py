@@ -95,6 +95,24 @@ def test_a_catalog_that_is_none_ends_with_2_and_stays_as_it_is(
     assert {path: path.read_bytes() for path in tmp_path.glob("*.db")} == before
 
 
+def test_a_catalog_with_a_damaged_page_ends_with_1(world: World) -> None:
+    world.do(Operation("upload", "ada", 1))
+    with sqlite3.connect(world.root / "catalog.db") as database:
+        database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        query = "SELECT rootpage FROM sqlite_master WHERE name = 'version_files'"
+        (page,) = database.execute(query).fetchone()
+        (page_bytes,) = database.execute("PRAGMA page_size").fetchone()
+    database.close()
+    world.catalog.close()
+    with (world.root / "catalog.db").open("r+b") as file:
+        file.seek((page - 1) * page_bytes)
+        file.write(b"\xa5" * page_bytes)
+    done = fsck(world)
+    assert done.exit_code == 1
+    assert "problem: catalog_damaged: catalog: " in done.stdout
+    assert "restore the catalog from a backup" in done.stdout
+
+
 def test_settings_come_from_variables_and_the_file_too(world: World, tmp_path: Path) -> None:
     file = tmp_path / "serve.toml"
     file.write_text(f'catalog = "sqlite:///{world.root}/catalog.db"\nmodel = "/models/x"\n')

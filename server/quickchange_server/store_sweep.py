@@ -1,0 +1,74 @@
+"""Removes, at the start and every ten minutes, what crashes and failures left behind.
+
+| what | since when |
+|---|---|
+| deletions of this process that the store or the catalog cut short | at once |
+| blobs that no version refers to | once no upload's reservation protects them |
+| staged files that no living upload holds | an hour after the last byte |
+"""
+
+import asyncio
+import logging
+
+from quickchange_adapters.store import Store
+
+from quickchange_server.adapter_remover import AdapterRemover
+from quickchange_server.errors import QuickchangeError
+from quickchange_server.live_catalog import LiveCatalog
+
+SWEEP_S = 600.0
+INCOMING_S = 3600.0
+log = logging.getLogger(__name__)
+
+
+class StoreSweep:
+    """Sweeps one store and its catalog; several servers may do so at once."""
+
+    def __init__(
+        self,
+        store: Store,
+        live: LiveCatalog,
+        remover: AdapterRemover,
+        interval_s: float = SWEEP_S,
+    ) -> None:
+        self._store = store
+        self._live = live
+        self._remover = remover
+        self._interval_s = interval_s
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Sweep once, and then again and again.
+
+        Raises: Unavailable.
+        """
+        await self.sweep()
+        self._task = asyncio.create_task(self._run())
+
+    async def stop(self) -> None:
+        """Sweep no more."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def sweep(self) -> None:
+        """Remove what nobody needs.
+
+        Raises: Unavailable, StorageFull.
+        """
+        await self._remover.retry()
+        catalog, store = self._live.catalog, self._store
+        await self._live.ask(lambda: catalog.collect(store.delete))
+        num_files = await self._live.ask(lambda: store.sweep_incoming(INCOMING_S))
+        if num_files:
+            log.info("%d files of uploads that never ended were removed", num_files)
+
+    async def _run(self) -> None:
+        while True:
+            await asyncio.sleep(self._interval_s)
+            try:
+                await self.sweep()
+            except QuickchangeError as error:
+                log.warning("what crashes left is swept later: %s", error)
+            except Exception:
+                log.exception("what crashes left cannot be swept")
