@@ -162,6 +162,7 @@ def known_options() -> dict[str, set[str]]:
     switches = {f"--no-{o.flag[2:]}" for o in OPTIONS.values() if o.kind == "switch"}
     refused = {"--" + name.replace("_", "-") for name in UNAVAILABLE}
     known["serve"] = flags | switches | refused | {"--config", "--help"}
+    known["keys"] = set().union(*map(options_of, group.commands["keys"].commands.values()))
     known["fsck"] = {"--store", "--catalog", "--repair", "--json", "--config", "--help"}
     known["base"] = {"--model", "--revision", "--config", "--help"}
     return known

@@ -16,6 +16,7 @@ from quickchange_client import (
 )
 from quickchange_client.async_client import AsyncAdapters, AsyncModels
 from quickchange_client.client import Adapters, Models
+from quickchange_client.keys import AsyncKeys, Keys
 
 from tests.clients.fake_server import BASE, WORDS, FakeServer, refusal
 
@@ -32,7 +33,12 @@ def public_methods(kind: type) -> dict[str, Callable[..., Any]]:
 
 @pytest.mark.parametrize(
     ("plain", "with_await"),
-    [(Quickchange, AsyncQuickchange), (Adapters, AsyncAdapters), (Models, AsyncModels)],
+    [
+        (Quickchange, AsyncQuickchange),
+        (Adapters, AsyncAdapters),
+        (Models, AsyncModels),
+        (Keys, AsyncKeys),
+    ],
 )
 def test_both_clients_offer_the_same(plain: type, with_await: type) -> None:
     ours, theirs = public_methods(plain), public_methods(with_await)

@@ -16,6 +16,7 @@ from quickchange_client.adapter import (
     AdapterReport,
     AdapterVersion,
 )
+from quickchange_client.api_key import ApiKey, ApiKeyPage, NewApiKey
 from quickchange_client.async_client import AsyncQuickchange
 from quickchange_client.client import Quickchange
 from quickchange_client.errors import (
@@ -70,6 +71,8 @@ __all__ = [
     "AdapterVersion",
     "AnswerInvalid",
     "ApiError",
+    "ApiKey",
+    "ApiKeyPage",
     "ArgumentInvalid",
     "AsyncQuickchange",
     "AsyncStream",
@@ -93,6 +96,7 @@ __all__ = [
     "MixPart",
     "Model",
     "ModelList",
+    "NewApiKey",
     "NotFound",
     "PreconditionFailed",
     "Problem",

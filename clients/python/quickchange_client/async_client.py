@@ -33,6 +33,7 @@ from quickchange_client.generation import (
     chat_body,
     completion_body,
 )
+from quickchange_client.keys import AsyncKeys
 from quickchange_client.multipart import Progress
 from quickchange_client.retry import RetryPolicy
 from quickchange_client.server_state import Health, Memory, Model, ModelList
@@ -65,6 +66,7 @@ class AsyncQuickchange:
         )
         self.adapters = AsyncAdapters(self._connection)
         self.models = AsyncModels(self._connection)
+        self.keys = AsyncKeys(self._connection)
 
     async def __aenter__(self) -> Self:
         return self

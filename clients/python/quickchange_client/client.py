@@ -32,6 +32,7 @@ from quickchange_client.generation import (
     chat_body,
     completion_body,
 )
+from quickchange_client.keys import Keys
 from quickchange_client.multipart import Progress
 from quickchange_client.retry import RetryPolicy
 from quickchange_client.server_state import Health, Memory, Model, ModelList
@@ -68,6 +69,7 @@ class Quickchange:
         )
         self.adapters = Adapters(self._connection)
         self.models = Models(self._connection)
+        self.keys = Keys(self._connection)
 
     def __enter__(self) -> Self:
         return self

@@ -18,7 +18,7 @@ from quickchange_client.cli.byte_progress import byte_progress
 from quickchange_client.cli.output import format_bytes, print_json, print_problems
 from quickchange_client.cli.session import JsonOption, UrlOption, say, session
 from quickchange_client.client import Quickchange
-from quickchange_client.errors import ArgumentInvalid
+from quickchange_client.errors import ArgumentInvalid, Forbidden
 
 FOLDER_HELP = "What save_pretrained() of a PEFT model wrote."
 REFERENCE_HELP = "NAME, NAME:3, NAME@ALIAS or NAME@sha256:DIGEST."
@@ -253,9 +253,13 @@ def _upload(
         print_json(version)
         return
     print_version(version)
-    aliases = client.adapters.get(name).aliases
-    meaning = sorted(alias for alias, number in aliases.items() if number == version.version)
     what = "uploaded" if version.meta.status == 201 else "these bytes were there already:"
+    try:
+        aliases = client.adapters.get(name).aliases
+    except Forbidden:
+        print(f"{what} {name}:{version.version}")  # the key may write and not read
+        return
+    meaning = sorted(alias for alias, number in aliases.items() if number == version.version)
     print(f"{what} {name}:{version.version}; aliases: {', '.join(meaning) or 'none'}")
     if "default" not in meaning:
         print(f"make {name!r} mean it with: quickchange alias {name} default {version.version}")

@@ -9,6 +9,7 @@ from quickchange_client.cli import (
     adapter_commands,
     folder_commands,
     generate_command,
+    key_commands,
     memory_command,
 )
 from quickchange_client.cli.plugins import add_plugins
@@ -42,6 +43,7 @@ app.command("unload", rich_help_panel=ADAPTERS)(adapter_commands.unload)
 app.command("merge", rich_help_panel=ADAPTERS)(adapter_commands.merge)
 app.command("unmerge", rich_help_panel=ADAPTERS)(adapter_commands.unmerge)
 app.command("memory", rich_help_panel=SERVER)(memory_command.memory)
+app.add_typer(key_commands.app, rich_help_panel=SERVER)
 add_plugins(app, rich_help_panel=SERVER)
 
 

@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from quickchange_client.adapter import Adapter
 from quickchange_client.errors import Problem
 
 WIDTH_WITHOUT_TERMINAL = 160
@@ -24,9 +23,9 @@ def without_controls(text: str) -> str:
     return text.translate(_CONTROLS)
 
 
-def print_json(value: BaseModel | list[Adapter]) -> None:
+def print_json(value: BaseModel | Sequence[BaseModel]) -> None:
     """Print what the server sent, no more and no less, as indented JSON."""
-    shown = [_sent(each) for each in value] if isinstance(value, list) else _sent(value)
+    shown = _sent(value) if isinstance(value, BaseModel) else [_sent(each) for each in value]
     print(json.dumps(shown, indent=2, ensure_ascii=False))
 
 
