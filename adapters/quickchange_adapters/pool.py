@@ -151,6 +151,10 @@ class AdapterPool:
             num_rows <= self.num_rows for num_rows in rows.values()
         )
 
+    def has_free_room(self, adapter: HostAdapter) -> bool:
+        """Whether an adapter could be brought in now without another one's going."""
+        return adapter.digest in self._slots or self._fits(adapter)
+
     def acquire(self, *adapters: HostAdapter) -> tuple[Slot, ...] | None:
         """Return a slot for each adapter with one more reference, copying in what is missing.
 

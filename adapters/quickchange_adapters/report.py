@@ -7,8 +7,6 @@ from typing import Any, Self
 from quickchange_adapters.base_spec import BaseSpec
 from quickchange_adapters.errors import Problem
 
-PROBE_REASON = "not measured by this version"
-
 
 @dataclass(frozen=True, slots=True)
 class ModuleReport:
@@ -40,7 +38,8 @@ class Report:
     """What is known about an upload; `problems` empty means that it can be served.
 
     `modules` are those that fit, `biases` the modules whose bias it changes. `num_values` counts
-    the numbers of all pairs and biases, so that bytes per tier follow from a dtype.
+    the numbers of all pairs and biases, so that bytes per tier follow from a dtype. `probe` is what
+    was measured with a prompt, or None for the reason beside it.
     """
 
     problems: tuple[Problem, ...]
@@ -53,6 +52,8 @@ class Report:
     num_values: int
     base: str
     biases: tuple[str, ...] = ()
+    probe: Mapping[str, float] | None = None
+    probe_reason: str | None = "only an upload that can be served is measured"
 
     @property
     def ok(self) -> bool:
@@ -104,8 +105,8 @@ class Report:
             "finite": self.is_finite,
             "no_effect": bool(self.modules) and not self.has_effect,
             "num_values": self.num_values,
-            "probe": None,
-            "probe_reason": PROBE_REASON,
+            "probe": None if self.probe is None else dict(self.probe),
+            "probe_reason": self.probe_reason,
         }
 
 

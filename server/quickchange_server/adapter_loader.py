@@ -10,8 +10,9 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from typing import TypeVar
 from weakref import WeakValueDictionary
 
@@ -118,6 +119,22 @@ class AdapterLoader:
         """
         task = self._unloads.start(digest, lambda: self._unload(digest))
         return await asyncio.wait_for(asyncio.shield(task), timeout_s)
+
+    @asynccontextmanager
+    async def guest(self, digest: str, read: Callable[[], AdapterWeights]) -> AsyncIterator[bool]:
+        """Hold tensors while the block runs, or yield False where another would have to go."""
+        async with self._lock(digest):
+            if self._engine.is_loaded(digest):
+                yield True
+                return
+            loop = asyncio.get_running_loop()
+            weights = await loop.run_in_executor(self._threads, read)
+            is_held = await self._engine.load_guest(weights)
+            try:
+                yield is_held
+            finally:
+                if is_held:
+                    await self._engine.unload_adapter(digest, DRAIN_POLL_S)
 
     async def _load(self, version: VersionRecord) -> None:
         async with self._lock(version.digest):

@@ -20,6 +20,7 @@ from quickchange_adapters.records import (
     WEIGHTS_FILE,
     AdapterRecord,
     VersionRecord,
+    version_digest,
 )
 from quickchange_adapters.store import StagedFile, Store
 from quickchange_adapters.task import MAX_TASK_BYTES
@@ -31,11 +32,13 @@ from quickchange_server.adapter_changes import AdapterChanges
 from quickchange_server.adapter_directory import AdapterDirectory
 from quickchange_server.adapter_loader import AdapterLoader
 from quickchange_server.adapter_lookup import AdapterLookup, foreign_adapter, unknown_adapter
+from quickchange_server.adapter_probe import AdapterProber, Probe
 from quickchange_server.adapter_remover import AdapterRemover
 from quickchange_server.adapter_upload import (
     FileName,
     UploadForm,
     UploadRefused,
+    file_records,
     refusal,
     stage_file,
 )
@@ -77,7 +80,8 @@ class AdapterService:
     What moves a version between tiers is `AdapterActions`', what says how it is to be
     `StateActions`', what changes its rows `AdapterChanges`'; all are called here.
     `validator` says where uploads are checked; None: in threads of this process. `poll_s`: how
-    often the catalog is asked for what other processes did.
+    often the catalog is asked for what other processes did. `probe_ids`: the prompt that uploads
+    are measured with, as the base's tokens; empty: they are not.
     """
 
     def __init__(
@@ -89,6 +93,7 @@ class AdapterService:
         dtype: torch.dtype,
         validator: Validator | None = None,
         poll_s: float = POLL_S,
+        probe_ids: Sequence[int] = (),
     ) -> None:
         self.base_names: tuple[str, ...] = (engine.base.name,)
         limits = replace(limits, max_value=min(limits.max_value, torch.finfo(dtype).max))
@@ -100,11 +105,12 @@ class AdapterService:
         self._live = LiveCatalog(catalog, self._directory)
         self._poll = CatalogPoll(self._live, poll_s)
         self._files = VersionFiles(store, engine.base, limits, dtype)
-        self._uploader = AdapterUploader(
-            engine.base, store, self._live, limits, validator or ThreadValidator()
-        )
         self._loader = AdapterLoader(
             engine, self._files.read_weights, self._directory.is_served, self._live.read_again
+        )
+        self._prober = AdapterProber(engine, self._loader, probe_ids)
+        self._uploader = AdapterUploader(
+            engine.base, store, self._live, limits, validator or ThreadValidator(), self._probe
         )
         self._remover = AdapterRemover(store, self._live, self._directory, self._loader)
         self._sweep = StoreSweep(store, self._live, self._remover)
@@ -161,6 +167,7 @@ class AdapterService:
         await self._sweep.stop()
         await self._desired.stop()
         await self._uploader.stop()
+        await self._prober.stop()
         await self._remover.stop()
         await self._loader.stop()
         await self._live.close()
@@ -359,6 +366,14 @@ class AdapterService:
         if tenant == DEFAULT_TENANT:
             return None
         return {v.digest for adapter in self._directory.visible(tenant) for v in adapter.versions}
+
+    async def _probe(self, form: UploadForm) -> Probe:
+        config, weights = form.adapter_config, form.adapter_model
+        assert config is not None
+        assert weights is not None
+        digest = version_digest(file_records(form))
+        read = partial(self._files.read_staged, config.path, weights.path, digest)
+        return await self._prober.measure(digest, read)
 
     def _taken_names(self) -> tuple[str, ...]:
         return (*self.base_names, *self._directory.static_names())

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Protocol
@@ -18,6 +18,7 @@ from quickchange_adapters.store import StagedFile, Store, unavailable
 from quickchange_adapters.task import TaskReading
 from quickchange_adapters.validate import ValidationJob
 
+from quickchange_server.adapter_probe import NotProbed, Probe
 from quickchange_server.adapter_upload import (
     UploadForm,
     by_part,
@@ -68,12 +69,14 @@ class AdapterUploader:
         live: LiveCatalog,
         limits: AdapterLimits,
         validator: Validator,
+        probe: Callable[[UploadForm], Awaitable[Probe]],
     ) -> None:
         self._base = base
         self._store = store
         self._live = live
         self._limits = limits
         self._validator = validator
+        self._probe = probe
         self._checks = asyncio.Semaphore(MAX_CHECKS)
         self._publishing: SharedTasks[Published] = SharedTasks()
 
@@ -107,7 +110,16 @@ class AdapterUploader:
         )
         report = await self.validate(job)
         found = map(by_part, report.problems)
-        return replace(report, problems=(*problems, *found, *task_problems))
+        report = replace(report, problems=(*problems, *found, *task_problems))
+        return await self._probed(form, report) if report.ok else report
+
+    async def _probed(self, form: UploadForm, report: Report) -> Report:
+        """Add how far the upload moves the fixed prompt, or why that was not measured."""
+        try:
+            probe = await self._probe(form)
+        except NotProbed as error:
+            return replace(report, probe_reason=str(error))
+        return replace(report, probe=probe.to_json(), probe_reason=None)
 
     async def validate(self, job: ValidationJob) -> Report:
         """Do a job when its turn comes; a few at a time bound their memory."""

@@ -25,6 +25,7 @@ from quickchange_adapters.limits import AdapterLimits
 from quickchange_adapters.records import Quota
 from transformers.utils.logging import disable_progress_bar
 
+from quickchange_server.adapter_probe import PROBE_PROMPT
 from quickchange_server.adapter_service import AdapterService
 from quickchange_server.api.admin_app import create_admin_app
 from quickchange_server.api.app import AppServices, create_app
@@ -101,10 +102,20 @@ def build_services(config: ServerConfig, base_folder: Path, keyring: Keyring) ->
     metrics.watch_catalog(lambda: catalog.database.is_up)
     engine = EngineClient(base_folder, engine_settings(config, budget), metrics)
     limits = AdapterLimits(max_rank=config.max_lora_rank)
+    tokenizer = Tokenizer.load(base_folder)
+    adapters = AdapterService(
+        engine,
+        store,
+        catalog,
+        limits,
+        engine.dtype,
+        checker,
+        probe_ids=tokenizer.encode(PROBE_PROMPT),
+    )
     return AppServices(
         engine=engine,
-        adapters=AdapterService(engine, store, catalog, limits, engine.dtype, checker),
-        tokenizer=Tokenizer.load(base_folder),
+        adapters=adapters,
+        tokenizer=tokenizer,
         metrics=metrics,
         is_strict=config.strict_fields,
         keyring=keyring,

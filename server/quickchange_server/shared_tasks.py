@@ -30,6 +30,10 @@ class SharedTasks(Generic[T]):
         """
         return await asyncio.shield(self.start(key, work))
 
+    def is_running(self, key: str) -> bool:
+        """Whether work runs under a key."""
+        return key in self._tasks
+
     async def stop(self) -> None:
         """Cancel everything that runs, and wait for it to end."""
         tasks = list(self._tasks.values())

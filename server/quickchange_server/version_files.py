@@ -39,6 +39,13 @@ class VersionFiles:
         check_unchanged(version, folder)
         return {file.file: folder / file.file for file in version.files}
 
+    def read_staged(self, config: Path, weights: Path, digest: str) -> AdapterWeights:
+        """Return the tensors of an upload that is not in the store yet.
+
+        Raises: AdapterRefused, OSError.
+        """
+        return load_weights(config, weights, self._base, digest, self._dtype, self._limits)
+
     def read_weights(self, version: VersionRecord) -> AdapterWeights:
         """Return a version's tensors.
 

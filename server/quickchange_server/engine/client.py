@@ -133,6 +133,14 @@ class EngineClient:
         except MemoryError as error:
             raise Unavailable(str(error), code="adapter_memory") from error
 
+    async def load_guest(self, weights: AdapterWeights) -> bool:
+        """Pack a version on the loader thread and keep it where there is room that nobody has."""
+        adapter = await self._in_loader(lambda: self._pack(weights))
+        try:
+            return await self._on_engine(lambda: self._engine.residency.add_guest(adapter))
+        except MemoryError:
+            return False
+
     async def unload_adapter(self, digest: str, timeout_s: float = 30.0) -> ResidentAdapter | None:
         """Drain and free a version. Raises: TimeoutError; it then goes when its requests end."""
         done = asyncio.wrap_future(self._engine.unload(digest))

@@ -90,6 +90,9 @@ class GenerationEngine(Protocol):
     async def load_adapter(self, weights: AdapterWeights) -> None:
         """Put a version into host memory; a repeat is a no-op."""
 
+    async def load_guest(self, weights: AdapterWeights) -> bool:
+        """Bring a version to host memory and device if no other has to go; False: it would."""
+
     def is_loaded(self, digest: str) -> bool:
         """Whether a request for this digest can be submitted now."""
 

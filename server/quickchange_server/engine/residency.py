@@ -71,6 +71,15 @@ class AdapterResidency:
         with self._lock:
             self._add_host(adapter)
 
+    def add_guest(self, adapter: HostAdapter) -> bool:
+        """Keep a host copy and bring it to the device, if there is room that nobody has."""
+        with self._lock:
+            is_free = self.host_bytes + adapter.num_bytes <= self._host_ceiling_bytes
+            if not is_free or not self.pool.has_free_room(adapter):
+                return False
+            self._add_host(adapter)
+            return self.activate(adapter.digest)
+
     def _add_host(self, adapter: HostAdapter) -> None:
         if adapter.digest in self._leaving:
             raise MemoryError(f"adapter {adapter.digest[:12]} is being unloaded: try again")
