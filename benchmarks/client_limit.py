@@ -18,11 +18,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.closed_loop import ClosedLoop, Work
 from benchmarks.failure import exit_on_failure
 from benchmarks.machine import Machine
 from benchmarks.report import Report, add_output_options, markdown_table
 from benchmarks.server_process import Target
-from benchmarks.throughput import ClosedLoop, Work
 from benchmarks.workload import Prompts, Scenario
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: %s\r\nTransfer-Encoding: chunked\r\n\r\n"

@@ -1,4 +1,4 @@
-"""The server under test: `quickchange serve` as a child process, and what is asked beside text.
+"""The server under test: a child process, and what is asked of it beside text.
 
 Waits until the server is ready, uploads adapters over REST, reads CPU time, and stops it again.
 """
@@ -10,11 +10,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import httpx
 import psutil
@@ -23,6 +23,7 @@ from benchmarks.failure import BenchmarkFailure
 
 READY_TIMEOUT_S = 600.0
 STOP_TIMEOUT_S = 60.0
+CHILDREN_TIMEOUT_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,28 @@ class Target:
     def unmerge(self, name: str) -> None:
         """Drop the merged copy."""
         self._call("POST", f"/v1/adapters/{name}/unmerge")
+
+    def load(self, name: str) -> None:
+        """Bring an adapter into host memory."""
+        self._call("POST", f"/v1/adapters/{name}/load")
+
+    def unload(self, name: str) -> None:
+        """Give an adapter's device and host bytes back."""
+        self._call("POST", f"/v1/adapters/{name}/unload")
+
+    def delete(self, name: str) -> None:
+        """Delete an adapter with all its versions."""
+        self._call("DELETE", f"/v1/adapters/{name}")
+
+    def memory(self) -> dict[str, int]:
+        """Return bytes by part, as GET /v1/memory has them."""
+        parts: dict[str, int] = self._call("GET", "/v1/memory")["bytes"]
+        return parts
+
+    def complete(self, model: str, prompt: str, num_tokens: int) -> None:
+        """Generate so many tokens without streaming."""
+        body = {"model": model, "prompt": prompt, "max_tokens": num_tokens, "ignore_eos": True}
+        self._call("POST", "/v1/completions", json={**body, "temperature": 0})
 
     def cpu_s(self) -> float:
         """Return the CPU seconds of the server and its children so far; NaN if not ours."""
@@ -84,20 +107,35 @@ class Target:
 def serving(arguments: Sequence[str]) -> Iterator[Target]:
     """Run `quickchange serve` with these arguments and a store of its own; stop it at the end.
 
-    Prints the end of the server's log when something fails.
-
     Raises: BenchmarkFailure if it does not become ready.
     """
     with tempfile.TemporaryDirectory(prefix="quickchange-bench-") as folder:
-        port = _free_port()
+        port = free_port()
         command = [sys.executable, "-m", "quickchange_server.cli", "serve", "--port", str(port)]
         command += ["--store", f"{folder}/store", *arguments]
-        log = Path(folder) / "server.log"
-        with log.open("wb") as output:
-            child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        with running(command, f"http://127.0.0.1:{port}", "/readyz") as target:
+            yield target
+
+
+@contextmanager
+def running(
+    command: Sequence[str],
+    url: str,
+    ready_path: str,
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[Target]:
+    """Run a server's command until the end of the block; wait until its path answers 200.
+
+    Prints the end of the server's log when something fails. All its child processes end with it.
+
+    Raises: BenchmarkFailure if it does not become ready.
+    """
+    with tempfile.TemporaryFile() as log:
+        child = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **(environment or {})}
+        )
         try:
-            url = f"http://127.0.0.1:{port}"
-            _wait_until_ready(url, child)
+            _wait_until_ready(url + ready_path, child, log)
             yield Target(url, psutil.Process(child.pid))
         except Exception:
             print(f"the server's log ends:\n{_tail(log)}", file=sys.stderr)
@@ -123,34 +161,51 @@ def checkpoint_dtype(folder: Path) -> str:
     return str(config.get("dtype") or config.get("torch_dtype") or "float32")
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port of the loopback that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
 
 
-def _wait_until_ready(url: str, child: "subprocess.Popen[bytes]") -> None:
+def _wait_until_ready(address: str, child: "subprocess.Popen[bytes]", log: IO[bytes]) -> None:
     deadline = time.monotonic() + READY_TIMEOUT_S
     while time.monotonic() < deadline and child.poll() is None:
         try:
-            if httpx.get(f"{url}/readyz", timeout=5).status_code == 200:
+            if httpx.get(address, timeout=5).status_code == 200:
                 return
         except httpx.TransportError:
             pass
         time.sleep(0.1)
     state = "is not ready" if child.poll() is None else f"ended with {child.returncode}"
-    raise BenchmarkFailure(f"the server {state}")
+    raise BenchmarkFailure(f"the server {state}: {last_line(_tail(log))}")
 
 
-def _tail(log: Path) -> str:
-    return log.read_text(errors="replace")[-3000:]
+def last_line(text: str) -> str:
+    """Return the last line that says something, for a sentence about what failed."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1][:300] if lines else "it printed nothing"
+
+
+def _tail(log: IO[bytes]) -> str:
+    """Return the end of a log, without moving the place where the child writes."""
+    start = max(0, os.fstat(log.fileno()).st_size - 3000)
+    return os.pread(log.fileno(), 3000, start).decode(errors="replace")
 
 
 def _stop(child: "subprocess.Popen[bytes]") -> None:
+    """End a server, and whichever of its child processes outlive it."""
+    try:
+        family = psutil.Process(child.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        family = []
     child.terminate()
     try:
         child.wait(STOP_TIMEOUT_S)
     except subprocess.TimeoutExpired:
         child.kill()
         child.wait()
+    _, survivors = psutil.wait_procs(family, timeout=CHILDREN_TIMEOUT_S)
+    for survivor in survivors:
+        survivor.kill()

@@ -1,8 +1,6 @@
 """The closed loop against a server with ready-made answers."""
 
 import asyncio
-import json
-import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -10,41 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.client_limit import ReadyMadeServer
+from benchmarks.closed_loop import ClosedLoop, Work
 from benchmarks.failure import BenchmarkFailure
 from benchmarks.machine import ROOT
 from benchmarks.server_process import Target
-from benchmarks.throughput import ClosedLoop, Work
 from benchmarks.workload import Prompts, Scenario
-
-NUM_TOKENS = 5
-
-
-class RecordingServer(ReadyMadeServer):
-    """Keeps the bodies that it is sent, and how many requests ran at once."""
-
-    def __init__(self) -> None:
-        super().__init__(NUM_TOKENS, interval_s=0.001)
-        self.bodies: list[dict[str, object]] = []
-        self.num_running = 0
-        self.max_running = 0
-
-    async def complete(self, body: bytes, writer: asyncio.StreamWriter) -> None:
-        self.bodies.append(json.loads(body))
-        self.num_running += 1
-        self.max_running = max(self.max_running, self.num_running)
-        await super().complete(body, writer)
-        self.num_running -= 1
+from tests.benchmarks.recording_server import NUM_TOKENS, RecordingServer, recording
 
 
 @pytest.fixture
 async def server() -> AsyncIterator[tuple[RecordingServer, Target]]:
-    recording = RecordingServer()
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        task = asyncio.create_task(recording.run(listener))
-        yield recording, Target(f"http://127.0.0.1:{listener.getsockname()[1]}")
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+    async with recording() as both:
+        yield both
 
 
 async def loop_of(target: Target, num_tokens: int = NUM_TOKENS) -> ClosedLoop:
