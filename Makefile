@@ -1,7 +1,7 @@
 # Everything a person or a build runs. `make help` lists it.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev serve test check format bench clean
+.PHONY: help setup setup-dev serve test check format bench bench-peers clean
 
 PYTHON ?= python3
 TORCH ?= auto
@@ -10,11 +10,11 @@ BIN := .venv/bin
 SENTIMENT := adapters/examples/sentiment/adapter
 
 help: ## Show what make can do
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo '  TORCH=auto|cpu|cuda   which build of torch setup installs (default: auto)'
 	@echo '  PYTHON=python3.12     which Python makes .venv (default: python3, at least 3.11)'
-	@echo '  ARGS="--port 8001"    more options for serve, test and bench'
+	@echo '  ARGS="--port 8001"    more options for serve, test, bench and bench-peers'
 
 setup: ## Make .venv and install the server and the client into it
 	@PYTHON='$(PYTHON)' TORCH='$(TORCH)' tools/setup.sh runtime
@@ -40,6 +40,9 @@ format: setup-dev ## Put the code into the house's format
 bench: setup ## Measure throughput and latency of a server that it starts
 	$(BIN)/python benchmarks/throughput.py $(ARGS)
 
-clean: ## Remove .venv and everything that was built (not the downloaded base)
-	rm -rf .venv dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+bench-peers: setup ## Compare with PEFT, vLLM and llama.cpp, installed into .bench (takes an hour)
+	$(BIN)/python benchmarks/peers/compare.py $(ARGS)
+
+clean: ## Remove .venv, .bench and everything that was built (not the downloaded base)
+	rm -rf .venv .bench dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
