@@ -71,10 +71,11 @@ class Target:
         parts: dict[str, int] = self._call("GET", "/v1/memory")["bytes"]
         return parts
 
-    def complete(self, model: str, prompt: str, num_tokens: int) -> None:
-        """Generate so many tokens without streaming."""
-        body = {"model": model, "prompt": prompt, "max_tokens": num_tokens, "ignore_eos": True}
-        self._call("POST", "/v1/completions", json={**body, "temperature": 0})
+    def complete(self, selection: Mapping[str, object], prompt: str, num_tokens: int) -> str:
+        """Generate so many tokens without streaming, and return their text."""
+        asked = {"prompt": prompt, "max_tokens": num_tokens, "ignore_eos": True, "temperature": 0}
+        answer = self._call("POST", "/v1/completions", json={**selection, **asked})
+        return str(answer["choices"][0]["text"])
 
     def cpu_s(self) -> float:
         """Return the CPU seconds of the server and its children so far; NaN if not ours."""

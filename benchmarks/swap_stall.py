@@ -151,7 +151,7 @@ class StallBench:
             connection.close()
 
     def _ask(self, model: str) -> None:
-        self._target.complete(model, self._work.prompts.take(), 1)
+        self._target.complete({"model": model}, self._work.prompts.take(), 1)
 
     def _swap(self) -> None:
         name = adapter_name(1)

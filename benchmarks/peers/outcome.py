@@ -63,7 +63,7 @@ def ratio_table(outcomes: Outcomes, own: str, scenarios: Sequence[Scenario]) -> 
     peers = [name for name in outcomes if name != own]
     header = ["tokens/s out", own]
     for peer in peers:
-        header += [peer, f"{own} / it"]
+        header += [peer, f"{own} / {peer}"]
     rows = [_ratio_row(outcomes, own, peers, scenario) for scenario in scenarios]
     return markdown_table([*header, f"{own} / best peer"], rows)
 

@@ -19,6 +19,7 @@ from benchmarks.timing import Figures
 from benchmarks.workload import Scenario, max_adapters
 
 SCENARIO_TIMEOUT_S = 900.0
+NUM_CHECKED_TOKENS = 16
 
 T = TypeVar("T")
 Measured = tuple[Scenario, Figures]
@@ -90,12 +91,29 @@ class ServerSystem(System):
 
     def measure(self, scenarios: Sequence[Scenario]) -> Iterator[Measured]:
         """Start the server, warm it up, run each scenario once, stop it."""
-        with self.serving(max_adapters(scenarios)) as target:
+        num_adapters = max_adapters(scenarios)
+        with self.serving(num_adapters) as target:
+            if num_adapters:
+                check_adapter_acts(target, self.select, self.job.work.prompts.take())
             loop = ClosedLoop(target, self.job.work, self.select)
             for scenario in scenarios:
                 _finish(loop.warm_up(scenario), scenario)
             for scenario in scenarios:
                 yield scenario, _finish(loop.measure(scenario), scenario)
+
+
+def check_adapter_acts(target: Target, select: Selector, prompt: str) -> None:
+    """Ask the base and an adapter the same: a peer that leaves the adapter out is not measured.
+
+    Raises: BenchmarkFailure when their greedy answers are equal.
+    """
+    base_name = target.base_name()
+    texts = {
+        target.complete(select(base_name, adapter), prompt, NUM_CHECKED_TOKENS)
+        for adapter in (None, 0)
+    }
+    if len(texts) == 1:
+        raise BenchmarkFailure(f"an adapter changes nothing: it and the base say {texts.pop()!r}")
 
 
 def with_and_without_adapters(scenarios: Sequence[Scenario]) -> list[list[Scenario]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.closed_loop import Selector, Work
+from benchmarks.closed_loop import Selector, Work, by_model
 from benchmarks.failure import BenchmarkFailure
 from benchmarks.machine import ROOT
 from benchmarks.peers.compare import prepared, read_systems, run_all
@@ -28,6 +28,7 @@ from benchmarks.peers.system import (
     Measured,
     ServerSystem,
     System,
+    check_adapter_acts,
     with_and_without_adapters,
 )
 from benchmarks.peers.vllm_server import VllmServer
@@ -185,6 +186,15 @@ async def test_a_server_is_warmed_and_asked_in_its_own_words(tmp_path: Path) -> 
     assert loras[:2] == [[], []]
     one, other = ([{"id": number, "scale": 1.0}] for number in range(2))
     assert (loras.count(one), loras.count(other)) == (2, 2)
+
+
+async def test_a_server_that_leaves_the_adapter_out_is_not_measured(tmp_path: Path) -> None:
+    for select in (by_model, LlamaServer(job_of(tmp_path), tmp_path).select):
+        async with recording(is_deaf=True) as (_, target):
+            with pytest.raises(BenchmarkFailure, match="an adapter changes nothing"):
+                await asyncio.to_thread(check_adapter_acts, target, select, "Once")
+        async with recording() as (_, target):
+            await asyncio.to_thread(check_adapter_acts, target, select, "Once")
 
 
 def warmed_and_measured(server: RecordingServer) -> tuple[int, int]:
