@@ -5,7 +5,7 @@ second. Needs torch and transformers only, and runs from the source tree:
 
     PYTHONPATH=server:adapters python benchmarks/engine.py --model BASE_FOLDER --device cpu
 
-`--profile torch` or `--profile python` prints where the time of a decode step goes, per scenario.
+`--profile torch`, `python` or `native` prints where the time of a decode step goes, per scenario.
 """
 
 import argparse
@@ -31,6 +31,7 @@ def parsed_options() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, required=True, help="folder of the base")
     parser.add_argument("--device", default="cpu", help="cpu or cuda[:N]")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--kernels", default="auto", help="auto, native or plain")
     parser.add_argument(
         "--scenarios",
         type=option_type(parse_scenarios),
@@ -45,7 +46,9 @@ def parsed_options() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--kv-cache-mib", type=int, default=1024)
     parser.add_argument("--adapter-device-mib", type=int, default=1024)
-    parser.add_argument("--profile", choices=("torch", "python"), help="profile decode steps")
+    parser.add_argument(
+        "--profile", choices=("torch", "python", "native"), help="profile decode steps"
+    )
     parser.add_argument("--profile-steps", type=int, default=20)
     add_output_options(parser)
     return parser.parse_args()
@@ -57,6 +60,7 @@ def settings_of(options: argparse.Namespace, dtype: str, bandwidth: float) -> di
         "server": "none: EngineClient in this process",
         "base": options.model.name,
         "dtype, device": f"{dtype}, {options.device}",
+        "kernels": options.kernels,
         "work": f"prompts of {options.prompt_tokens} tokens, {options.tokens} tokens out, greedy, "
         f"end of text ignored, at most {options.max_step_tokens} tokens a step",
         "adapters": f"rank {options.rank} on every linear of the blocks, in turn over the rows",

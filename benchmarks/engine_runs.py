@@ -98,6 +98,7 @@ class EngineBench:
         settings = EngineSettings(
             device=options.device,
             dtype=options.dtype,
+            kernels=options.kernels,
             kv_cache_bytes=options.kv_cache_mib * MIB,
             adapter_device_bytes=options.adapter_device_mib * MIB,
             adapter_host_bytes=64 * options.adapter_device_mib * MIB,
@@ -133,7 +134,9 @@ class EngineBench:
         """Print where the time of decode steps goes, one scenario after the other."""
         async with self._started(num_adapters):
             for scenario in scenarios:
-                profiler = StepProfiler(self._options.profile, self._options.profile_steps)
+                kind = self._options.profile
+                native = self._engine._engine.runner.native if kind == "native" else None
+                profiler = StepProfiler(kind, self._options.profile_steps, native)
                 async with self._prepared(scenario):
                     await self._decode(scenario, num_tokens=8)
                     self._recorder.profiler = profiler

@@ -10,21 +10,30 @@ import pstats
 from typing import Literal
 
 import torch
+from quickchange_server.engine.native_step import NativeStep
 
 from benchmarks.failure import BenchmarkFailure
+from benchmarks.report import markdown_table
 
 NUM_LINES = 30
 
-ProfilerKind = Literal["torch", "python"]
+ProfilerKind = Literal["torch", "python", "native"]
 
 
 class StepProfiler:
     """Switched on by the first decode step, off after `num_steps` more.
 
-    `torch` shows operators, `python` functions. Profiling slows the steps: read shares, not times.
+    `torch` shows operators, `python` functions, `native` the stages of the native library. The
+    first two slow the steps: read shares, not times.
     """
 
-    def __init__(self, kind: ProfilerKind, num_steps: int) -> None:
+    def __init__(
+        self, kind: ProfilerKind, num_steps: int, native: NativeStep | None = None
+    ) -> None:
+        if kind == "native" and native is None:
+            raise BenchmarkFailure("native kernels do not run this base here")
+        self._native = native
+        self._seconds: dict[str, float] = {}
         self._kind = kind
         self._num_steps = num_steps
         self._num_seen = 0
@@ -55,18 +64,32 @@ class StepProfiler:
             text = io.StringIO()
             pstats.Stats(self._python, stream=text).sort_stats("tottime").print_stats(NUM_LINES)
             return text.getvalue()
+        if self._kind == "native":
+            return self._stages()
         table: str = self._torch.key_averages().table(
             sort_by="self_cpu_time_total", row_limit=NUM_LINES, max_name_column_width=40
         )
         return f"{self._num_steps} decode steps\n{table}"
 
+    def _stages(self) -> str:
+        milliseconds = {name: 1e3 * s / self._num_steps for name, s in self._seconds.items()}
+        rows = [(name, f"{each:.2f}") for name, each in milliseconds.items()]
+        rows.append(("all stages", f"{sum(milliseconds.values()):.2f}"))
+        return f"{self._num_steps} decode steps\n{markdown_table(('stage', 'ms a step'), rows)}"
+
     def _start(self) -> None:
+        if self._native is not None:
+            self._native.start_clock()
+            return
         if self._kind == "python":
             self._python.enable()
         else:
             self._torch.start()
 
     def _stop(self) -> None:
+        if self._native is not None:
+            self._seconds = self._native.read_clock()
+            return
         if self._kind == "python":
             self._python.disable()
         else:

@@ -25,6 +25,7 @@ def make_bench(tiny_base: Path) -> MakeBench:
             model=tiny_base,
             device="cpu",
             dtype="float32",
+            kernels="auto",
             scenarios=SCENARIOS,
             prompt_tokens=8,
             tokens=16,

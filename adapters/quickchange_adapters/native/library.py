@@ -115,6 +115,7 @@ class Step(Structure):
         ("wanted", c_void_p),
         ("wanted_hidden", c_void_p),
         ("logits", c_void_p),
+        ("stage_seconds", c_void_p),
     ]
 
 

@@ -13,7 +13,10 @@
 // All threads go through the stages together; a barrier stands between two of them.
 #pragma once
 
+#include <omp.h>
+
 #include <array>
+#include <chrono>
 
 #include "attention.h"
 #include "deltas.h"
@@ -32,7 +35,10 @@ struct Scratch {
 class StepRun {
  public:
   StepRun(const Model& model, const Step& step, Scratch& scratch, Team& team)
-      : model_(model), step_(step), scratch_(scratch), team_(team), attention_(model, step) {}
+      : model_(model), step_(step), scratch_(scratch), team_(team), attention_(model, step) {
+    if (step.stage_seconds && omp_get_thread_num() == 0) clock_ = step.stage_seconds;
+    last_ = Clock::now();
+  }
 
   static int num_stages(const Model& model) { return model.num_layers * kStagesOfLayer + 2; }
 
@@ -56,6 +62,8 @@ class StepRun {
   }
 
  private:
+  using Clock = std::chrono::steady_clock;
+
   static constexpr int kStagesOfLayer = 12;
   static constexpr int kFewTokens = 4;
 
@@ -81,19 +89,30 @@ class StepRun {
     add_to_hidden(stage++, kDown, layer.down, index, scratch_.active.data(), model_.intermediate);
   }
 
+  // Ends a stage for all threads; the first one notes how long it took, if somebody wants to know.
+  void end(int stage) {
+    team_.wait();
+    if (!clock_) return;
+    const int first_of_head = model_.num_layers * kStagesOfLayer;
+    const auto now = Clock::now();
+    const int place = stage < first_of_head ? stage % kStagesOfLayer : kStagesOfLayer + stage - first_of_head;
+    clock_[place] += std::chrono::duration<double>(now - last_).count();
+    last_ = now;
+  }
+
   void norm(int stage, const bf16* weight) {
     team_.share(stage, step_.num_tokens, [&](int token) {
       const std::int64_t at = static_cast<std::int64_t>(token) * model_.width;
       normalise(step_.hidden + at, model_.width, weight, model_.epsilon, scratch_.normed.data() + at);
     });
-    team_.wait();
+    end(stage);
   }
 
   void shrink(int stage, Group group, int layer, const bf16* x, std::int64_t stride) {
     GroupDeltas& deltas = scratch_.deltas[group];
     if (deltas.num_units() == 0) return;
     team_.share(stage, deltas.num_units(), [&](int unit) { deltas.shrink(unit, layer, x, stride); });
-    team_.wait();
+    end(stage);
   }
 
   // Computes one panel of a group for a tile of tokens: product, bias and deltas.
@@ -117,7 +136,7 @@ class StepRun {
         }
       });
     });
-    team_.wait();
+    end(stage);
   }
 
   void store(int stage, const Layer& layer) {
@@ -125,7 +144,7 @@ class StepRun {
     team_.share(stage, step_.num_tokens, [&](int token) {
       attention_.store(layer, token, scratch_.qkv.data() + static_cast<std::int64_t>(token) * num_outputs);
     });
-    team_.wait();
+    end(stage);
   }
 
   // A unit is some heads of one KV head: as many as can share its values, or one where tokens are few.
@@ -144,7 +163,7 @@ class StepRun {
       attention_.attend(layer, token, head, std::min(together, groups - within),
                         scratch_.qkv.data() + row + head * width, &scores_, scratch_.attended.data() + out);
     });
-    team_.wait();
+    end(stage);
   }
 
   void add_to_hidden(int stage, Group group, const Linear& linear, int index, const bf16* x, int num_inputs) {
@@ -159,7 +178,7 @@ class StepRun {
         }
       });
     });
-    team_.wait();
+    end(stage);
   }
 
   void activate(int stage, const Layer& layer, int index) {
@@ -179,7 +198,7 @@ class StepRun {
         }
       });
     });
-    team_.wait();
+    end(stage);
   }
 
   __m512 activation(__m512 x) const {
@@ -195,18 +214,19 @@ class StepRun {
   }
 
   void run_head() {
-    int stage = model_.num_layers * kStagesOfLayer;
-    team_.share(stage++, step_.num_wanted, [&](int i) {
+    const int stage = model_.num_layers * kStagesOfLayer;
+    team_.share(stage, step_.num_wanted, [&](int i) {
       const bf16* hidden = step_.hidden + static_cast<std::int64_t>(step_.wanted[i]) * model_.width;
       bf16* out = step_.wanted_hidden + static_cast<std::int64_t>(i) * model_.width;
       normalise(hidden, model_.width, model_.final_norm, model_.epsilon, out);
     });
-    team_.wait();
+    end(stage);
     const int num_panels = (model_.vocabulary + kPanel - 1) / kPanel;
     constexpr int kChunk = 4;
-    team_.share(stage, (num_panels + kChunk - 1) / kChunk, [&](int chunk) {
+    team_.share(stage + 1, (num_panels + kChunk - 1) / kChunk, [&](int chunk) {
       for (int panel = chunk * kChunk; panel < std::min(num_panels, (chunk + 1) * kChunk); ++panel) head_panel(panel);
     });
+    end(stage + 1);
   }
 
   void head_panel(int panel) {
@@ -230,6 +250,8 @@ class StepRun {
   Team& team_;
   Attention attention_;
   std::vector<float> scores_;  // this thread's
+  double* clock_ = nullptr;
+  Clock::time_point last_;
 };
 
 }  // namespace quickchange

@@ -81,6 +81,7 @@ struct Step {
   const std::int32_t* wanted;  // [wanted]: tokens whose logits are wanted
   bf16* wanted_hidden;         // [wanted, width]: normed
   float* logits;               // [wanted, vocabulary]
+  double* stage_seconds;       // of each stage, over all layers, added to; null: not measured
 };
 
 }  // extern "C"

@@ -31,6 +31,13 @@ ROLES = (
     ("down", "mlp.down_proj", 1),
 )
 """The library's groups in its order: field of a layer, first linear, number of parts."""
+STAGES = (
+    *("attention norm", "A of qkv", "qkv", "rotate and store", "attention"),
+    *("A of output", "output", "feed-forward norm", "A of gate and up", "gate and up"),
+    *("A of down", "down", "final norm", "head"),
+)
+"""The library's stages in its order; `A of` are the adapters' first halves, the second are in the
+product's own stage."""
 MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 ACTIVATIONS = {"silu": 0, "swish": 0, "gelu_pytorch_tanh": 1}
 KEYS_TOGETHER = 16
@@ -106,6 +113,7 @@ class NativeStep:
         self._tables = _rotary_tables(base, max_model_len)
         self._layers = self._make_layers()
         self._model = self._make_model(pool)
+        self._clock: Any = None
         self._scratch = ctypes.c_void_p(self._library.qc_new_scratch())
 
     def __del__(self) -> None:
@@ -143,10 +151,19 @@ class NativeStep:
             wanted=_address(wanted),
             wanted_hidden=hidden.data_ptr(),
             logits=logits.data_ptr(),
+            stage_seconds=None if self._clock is None else ctypes.addressof(self._clock),
         )
         if self._library.qc_run_step(self._model, call, self._scratch):
             raise MemoryError("not enough memory for a step's buffers")
         return logits, hidden
+
+    def start_clock(self) -> None:
+        """Measure from now on how long each stage takes, from zero."""
+        self._clock = (ctypes.c_double * len(STAGES))()
+
+    def read_clock(self) -> dict[str, float]:
+        """Return seconds per stage over all layers and steps since `start_clock`."""
+        return dict(zip(STAGES, self._clock, strict=True))
 
     def _delta_tables(self, blocks: Sequence[RowBlock]) -> tuple[Any, Any, int]:
         """Return row blocks, and for each group the place of every term's rank rows."""

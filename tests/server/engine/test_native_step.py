@@ -298,3 +298,16 @@ def test_a_base_that_the_library_cannot_run_takes_the_plain_paths(
     assert load_base(folder, EngineSettings(dtype=dtype)).native is None
     with pytest.raises(UnsupportedBase, match="native kernels"):
         load_base(folder, EngineSettings(dtype=dtype, kernels="native"))
+
+
+async def test_the_stages_of_a_step_are_measured_when_somebody_asks(base_of: Any) -> None:
+    async with serving(base_of("llama"), []) as engine:
+        native = engine._engine.runner.native
+        assert native is not None
+        await collect(engine.generate(ask("unseen", prompt_of(20, 1))))
+        native.start_clock()
+        assert set(native.read_clock().values()) == {0.0}
+        await collect(engine.generate(ask("seen", prompt_of(20, 2))))
+        seconds = native.read_clock()
+    idle = {"A of qkv", "A of output", "A of gate and up", "A of down"}
+    assert {stage for stage, value in seconds.items() if value == 0} == idle
