@@ -17,10 +17,15 @@ COMMAND = str(Path(sys.executable).with_name("quickchange"))
 
 
 @contextmanager
-def real_server(base: Path, store: Path, served_name: str) -> Iterator[str]:
-    """Give the address of a server for `base` that keeps its adapters in `store`."""
+def real_server(
+    base: Path, store: Path, served_name: str, *, name: str = "server"
+) -> Iterator[str]:
+    """Give the address of a server for `base` that keeps its adapters in `store`.
+
+    `name` tells the logs of several servers on one store apart.
+    """
     url = f"http://127.0.0.1:{_free_port()}"
-    log = store.with_suffix(".log")
+    log = store.with_name(f"{store.name}-{name}.log")
     words = [COMMAND, "serve", "--model", str(base), "--served-model-name", served_name]
     words += ["--store", str(store), "--port", url.rpartition(":")[2], "--device", "cpu"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
