@@ -62,6 +62,7 @@ class FakeServer:
         self.adapters: dict[str, StoredAdapter] = {}
         self.requests: list[tuple[str, str, Json]] = []
         self.headers: list[dict[str, str]] = []
+        self.scopes: list[str] = []
         self.next_answers: deque[Response] = deque()
         self.api_key: str | None = None
         adapter = "/v1/adapters/{name}"
@@ -316,7 +317,10 @@ class FakeServer:
         stored = self.adapters[name]
         version = stored.versions[body.get("version", stored.aliases["default"])]
         version["merged"] = verb == "merge"
+        version["pinned"] = verb == "pin"
+        version["state"] = "disabled" if verb == "disable" else "ready"
         version["tier"] = "disk" if verb == "unload" else "host"
+        self.scopes.append(request.query_params.get("scope", "catalog"))
         return JSONResponse(
             {
                 "object": "adapter.action",
@@ -324,7 +328,9 @@ class FakeServer:
                 "name": name,
                 "version": version["version"],
                 "digest": version["digest"],
+                "state": version["state"],
                 "tier": version["tier"],
+                "pinned": version["pinned"],
                 "merged": version["merged"],
                 "bytes": {"host": 10, "device": 20, "merged": 3000 if version["merged"] else 0},
                 "freed_bytes": {"merged": 0 if version["merged"] else 3000},

@@ -82,6 +82,10 @@ async def test_an_adapter_from_upload_to_deletion(
     assert (await adapters.delete_alias("x", "prod")).aliases == {"default": 1}
     assert (await adapters.merge("x")).merged
     assert not (await adapters.unmerge("x", 1)).merged
+    assert (await adapters.pin("x", here_only=True)).pinned
+    assert not (await adapters.unpin("x")).pinned
+    assert (await adapters.disable("x")).state == "disabled"
+    assert (await adapters.enable("x")).state == "ready"
     assert (await adapters.load("x")).tier == "host"
     assert (await adapters.unload("x")).tier == "disk"
     assert (await adapters.get_version("x", 1)).name == (await adapters.get("x")).name

@@ -19,8 +19,8 @@ SAID = "".join(WORDS)
 COMMANDS = sorted(str(command.name) for command in app.registered_commands)
 HEADINGS = ["NAME", "ALIASES", "VERSIONS", "TIER", "RANK", "BYTES", "LAST USED"]
 OWN = sorted(
-    ("alias", "generate", "list", "load", "memory", "merge", "pull", "push", "rm", "show")
-    + ("unload", "unmerge", "validate")
+    ("alias", "disable", "enable", "generate", "list", "load", "memory", "merge", "pin", "pull")
+    + ("push", "rm", "rollback", "show", "unload", "unmerge", "unpin", "validate")
 )
 
 
@@ -184,6 +184,16 @@ def test_alias(run_command: RunCommand, fake_server: FakeServer, pushed: str) ->
     result = run_command("alias", pushed, "canary", "--delete", "--json")
     assert json.loads(result.stdout)["aliases"] == {"default": 1}
     assert run_command("alias", pushed, "canary", "--delete").exit_code == 1
+
+
+def test_pin_and_disable(run_command: RunCommand, fake_server: FakeServer, pushed: str) -> None:
+    pinned = run_command("pin", f"{pushed}:1", "--here")
+    assert (pinned.exit_code, "pinned" in pinned.stdout) == (0, True)
+    assert fake_server.requests[-1] == ("POST", f"/v1/adapters/{pushed}/pin", {"version": 1})
+    assert not json.loads(run_command("unpin", pushed, "--json").stdout)["pinned"]
+    assert "disabled" in run_command("disable", pushed).stdout
+    assert run_command("enable", pushed).exit_code == 0
+    assert fake_server.scopes == ["replica", "catalog", "catalog", "catalog"]
 
 
 def test_merge_and_unmerge(run_command: RunCommand, fake_server: FakeServer, pushed: str) -> None:

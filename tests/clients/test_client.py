@@ -179,6 +179,19 @@ def test_load_merge_and_back(client: Quickchange, adapter_folder: Path, other_fo
     assert (unmerged.merged, unmerged.freed_bytes["merged"]) == (False, 3000)
 
 
+def test_pin_and_disable_everywhere_or_here(
+    client: Quickchange, fake_server: FakeServer, adapter_folder: Path
+) -> None:
+    client.adapters.upload(adapter_folder, name="x")
+    assert client.adapters.pin("x").pinned
+    assert not client.adapters.unpin("x", 1, here_only=True).pinned
+    assert client.adapters.disable("x", if_match='"7"').state == "disabled"
+    assert fake_server.headers[-1]["if-match"] == '"7"'
+    assert client.adapters.enable("x", here_only=True).state == "ready"
+    assert client.adapters.merge("x", here_only=True).merged
+    assert fake_server.scopes == ["catalog", "replica", "catalog", "replica", "replica"]
+
+
 def test_models_memory_and_health(client: Quickchange, adapter_folder: Path) -> None:
     client.adapters.upload(adapter_folder, name="x")
     assert [model.id for model in client.models.list().data] == [BASE, "x"]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from quickchange_client import (
+    ArgumentInvalid,
     AsyncQuickchange,
     Conflict,
     ContextLengthExceeded,
@@ -103,6 +104,37 @@ def test_an_adapter_from_upload_to_deletion(client: Quickchange, make_adapter: M
     assert gone.freed_bytes["disk"] > 0
     with pytest.raises(NotFound):
         client.chat("sentiment", "x")
+
+
+def test_a_rollback_takes_an_alias_back_and_forth(
+    client: Quickchange, make_adapter: MakeAdapter
+) -> None:
+    client.adapters.upload(make_adapter(seed=1), name="r")
+    with pytest.raises(ArgumentInvalid, match="no other version"):
+        client.adapters.rollback("r")
+    client.adapters.upload(make_adapter(seed=2), name="r", alias="default")
+    client.adapters.upload(make_adapter(seed=3), name="r", alias="default")
+    assert client.adapters.rollback("r").aliases == {"default": 2}
+    assert client.adapters.rollback("r").aliases == {"default": 3}
+    client.adapters.disable("r", 2)
+    assert client.adapters.rollback("r").aliases == {"default": 1}
+    for _ in range(50):  # more events than a page holds
+        client.adapters.set_alias("r", "canary", 1)
+        client.adapters.set_alias("r", "canary", 3)
+    done = client.adapters.events("r")
+    assert len(done) > 100
+    assert [event.action for event in done[:3]] == ["publish", "publish", "set_alias"]
+    assert len({event.id for event in done}) == len(done)
+    assert client.adapters.rollback("r", "canary").aliases["canary"] == 1
+
+
+def test_pinned_until_unpinned(client: Quickchange, make_adapter: MakeAdapter) -> None:
+    client.adapters.upload(make_adapter(seed=4), name="p")
+    assert client.adapters.pin("p").pinned
+    with pytest.raises(Conflict, match="unpin it first"):
+        client.adapters.unload("p")
+    assert not client.adapters.unpin("p").pinned
+    assert client.adapters.unload("p").tier == "disk"
 
 
 def test_merged_and_unmerged_answer_alike(client: Quickchange, make_adapter: MakeAdapter) -> None:

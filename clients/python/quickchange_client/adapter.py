@@ -109,15 +109,38 @@ class AdapterDeletion(Answer):
 
 
 class AdapterAction(Answer):
-    """What a load, unload, merge or unmerge did, and where the version is now."""
+    """What an action did, and where the version is now."""
 
     action: str
     name: str
     version: int
     digest: str
+    state: str = "ready"
     tier: str
+    pinned: bool = False
     merged: bool
     bytes: dict[str, int] = Field(default_factory=dict)
     freed_bytes: dict[str, int] = Field(default_factory=dict)
     seconds: float = 0.0
     replica: str | None = None
+
+
+class AdapterEvent(Part):
+    """One line of an audit log: what was done, when (seconds since 1970), and by which key."""
+
+    id: str
+    at: float
+    action: str
+    actor: str = ""
+    version: int | None = None
+    digest: str | None = None
+    alias: str | None = None
+
+
+class EventPage(Answer):
+    """Events, oldest first; with `has_more`, ask again with `after` as large as `last_id`."""
+
+    data: list[AdapterEvent]
+    has_more: bool = False
+    first_id: str | None = None
+    last_id: str | None = None

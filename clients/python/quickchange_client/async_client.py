@@ -17,9 +17,10 @@ from quickchange_client.adapter import (
     AdapterVersion,
 )
 from quickchange_client.adapter_folder import AdapterFolder
+from quickchange_client.alias_history import DEFAULT_ALIAS, version_before
 from quickchange_client.answer import AnswerT
 from quickchange_client.call import Call, UploadOptions
-from quickchange_client.client import CHAT_PATH, COMPLETION_PATH, DEFAULT_TIMEOUT_S
+from quickchange_client.client import CHAT_PATH, COMPLETION_PATH, DEFAULT_TIMEOUT_S, Events
 from quickchange_client.connection import AsyncConnection
 from quickchange_client.download import VersionFolder
 from quickchange_client.generation import (
@@ -230,6 +231,27 @@ class AsyncAdapters:
         """Remove an alias; its version stays."""
         return await self._connection.send(call.delete_alias(name, alias, if_match))
 
+    async def events(self, name: str) -> Events:
+        """Return what was done to a name, oldest first; a deleted name keeps its log."""
+        page = await self._connection.send(call.list_events(name, 0))
+        found = page.data
+        while page.has_more:
+            page = await self._connection.send(call.list_events(name, len(found)))
+            found += page.data
+        return found
+
+    async def rollback(self, name: str, alias: str = DEFAULT_ALIAS) -> Adapter:
+        """Point an alias at what it meant before; a second time, back again.
+
+        Versions that were deleted or disabled since are passed over.
+
+        Raises: ArgumentInvalid when it meant nothing else; PreconditionFailed when somebody
+        changes the adapter meanwhile.
+        """
+        adapter = await self.get(name)
+        version = version_before(adapter, await self.events(name), alias)
+        return await self.set_alias(name, alias, version, if_match=adapter.meta.etag)
+
     async def load(self, name: str, version: int | None = None) -> AdapterAction:
         """Bring a version into host memory before the first request needs it."""
         return await self._connection.send(call.act("load", name, version))
@@ -238,13 +260,57 @@ class AsyncAdapters:
         """Give device, host and merged bytes back; the next request loads it again."""
         return await self._connection.send(call.act("unload", name, version))
 
-    async def merge(self, name: str, version: int | None = None) -> AdapterAction:
-        """Make a merged copy of the weights, beside the untouched base."""
-        return await self._connection.send(call.act("merge", name, version))
+    async def pin(
+        self, name: str, version: int | None = None, *, here_only: bool = False
+    ) -> AdapterAction:
+        """Load a version now and keep it loaded: on every server, or `here_only`."""
+        request = call.act("pin", name, version, here_only=here_only)
+        return await self._connection.send(request)
 
-    async def unmerge(self, name: str, version: int | None = None) -> AdapterAction:
+    async def unpin(
+        self, name: str, version: int | None = None, *, here_only: bool = False
+    ) -> AdapterAction:
+        """Let a version go like any other when room is needed."""
+        request = call.act("unpin", name, version, here_only=here_only)
+        return await self._connection.send(request)
+
+    async def merge(
+        self, name: str, version: int | None = None, *, here_only: bool = False
+    ) -> AdapterAction:
+        """Make a merged copy of the weights, beside the untouched base."""
+        request = call.act("merge", name, version, here_only=here_only)
+        return await self._connection.send(request)
+
+    async def unmerge(
+        self, name: str, version: int | None = None, *, here_only: bool = False
+    ) -> AdapterAction:
         """Drop the merged copy."""
-        return await self._connection.send(call.act("unmerge", name, version))
+        request = call.act("unmerge", name, version, here_only=here_only)
+        return await self._connection.send(request)
+
+    async def disable(
+        self,
+        name: str,
+        version: int | None = None,
+        *,
+        here_only: bool = False,
+        if_match: str | None = None,
+    ) -> AdapterAction:
+        """Take a version out of service: 404 to new requests; the files stay."""
+        request = call.act("disable", name, version, here_only=here_only, if_match=if_match)
+        return await self._connection.send(request)
+
+    async def enable(
+        self,
+        name: str,
+        version: int | None = None,
+        *,
+        here_only: bool = False,
+        if_match: str | None = None,
+    ) -> AdapterAction:
+        """Put a version back into service."""
+        request = call.act("enable", name, version, here_only=here_only, if_match=if_match)
+        return await self._connection.send(request)
 
 
 class AsyncModels:

@@ -12,6 +12,7 @@ from quickchange_client.adapter import (
     AdapterPage,
     AdapterReport,
     AdapterVersion,
+    EventPage,
 )
 from quickchange_client.adapter_folder import AdapterFolder
 from quickchange_client.answer import Answer, AnswerT
@@ -22,7 +23,8 @@ from quickchange_client.server_state import Health, Memory, Model, ModelList
 JSON_TYPE = "application/json"
 WEIGHTS_TYPE = "application/octet-stream"
 
-Verb = Literal["load", "unload", "merge", "unmerge"]
+Verb = Literal["load", "unload", "pin", "unpin", "merge", "unmerge", "disable", "enable"]
+MAX_EVENTS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,10 +143,29 @@ def delete_alias(name: str, alias: str, if_match: str | None) -> Call[Adapter]:
     return Call("DELETE", path, Adapter, headers=_if_match(if_match), is_repeatable=False)
 
 
-def act(verb: Verb, name: str, version: int | None) -> Call[AdapterAction]:
-    """Load, unload, merge or unmerge a version; a repeat changes nothing."""
-    body = None if version is None else {"version": version}
-    return Call("POST", _adapter_path(name, verb), AdapterAction, body=body)
+def list_events(name: str, after: int) -> Call[EventPage]:
+    """Get what was done to a name, oldest first, without the first `after`."""
+    query: dict[str, str | int | float] = {"after": after, "limit": MAX_EVENTS}
+    return Call("GET", _adapter_path(name, "events"), EventPage, query=query)
+
+
+def act(
+    verb: Verb,
+    name: str,
+    version: int | None,
+    *,
+    here_only: bool = False,
+    if_match: str | None = None,
+) -> Call[AdapterAction]:
+    """Do something to a version; a repeat changes nothing."""
+    return Call(
+        "POST",
+        _adapter_path(name, verb),
+        AdapterAction,
+        body=None if version is None else {"version": version},
+        query={"scope": "replica"} if here_only else {},
+        headers=_if_match(if_match),
+    )
 
 
 def list_models() -> Call[ModelList]:

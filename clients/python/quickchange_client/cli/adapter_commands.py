@@ -5,10 +5,8 @@ from typing import Annotated
 
 import typer
 
-from quickchange_client.call import Verb
 from quickchange_client.cli.adapter_reference import AdapterReference
 from quickchange_client.cli.adapter_tables import (
-    print_action,
     print_adapter,
     print_adapters,
     print_report,
@@ -116,8 +114,7 @@ def alias(
 ) -> None:
     """Point an alias at a version, at once for all new requests; or remove it.
 
-    The alias default is what the bare name means; to roll back, point it at
-    an earlier version.
+    The alias default is what the bare name means. See also: rollback.
 
     Examples:
         quickchange alias sentiment default 2
@@ -133,6 +130,26 @@ def alias(
             changed = client.adapters.delete_alias(name, alias)
         else:
             changed = client.adapters.set_alias(name, alias, version)
+        print_json(changed) if as_json else print_adapter(changed)
+
+
+def rollback(
+    name: NameArgument,
+    alias: Annotated[str, typer.Option("--alias", metavar="A", help="The alias.")] = "default",
+    url: UrlOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Point an alias at the version that it meant before; a second time, back.
+
+    Versions that were deleted or disabled since are passed over.
+
+    Examples:
+        quickchange rollback sentiment
+
+        quickchange rollback sentiment --alias canary
+    """
+    with session(url, as_json) as client:
+        changed = client.adapters.rollback(name, alias)
         print_json(changed) if as_json else print_adapter(changed)
 
 
@@ -165,61 +182,6 @@ def rm(
         print(f"deleted {adapter}; freed {', '.join(freed) or 'nothing'}")
     else:
         print(f"{adapter} is closed to new requests and goes when the running ones have finished")
-
-
-def load(adapter: ReferenceArgument, url: UrlOption = None, as_json: JsonOption = False) -> None:
-    """Bring an adapter into host memory before the first request needs it.
-
-    Examples:
-        quickchange load sentiment
-
-        quickchange load sentiment:2
-    """
-    _act("load", adapter, url, as_json)
-
-
-def unload(adapter: ReferenceArgument, url: UrlOption = None, as_json: JsonOption = False) -> None:
-    """Give an adapter's memory back; the next request loads it again.
-
-    Examples:
-        quickchange unload sentiment
-    """
-    _act("unload", adapter, url, as_json)
-
-
-def merge(adapter: ReferenceArgument, url: UrlOption = None, as_json: JsonOption = False) -> None:
-    """Make a merged copy of the weights for an adapter, beside the base.
-
-    Steps that serve only this adapter then run at the base's speed.
-
-    Examples:
-        quickchange merge sentiment
-
-        quickchange merge sentiment:2 --json
-    """
-    _act("merge", adapter, url, as_json)
-
-
-def unmerge(adapter: ReferenceArgument, url: UrlOption = None, as_json: JsonOption = False) -> None:
-    """Drop an adapter's merged copy and give its memory back.
-
-    Examples:
-        quickchange unmerge sentiment
-    """
-    _act("unmerge", adapter, url, as_json)
-
-
-def _act(verb: Verb, adapter: str, url: str | None, as_json: bool) -> None:
-    with session(url, as_json) as client:
-        target = AdapterReference.resolve(client, adapter)
-        does = {
-            "load": client.adapters.load,
-            "unload": client.adapters.unload,
-            "merge": client.adapters.merge,
-            "unmerge": client.adapters.unmerge,
-        }
-        action = does[verb](target.name, target.version)
-    print_json(action) if as_json else print_action(action)
 
 
 def check_folder(

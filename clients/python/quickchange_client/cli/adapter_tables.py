@@ -42,12 +42,14 @@ def print_report(report: AdapterReport) -> None:
 
 
 def print_action(action: AdapterAction) -> None:
-    """Print what a load, unload, merge or unmerge did."""
+    """Print what an action did."""
     freed = sum(action.freed_bytes.values())
     print_pairs(
         [
             ("version", f"{action.name}:{action.version}"),
+            ("state", None if action.state == "ready" else action.state),
             ("tier", action.tier),
+            ("pinned", "yes" if action.pinned else None),
             ("merged", "yes" if action.merged else "no"),
             *((f"{tier} bytes", format_bytes(n)) for tier, n in action.bytes.items() if n),
             ("freed", format_bytes(freed) if freed else None),
@@ -63,6 +65,7 @@ def _version_pairs(version: AdapterVersion) -> list[tuple[str, object]]:
         ("digest", version.digest),
         ("state", version.state),
         ("tier", version.tier),
+        ("pinned", "yes" if version.pinned else None),
         ("merged", "yes" if version.merged else None),
         ("file", format_bytes(held.file)),
         ("host", format_bytes(held.host) if held.host else None),

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from quickchange_client.cli import (
+    action_commands,
     adapter_commands,
     folder_commands,
     generate_command,
@@ -37,11 +38,16 @@ app.command("list", rich_help_panel=ADAPTERS)(adapter_commands.list_adapters)
 app.command("show", rich_help_panel=ADAPTERS)(adapter_commands.show)
 app.command("pull", rich_help_panel=ADAPTERS)(folder_commands.pull)
 app.command("alias", rich_help_panel=ADAPTERS)(adapter_commands.alias)
+app.command("rollback", rich_help_panel=ADAPTERS)(adapter_commands.rollback)
 app.command("rm", rich_help_panel=ADAPTERS)(adapter_commands.rm)
-app.command("load", rich_help_panel=ADAPTERS)(adapter_commands.load)
-app.command("unload", rich_help_panel=ADAPTERS)(adapter_commands.unload)
-app.command("merge", rich_help_panel=ADAPTERS)(adapter_commands.merge)
-app.command("unmerge", rich_help_panel=ADAPTERS)(adapter_commands.unmerge)
+app.command("load", rich_help_panel=ADAPTERS)(action_commands.load)
+app.command("unload", rich_help_panel=ADAPTERS)(action_commands.unload)
+app.command("pin", rich_help_panel=ADAPTERS)(action_commands.pin)
+app.command("unpin", rich_help_panel=ADAPTERS)(action_commands.unpin)
+app.command("merge", rich_help_panel=ADAPTERS)(action_commands.merge)
+app.command("unmerge", rich_help_panel=ADAPTERS)(action_commands.unmerge)
+app.command("disable", rich_help_panel=ADAPTERS)(action_commands.disable)
+app.command("enable", rich_help_panel=ADAPTERS)(action_commands.enable)
 app.command("memory", rich_help_panel=SERVER)(memory_command.memory)
 app.add_typer(key_commands.app, rich_help_panel=SERVER)
 add_plugins(app, rich_help_panel=SERVER)
