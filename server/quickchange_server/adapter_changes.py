@@ -1,6 +1,6 @@
 """Changes of an adapter's rows in the catalog, uploads aside: aliases, and the end of versions."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from quickchange_adapters.catalog import Catalog
 from quickchange_adapters.names import DEFAULT_TENANT, alias_problem
@@ -9,7 +9,7 @@ from quickchange_adapters.records import AdapterRecord, VersionRecord
 from quickchange_server.adapter_lookup import AdapterLookup
 from quickchange_server.adapter_remover import AdapterRemover
 from quickchange_server.adapter_upload import UploadRefused
-from quickchange_server.adapter_views import AdapterView, DeletionView, adapter_label
+from quickchange_server.adapter_views import AdapterView, DeletionView
 from quickchange_server.errors import PreconditionFailed, StorageFull, Unavailable
 from quickchange_server.live_catalog import LiveCatalog
 from quickchange_server.view_builder import ViewBuilder
@@ -119,12 +119,8 @@ class AdapterChanges:
         if_match: str | None = None,
         tenant: str = DEFAULT_TENANT,
         actor: str = "",
-        on_gone: Callable[[str], None] | None = None,
     ) -> DeletionView:
         """Take a name away with all versions and aliases, as `delete_version` does.
-
-        `on_gone` is called with what metrics call it, once nobody finds it and before what runs on
-        it is awaited: from then on the name may be somebody else's.
 
         Raises: NotFound, Conflict (static), PreconditionFailed, Unavailable.
         """
@@ -137,8 +133,6 @@ class AdapterChanges:
                 name, tenant=owner, revision=revision, actor=actor
             ),
         )
-        if on_gone is not None:
-            on_gone(adapter_label(name, owner))
         return await self._remove(name, None, gone, timeout_s)
 
     async def _remove(

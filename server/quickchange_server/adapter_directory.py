@@ -5,7 +5,7 @@ versions that this process alone has in or out of service. Lives on the event lo
 and no engine.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 from quickchange_adapters.catalog_changes import AdapterKey
@@ -18,11 +18,13 @@ VersionKey = tuple[str, str, int]
 class AdapterDirectory:
     """Records by name and tenant. A tenant sees its own, then those that are public.
 
-    `generation` grows with every change.
+    `generation` grows with every change. Each of `on_gone` is called with tenant and name of an
+    adapter of the catalog once nobody finds it: from then on the name may be somebody else's.
     """
 
     def __init__(self) -> None:
         self.generation = 0
+        self.on_gone: list[Callable[[str, str], None]] = []
         self._records: dict[str, dict[str, AdapterRecord]] = {}
         self._public: dict[str, AdapterRecord] = {}
         self._seen: dict[AdapterKey, AdapterRecord] = {}
@@ -46,6 +48,9 @@ class AdapterDirectory:
         if not of_name:
             del self._records[name]
         self._choose_public(name, of_name.values())
+        if known is not None and record is None:
+            for tell in self.on_gone:
+                tell(tenant, name)
 
     def revisions(self) -> dict[AdapterKey, int]:
         """Return the revision of each of the catalog's adapters, as it was last seen here."""

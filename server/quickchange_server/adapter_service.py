@@ -5,7 +5,7 @@ blocks runs in threads. Knows nothing of HTTP: views say what to show, errors ca
 """
 
 import asyncio
-from collections.abc import AsyncIterable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterable, Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -51,6 +51,7 @@ from quickchange_server.adapter_views import (
     ResolvedModel,
     UploadResult,
     VersionView,
+    adapter_label,
 )
 from quickchange_server.answers import as_answers
 from quickchange_server.catalog_poll import POLL_S, CatalogPoll, OnChange
@@ -160,6 +161,13 @@ class AdapterService:
         again if it raises.
         """
         self._poll.on_change.append(renew)
+
+    def on_adapter_gone(self, forget: Callable[[str], None]) -> None:
+        """Have `forget` called with what metrics call an adapter, once nobody finds it any more.
+
+        Whichever process deleted it; what runs on it may not have ended.
+        """
+        self._directory.on_gone.append(lambda tenant, name: forget(adapter_label(name, tenant)))
 
     async def stop(self) -> None:
         """End background work and close the catalog. Uploads under way are finished first."""

@@ -1,6 +1,6 @@
 """An adapter service that holds what a test put into it; no store, no catalog, no checks."""
 
-from collections.abc import AsyncIterable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterable, Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 from quickchange_adapters.errors import Problem
@@ -63,6 +63,9 @@ class ScriptedAdapters(AdapterService):
 
     def on_catalog_change(self, renew: OnChange) -> None:
         """Do nothing: there is no catalog."""
+
+    def on_adapter_gone(self, forget: Callable[[str], None]) -> None:
+        """Do nothing: what is here stays."""
 
     def num_unmet(self) -> Mapping[Wish, int]:
         """Nothing is wished."""

@@ -100,6 +100,21 @@ async def test_an_outage_is_said_once_and_ends_without_a_restart(
     assert "the catalog answers again" in said[1]
 
 
+async def test_what_any_process_deletes_is_told_once(worlds: tuple[World, World]) -> None:
+    here, there = worlds
+    gone: list[str] = []
+    there.service.on_adapter_gone(gone.append)
+    await here.upload("a")
+    await there.upload("b", 1)
+    await seen(lambda: meaning(there, "a") == meaning(here, "b") == 1)
+    await here.service.delete_adapter("a")
+    await seen(lambda: gone == ["a"])
+    await there.service.delete_adapter("b")
+    await here.upload("c")
+    await seen(lambda: meaning(there, "c") == 1)
+    assert gone == ["a", "b"]
+
+
 async def test_other_pictures_are_renewed_with_the_same_look(worlds: tuple[World, World]) -> None:
     here, there = worlds
     failures = [RuntimeError("once")]

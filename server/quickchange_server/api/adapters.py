@@ -155,7 +155,6 @@ async def delete_adapter(
         if_match=if_match,
         tenant=caller.tenant,
         actor=caller.actor,
-        on_gone=services.metrics.forget_adapter,
     )
     return _deletion(done)
 

@@ -46,6 +46,7 @@ def create_app(services: AppServices) -> FastAPI:
     app.state.is_ready = False
     services.metrics.watch(services.engine.snapshot)
     services.metrics.watch_wishes(services.adapters.num_unmet)
+    services.adapters.on_adapter_gone(services.metrics.forget_adapter)
     add_error_handlers(app)
     for room in (generation, adapters, adapter_states, models, keys, operations, documentation):
         app.include_router(room.router)
