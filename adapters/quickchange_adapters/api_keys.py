@@ -14,6 +14,7 @@ from typing import Literal, get_args
 KeyScope = Literal["generate", "adapters:read", "adapters:write", "admin", "metrics"]
 KEY_SCOPES: tuple[KeyScope, ...] = get_args(KeyScope)
 
+_ID = re.compile(r"[0-9a-f]{16}")
 _TOKEN = re.compile(r"qc-([0-9a-f]{16})-[A-Za-z0-9_-]{43}")
 
 
@@ -39,6 +40,11 @@ class KeyRecord:
 def new_token() -> str:
     """Return a fresh key: 64 bits of id, 256 bits of secret."""
     return f"qc-{secrets.token_hex(8)}-{secrets.token_urlsafe(32)}"
+
+
+def is_key_id(text: str) -> bool:
+    """Whether a key may have this id."""
+    return _ID.fullmatch(text) is not None
 
 
 def token_id(token: str) -> str | None:

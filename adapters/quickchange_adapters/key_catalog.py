@@ -14,7 +14,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, RowMapping, insert, select, update
 
-from quickchange_adapters.api_keys import KeyRecord
+from quickchange_adapters.api_keys import KeyRecord, is_key_id
 from quickchange_adapters.catalog_database import CatalogDatabase
 from quickchange_adapters.catalog_schema import api_keys, catalog_state
 from quickchange_adapters.errors import AdminKeyNeeded, LastAdminKey, NotInCatalog
@@ -56,6 +56,8 @@ class KeyCatalog:
 
         Raises: NotInCatalog, LastAdminKey.
         """
+        if not is_key_id(key_id):  # not every database can be asked for any text
+            raise NotInCatalog("key", key_id[:80])
         is_key = api_keys.c.id == key_id
         with self._database.writing() as connection:
             record = _find(connection, is_key)

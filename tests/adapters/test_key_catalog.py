@@ -1,12 +1,12 @@
 """Keys in the catalog: what is kept, who must be able to make more, and two changes at once."""
 
 import threading
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from quickchange_adapters.api_keys import KeyRecord, new_token, token_hash, token_id
-from quickchange_adapters.catalog import Catalog, sqlite_url
+from quickchange_adapters.catalog import Catalog
 from quickchange_adapters.errors import AdminKeyNeeded, LastAdminKey, NotInCatalog
 from quickchange_adapters.key_catalog import KeyCatalog
 
@@ -19,8 +19,10 @@ class Clock:
 
 
 @pytest.fixture
-def catalog(tmp_path: Path) -> Catalog:
-    return Catalog(sqlite_url(tmp_path / "catalog.db"))
+def catalog(catalog_url: str) -> Iterator[Catalog]:
+    catalog = Catalog(catalog_url)
+    yield catalog
+    catalog.close()
 
 
 @pytest.fixture
@@ -128,6 +130,12 @@ def test_another_tenant_s_key_is_unknown(keys: KeyCatalog) -> None:
         messages.append(str(caught.value).replace(key_id, "ID"))
     assert len(set(messages)) == 1
     assert keys.revoke(key.id, tenant="x", actor="", has_other_admin=False).revoked_at
+
+
+@pytest.mark.parametrize("key_id", ["", "x", "\x00", "0" * 17, "\ud800", "0" * 5000, "A" * 16])
+def test_what_is_no_id_is_no_key(keys: KeyCatalog, key_id: str) -> None:
+    with pytest.raises(NotInCatalog):
+        revoke(keys, key_id)
 
 
 def test_two_admins_that_revoke_each_other_leave_one(keys: KeyCatalog) -> None:

@@ -148,6 +148,16 @@ async def test_openapi_shows_the_upload_s_form(client: httpx.AsyncClient) -> Non
     assert (await client.get("/docs")).status_code == 200
 
 
+async def test_openapi_shows_which_key_a_route_needs(client: httpx.AsyncClient) -> None:
+    schema = (await client.get("/openapi.json")).json()
+    schemes = schema["components"]["securitySchemes"]
+    assert {(each["type"], each["scheme"]) for each in schemes.values()} == {("http", "bearer")}
+    paths = schema["paths"]
+    assert paths["/v1/adapters"]["post"]["security"] == [{"adapters:write": []}]
+    assert paths["/v1/memory"]["get"]["security"] == [{"admin": []}]
+    assert "security" not in paths["/livez"]["get"]
+
+
 async def test_openapi_shows_how_a_task_is_left_aside(client: httpx.AsyncClient) -> None:
     schemas = (await client.get("/openapi.json")).json()["components"]["schemas"]
     for body in ("ChatBody", "CompletionBody", "TokenizeBody"):

@@ -1,7 +1,11 @@
 """Who may call which route: every route, without a key, with a wrong one, with a foreign one."""
 
-from collections.abc import AsyncIterator
+import sys
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
+from functools import partial
+from types import FrameType
 
 import httpx
 import pytest
@@ -229,3 +233,28 @@ async def test_an_unknown_key_a_wrong_one_and_a_revoked_one_get_the_same_answer(
         for sent in (wrong, unknown, "Bearer nonsense")
     ]
     assert len(set(bodies)) == 1
+
+
+def test_every_text_is_hashed_and_compared_as_often(keys: Keys) -> None:
+    good = keys.make("generate")["authorization"].removeprefix("Bearer ")
+    texts = [good, good[:-1] + "!", new_token(), "nonsense", ""]
+    counts = [calls_of(partial(keys.ring.authenticate, text)) for text in texts]
+    assert keys.ring.authenticate(good) is not None
+    assert all(count == {"openssl_sha256": 1, "compare_digest": 2} for count in counts)
+
+
+def calls_of(function: Callable[[], object]) -> dict[str, int]:
+    """Count the calls of what costs time."""
+    counts = Counter[str]()
+
+    def note(frame: FrameType, event: str, argument: object) -> None:
+        name = getattr(argument, "__name__", "")
+        if event == "c_call" and name in ("openssl_sha256", "compare_digest"):
+            counts[name] += 1
+
+    sys.setprofile(note)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return dict(counts)

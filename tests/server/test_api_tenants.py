@@ -79,12 +79,14 @@ class Site:
         return [adapter["name"] for adapter in answer.json()["data"]]
 
 
-def site_services(folder: Path, tokenizer: Tokenizer, keyring: Keyring) -> AppServices:
+def site_services(
+    folder: Path, tokenizer: Tokenizer, keyring: Keyring, poll_s: float = NO_NEWS_S
+) -> AppServices:
     """Return a real adapter service around a scripted engine, with keys."""
     catalog = Catalog(sqlite_url(folder / "catalog.db"))
     engine = ScriptedEngine(base=SPEC)
     limits, store = AdapterLimits(), LocalStore(folder)
-    service = AdapterService(engine, store, catalog, limits, torch.float32, poll_s=NO_NEWS_S)
+    service = AdapterService(engine, store, catalog, limits, torch.float32, poll_s=poll_s)
     keys = KeyService(KeyCatalog(catalog.database), keyring)
     return AppServices(engine, service, tokenizer, ServerMetrics(), keyring=keyring, keys=keys)
 

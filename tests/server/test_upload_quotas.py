@@ -2,7 +2,7 @@
 
 import json
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import httpx
 import pytest
 import pytest_asyncio
 from quickchange_adapters.api_keys import token_hash
-from quickchange_adapters.catalog import Catalog, sqlite_url
+from quickchange_adapters.catalog import Catalog
 from quickchange_adapters.errors import QuotaExceeded
 from quickchange_adapters.records import FileRecord, NewVersion, Quota
 from quickchange_server.api.app import create_app
@@ -57,8 +57,10 @@ def new_version(number: int, quota: Quota, tenant: str = "acme") -> NewVersion:
 
 
 @pytest.fixture
-def catalog(tmp_path: Path) -> Catalog:
-    return Catalog(sqlite_url(tmp_path / "catalog.db"))
+def catalog(catalog_url: str) -> Iterator[Catalog]:
+    catalog = Catalog(catalog_url)
+    yield catalog
+    catalog.close()
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from typing import Annotated
 
 from fastapi import Depends, Request
+from fastapi.openapi.models import HTTPBearer
+from fastapi.security.base import SecurityBase
 from quickchange_adapters.api_keys import KeyScope
 from starlette.datastructures import Headers
 
@@ -26,14 +28,17 @@ OPEN_PATHS = frozenset({"/livez", "/readyz", "/health", "/version"})
 _HOST = re.compile(r"(?P<name>[A-Za-z0-9.-]+|\[(?P<address>[0-9A-Fa-f:.]+)\])(:[0-9]{0,5})?")
 
 
-class Needs:
+class Needs(SecurityBase):
     """A dependency that hands a route its caller, whose key must have a scope (None: any key).
 
-    `check` is called before the body is read; see ScopedRoute.
+    `check` is called before the body is read; see ScopedRoute. OpenAPI shows it as a bearer key.
     """
 
     def __init__(self, scope: KeyScope | None) -> None:
         self.scope = scope
+        self.scheme_name = scope or "any key"
+        needed = f"with the scope `{scope}`" if scope else "of any scope"
+        self.model = HTTPBearer(description=f"An API key {needed}, once there are keys.")
 
     async def __call__(self, request: Request) -> Principal:
         """Return the caller."""
