@@ -16,6 +16,7 @@ import torch
 from quickchange_adapters.catalog import sqlite_url
 
 from tests.postgres_server import NoPostgres, PostgresServer
+from tests.s3_server import CREDENTIALS, FaultyProxy, S3Server
 
 TINY_TEXT = (
     "the quick brown fox jumps over the lazy dog. a base stays resident while adapters are "
@@ -159,3 +160,21 @@ def catalog_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         return sqlite_url(tmp_path / "catalog.db")
     server: PostgresServer = request.getfixturevalue("postgres")
     return server.empty_database()
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    """An S3 API server in a process of its own."""
+    server = S3Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def s3_proxy(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
+    """A proxy in front of the S3 server, where the AWS settings of the environment point to."""
+    proxy = FaultyProxy(s3_server.port)
+    for name, value in {**CREDENTIALS, "AWS_ENDPOINT_URL": proxy.endpoint}.items():
+        monkeypatch.setenv(name, value)
+    yield proxy
+    proxy.close()

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from quickchange_adapters.errors import BlobMissing
+from quickchange_adapters.errors import BlobDamaged, BlobMissing
 from quickchange_adapters.findings import Finding
 from quickchange_adapters.store import Store
 
@@ -35,9 +35,15 @@ def check_blob(
     Raises: StoreUnavailable.
     """
     try:
-        path = store.path(sha256)
-        stamp = stamp_of(path)
-        found, num_bytes = _read(path, on_progress)
+        with store.lease(sha256) as path:
+            stamp = stamp_of(path)
+            found, num_bytes = _read(path, on_progress)
+        store.evict(sha256)
+    except BlobDamaged:
+        message = "the blob's bytes have another sha256"
+        return BlobCheck(
+            sha256, finding=Finding("blob_damaged", sha256, message, SEND_AGAIN, used_by)
+        )
     except (BlobMissing, FileNotFoundError):
         message = "the store has no such blob"
         return BlobCheck(

@@ -51,7 +51,8 @@ from quickchange_adapters.records import (
 )
 from quickchange_adapters.version_states import VersionStates
 
-RESERVATION_S = 600.0
+RESERVATION_S = 2 * 3600.0
+"""Longer than the slowest upload to an object store that is not given up."""
 
 
 def sqlite_url(path: Path) -> str:
@@ -141,7 +142,7 @@ class Catalog:
         return [v for adapter in found for v in adapter.versions if v.state == "deleting"]
 
     def reserve(self, upload_id: str, files: Iterable[FileRecord]) -> None:
-        """Protect blobs from `collect` while an upload puts them; lapses after ten minutes."""
+        """Protect blobs from `collect` while an upload puts them; lapses after two hours."""
         with self.database.writing("reserve") as connection:
             for sha256, num_bytes in {f.sha256: f.num_bytes for f in files}.items():
                 rows.add_blob(connection, sha256, num_bytes)

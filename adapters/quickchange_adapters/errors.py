@@ -6,7 +6,9 @@ AdapterError
 │                       one part cannot be read; becomes a Problem (in the part's own module)
 ├── CannotCheck         there is no process that could check an upload
 ├── StoreUnavailable    the place where bytes or rows live did not answer
-│   └── StoreFull       it has no room for more
+│   ├── StoreFull       it has no room for more
+│   ├── StoreRefused    it does not exist, or is not ours: no waiting helps
+│   └── BlobDamaged     bytes came that are not those of their name
 ├── BlobMissing         the store has no such bytes
 ├── BlobTooLarge        more bytes arrived than allowed
 ├── CatalogError        the catalog says no
@@ -65,6 +67,18 @@ class StoreUnavailable(AdapterError):
 
 class StoreFull(StoreUnavailable):
     """There is no room for bytes or rows; nothing was kept of what was sent."""
+
+
+class StoreRefused(StoreUnavailable):
+    """The place that was named is not there, or does not let us in."""
+
+
+class BlobDamaged(StoreUnavailable):
+    """A blob's bytes have another sha256 than its name says, also when they are read again."""
+
+    def __init__(self, sha256: str) -> None:
+        super().__init__(f"blob {sha256} is damaged: its bytes have another sha256")
+        self.sha256 = sha256
 
 
 class BlobTooLarge(AdapterError):

@@ -16,11 +16,11 @@ import re
 import secrets
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Protocol, Self
+from typing import BinaryIO, Literal, Protocol, Self
 
 from quickchange_adapters.disk import Disk
 from quickchange_adapters.errors import BlobMissing, BlobTooLarge, StoreFull, StoreUnavailable
@@ -52,11 +52,27 @@ class BlobInfo:
     modified_at: float | None = None
 
 
+Tier = Literal["remote", "disk"]
+"""Where a store keeps its blobs: elsewhere, or on this machine's disk."""
+
+
 class Store(Protocol):
     """Where the bytes of versions live. Methods block; call them off the event loop.
 
     Every method raises StoreUnavailable when the place does not answer.
     """
+
+    tier: Tier
+
+    @property
+    def is_up(self) -> bool:
+        """Whether what is elsewhere answered when it was last asked."""
+
+    def check_writable(self) -> None:
+        """Say now, rather than at the first upload, that nothing can be written here.
+
+        Raises: StoreUnavailable.
+        """
 
     def stage(self, max_bytes: int) -> "StagingWriter":
         """Open a writer for bytes to come."""
@@ -71,10 +87,22 @@ class Store(Protocol):
         """Forget staged bytes; a repeat is a no-op."""
 
     def path(self, sha256: str) -> Path:
-        """Return a local file with the blob's bytes.
+        """Return a local file with the blob's bytes; to read it, `lease` it.
 
         Raises: BlobMissing.
         """
+
+    def lease(self, sha256: str) -> AbstractContextManager[Path]:
+        """Give a local file with the blob's bytes, which stays while the block runs.
+
+        Raises: BlobMissing.
+        """
+
+    def is_on_disk(self, sha256: str) -> bool:
+        """Whether a lease would find the bytes on this machine. Never waits."""
+
+    def evict(self, sha256: str) -> int:
+        """Remove a copy of what is kept elsewhere; return the bytes that this machine got back."""
 
     def delete(self, sha256: str) -> int:
         """Remove a blob and return its size; 0 when there is none."""
@@ -84,6 +112,9 @@ class Store(Protocol):
 
     def sweep_incoming(self, older_than_s: float) -> int:
         """Remove what was staged and left that long ago; return how many files."""
+
+    def close(self) -> None:
+        """Let go of what other processes might want. Nothing is asked of it afterwards."""
 
 
 class StagingWriter:
@@ -155,6 +186,9 @@ class LocalStore:
     `disk` may be replaced by one that watches or fails.
     """
 
+    tier: Tier = "disk"
+    is_up = True
+
     def __init__(self, root: Path, disk: Disk | None = None) -> None:
         self._disk = disk or Disk()
         self._incoming = root / "incoming"
@@ -207,6 +241,18 @@ class LocalStore:
                 raise BlobMissing(sha256)
         return path
 
+    def lease(self, sha256: str) -> AbstractContextManager[Path]:
+        """Give the blob's file. Nothing but a delete takes it away."""
+        return nullcontext(self.path(sha256))
+
+    def is_on_disk(self, sha256: str) -> bool:
+        """Say yes: the blobs are nowhere else."""
+        return True
+
+    def evict(self, sha256: str) -> int:
+        """Remove nothing: there are no copies."""
+        return 0
+
     def delete(self, sha256: str) -> int:
         """Remove a blob and return its size; 0 when there is none."""
         path = self._path(sha256)
@@ -256,6 +302,9 @@ class LocalStore:
         """Return what `sweep_incoming` would remove."""
         with unavailable("the store cannot be read"):
             return tuple(p for p in self._incoming.iterdir() if _is_left(p, older_than_s))
+
+    def close(self) -> None:
+        """Do nothing: any number of processes may use a folder."""
 
     def _rename_once(self, source: Path, target: Path) -> None:
         try:

@@ -27,7 +27,7 @@ from sqlalchemy import Connection
 from quickchange_adapters import catalog_check as rows
 from quickchange_adapters.blob_check import BlobCheck, OnProgress, check_blob, stamp_of
 from quickchange_adapters.catalog import RESERVATION_S, Catalog
-from quickchange_adapters.errors import BlobMissing
+from quickchange_adapters.errors import BlobDamaged, BlobMissing
 from quickchange_adapters.findings import CheckReport, Finding
 from quickchange_adapters.records import VersionRecord
 from quickchange_adapters.store import BlobInfo, Store
@@ -146,8 +146,9 @@ class StoreCheck:
     def _is_new(self, check: BlobCheck) -> bool:
         """Whether there is another file now than the one that was read."""
         try:
-            return stamp_of(self._store.path(check.sha256)) != check.stamp
-        except (BlobMissing, OSError):
+            with self._store.lease(check.sha256) as path:
+                return stamp_of(path) != check.stamp
+        except (BlobMissing, BlobDamaged, OSError):
             return False
 
     def _put_aside(self, check: BlobCheck, finding: Finding) -> Finding:

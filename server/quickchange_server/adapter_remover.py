@@ -2,10 +2,9 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
-from quickchange_adapters.publication import finish_deletion
 from quickchange_adapters.records import VersionRecord
 from quickchange_adapters.store import Store
 
@@ -41,9 +40,10 @@ class AdapterRemover:
         await self._drains.stop()
 
     async def resume(self) -> None:
-        """Finish what an earlier process left; nothing of it can be loaded."""
-        catalog, store = self._live.catalog, self._store
-        await self._live.ask(lambda: finish_deletion(catalog, store, catalog.list_deleting()))
+        """End deletions that an earlier process began; the sweep removes their bytes."""
+        catalog = self._live.catalog
+        for version in await self._live.ask(catalog.list_deleting):
+            await self._live.ask(partial(catalog.purge, version))
 
     async def remove(self, gone: Sequence[VersionRecord], timeout_s: float) -> FreedBytes:
         """Drain versions, free their memory, remove their rows and bytes.
@@ -90,9 +90,24 @@ class AdapterRemover:
             if not self._directory.is_served(version.digest):
                 freed += freed_bytes(await self._loader.unload(version.digest, None))
             await self._purge(version)
-        catalog = self._live.catalog
-        disk_bytes = await self._live.ask(lambda: catalog.collect(self._store.delete))
-        return freed + FreedBytes(disk=disk_bytes)
+        removed: list[FreedBytes] = []
+        await self._live.ask(lambda: self._live.catalog.collect(self._removing(removed)))
+        return sum(removed, freed)
+
+    def _removing(self, removed: list[FreedBytes]) -> Callable[[str], int]:
+        """Return what removes a blob and notes what each tier got back. It runs in a thread."""
+
+        def remove(sha256: str) -> int:
+            here = self._store.evict(sha256)
+            num_bytes = self._store.delete(sha256)
+            is_remote = self._store.tier == "remote"
+            freed = (
+                FreedBytes(disk=here, remote=num_bytes) if is_remote else FreedBytes(disk=num_bytes)
+            )
+            removed.append(freed)
+            return num_bytes
+
+        return remove
 
     async def _purge(self, version: VersionRecord) -> None:
         catalog = self._live.catalog

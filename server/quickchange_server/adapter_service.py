@@ -5,7 +5,8 @@ blocks runs in threads. Knows nothing of HTTP: views say what to show, errors ca
 """
 
 import asyncio
-from collections.abc import AsyncIterable, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Collection, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -62,6 +63,7 @@ from quickchange_server.live_catalog import LiveCatalog
 from quickchange_server.state_actions import StateActions
 from quickchange_server.static_folder import read_folder, read_folder_task, static_record
 from quickchange_server.store_sweep import StoreSweep
+from quickchange_server.threaded_context import in_thread
 from quickchange_server.version_files import VersionFiles
 from quickchange_server.version_task import read_version_task
 from quickchange_server.view_builder import ViewBuilder, event_json
@@ -125,7 +127,9 @@ class AdapterService:
             poll_s,
         )
         self.on_catalog_change(self._desired.renew)
-        self._views = ViewBuilder(engine, partial(self._wishes.is_wished, "pin"))
+        self._views = ViewBuilder(
+            engine, partial(self._wishes.is_wished, "pin"), self._files.is_on_disk
+        )
         self._lookup = AdapterLookup(self._directory)
         self._static_reports: dict[str, Json] = {}
         self._bind_actions()
@@ -170,7 +174,7 @@ class AdapterService:
         self._directory.on_gone.append(lambda tenant, name: forget(adapter_label(name, tenant)))
 
     async def stop(self) -> None:
-        """End background work and close the catalog. Uploads under way are finished first."""
+        """End background work, close catalog and store. Uploads under way are finished first."""
         await self._poll.stop()
         await self._sweep.stop()
         await self._desired.stop()
@@ -179,6 +183,7 @@ class AdapterService:
         await self._remover.stop()
         await self._loader.stop()
         await self._live.close()
+        self._store.close()
 
     async def stage(self, file: FileName, chunks: AsyncIterable[bytes]) -> StagedFile:
         """Write one part of an upload to the store's incoming folder, hashing as it goes.
@@ -277,18 +282,21 @@ class AdapterService:
         record = self._lookup.version(name, version, tenant)
         return self._views.version(record, await self._report(record))
 
-    async def file_path(
+    @asynccontextmanager
+    async def open_file(
         self, name: str, version: int, file: FileName, *, tenant: str = DEFAULT_TENANT
-    ) -> Path:
-        """Return where one file of a version can be read, byte for byte as it was uploaded.
+    ) -> AsyncIterator[Path]:
+        """Give where one file of a version can be read, byte for byte as it was uploaded.
+
+        It stays while the block runs.
 
         Raises: NotFound (adapter_not_found, version_not_found, file_not_found), Unavailable.
         """
         record = self._lookup.version(name, version, tenant)
         if record.file(file) is None:
             raise NotFound(f"{name}:{version} has no {file}", code="file_not_found")
-        with as_answers():
-            return (await asyncio.to_thread(self._files.paths, record))[file]
+        async with in_thread(self._files.held(record, file)) as paths:
+            yield paths[file]
 
     async def events(self, name: str, *, tenant: str = DEFAULT_TENANT) -> Sequence[Json]:
         """Return the tenant's audit log of a name, oldest first; also of one that was deleted.

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from typing import Protocol
@@ -11,7 +12,7 @@ from typing import Protocol
 from quickchange_adapters.base_spec import BaseSpec
 from quickchange_adapters.errors import StoreUnavailable
 from quickchange_adapters.limits import AdapterLimits
-from quickchange_adapters.publication import publish_upload
+from quickchange_adapters.publication import keep_files, publish_kept
 from quickchange_adapters.records import NewVersion, Published
 from quickchange_adapters.report import Report, refused
 from quickchange_adapters.store import StagedFile, Store, unavailable
@@ -32,6 +33,8 @@ from quickchange_server.live_catalog import LiveCatalog
 from quickchange_server.shared_tasks import SharedTasks
 
 MAX_CHECKS = 2
+MAX_SENT = 2
+"""Uploads whose files go into the store at once. Threads of their own: a store may be slow."""
 log = logging.getLogger(__name__)
 
 
@@ -79,10 +82,12 @@ class AdapterUploader:
         self._probe = probe
         self._checks = asyncio.Semaphore(MAX_CHECKS)
         self._publishing: SharedTasks[Published] = SharedTasks()
+        self._threads = ThreadPoolExecutor(MAX_SENT, "quickchange-upload")
 
     async def stop(self) -> None:
         """Wait for what is being published, and end what checks."""
         await self._publishing.join()
+        self._threads.shutdown(wait=False)
         await self._validator.stop()
 
     async def discard(self, staged: Iterable[StagedFile]) -> None:
@@ -138,8 +143,12 @@ class AdapterUploader:
         new = self._new_version(form, report, task.text)
 
         async def work() -> Published:
-            keep = partial(publish_upload, self._live.catalog, self._store, new, form.staged)
-            return await self._live.change(new.tenant, new.name, keep)
+            # Other changes of the catalog do not wait while files are sent.
+            keep = partial(keep_files, self._live.catalog, self._store, new, form.staged)
+            with as_answers():
+                await asyncio.get_running_loop().run_in_executor(self._threads, keep)
+            publish = partial(publish_kept, self._live.catalog, self._store, new)
+            return await self._live.change(new.tenant, new.name, publish)
 
         # The picture in memory must follow the commit, even if the caller leaves in between.
         return await self._publishing.run(new.upload_id, work)

@@ -8,7 +8,7 @@ from quickchange_adapters.task import Task
 
 Json = dict[str, Any]
 VersionState = Literal["ready", "quarantined", "disabled", "deleting"]
-Tier = Literal["disk", "host", "device"]
+Tier = Literal["remote", "disk", "host", "device"]
 ActionName = Literal["load", "unload", "pin", "unpin", "merge", "unmerge", "disable", "enable"]
 
 
@@ -133,6 +133,7 @@ class FreedBytes:
     host: int = 0
     merged: int = 0
     disk: int = 0
+    remote: int = 0
 
     def __add__(self, other: "FreedBytes") -> "FreedBytes":
         """Sum two replies, tier by tier."""
@@ -141,6 +142,7 @@ class FreedBytes:
             self.host + other.host,
             self.merged + other.merged,
             self.disk + other.disk,
+            self.remote + other.remote,
         )
 
     def to_json(self) -> dict[str, int]:
@@ -150,6 +152,7 @@ class FreedBytes:
             "host": self.host,
             "merged": self.merged,
             "disk": self.disk,
+            "remote": self.remote,
         }
 
 

@@ -7,6 +7,7 @@ the settings do.
 """
 
 import difflib
+import hashlib
 import ipaddress
 import os
 import re
@@ -97,18 +98,27 @@ class ServerConfig:
         metavar="NAME=FOLDER",
         kind="list",
     )
-    store: Path | None = option(
+    store: Path | str | None = option(
         None,
         o.read_store,
-        "Where uploaded adapters are kept. Default: ~/.local/share/quickchange.",
+        "Where uploaded adapters are kept: a folder, or s3://BUCKET/PREFIX. "
+        "Default: ~/.local/share/quickchange.",
         ADAPTERS,
-        metavar="FOLDER",
+        metavar="FOLDER|URL",
+    )
+    store_cache_bytes: int = option(
+        10 << 30,
+        o.read_bytes,
+        "Ceiling of local copies of what an object store keeps. Default: 10GiB.",
+        ADAPTERS,
+        metavar="BYTES",
     )
     catalog: str | None = option(
         None,
         o.read_catalog,
         "Database of names and versions: sqlite:///PATH or postgresql://USER:PASSWORD@HOST/NAME. "
-        "Default: catalog.sqlite in the store.",
+        "Default: catalog.sqlite in the store's folder, or a file of its own for each URL in "
+        "~/.local/share/quickchange.",
         ADAPTERS,
         metavar="URL",
         is_secret=True,
@@ -256,14 +266,31 @@ class ServerConfig:
         return self.cache or Path("~/.cache/quickchange").expanduser()
 
     @property
+    def store_url(self) -> str | None:
+        """The object store that keeps uploaded adapters; None when a folder does."""
+        return self.store if isinstance(self.store, str) else None
+
+    @property
     def store_folder(self) -> Path:
-        """Folder where uploaded adapters are kept."""
-        return self.store or Path("~/.local/share/quickchange").expanduser()
+        """Folder for what must not be lost: uploaded adapters, unless a URL keeps them."""
+        if isinstance(self.store, Path):
+            return self.store
+        return Path("~/.local/share/quickchange").expanduser()
+
+    @property
+    def store_cache_folder(self) -> Path:
+        """Folder for copies of what the object store keeps: each URL has its own."""
+        return self.cache_folder / "store" / self._store_id
 
     @property
     def catalog_url(self) -> str:
-        """Database of names and versions."""
-        return self.catalog or f"sqlite:///{self.store_folder / 'catalog.sqlite'}"
+        """Database of names and versions. Two stores never share one unless it is named."""
+        name = f"catalog-{self._store_id}.sqlite" if self.store_url else "catalog.sqlite"
+        return self.catalog or f"sqlite:///{self.store_folder / name}"
+
+    @property
+    def _store_id(self) -> str:
+        return hashlib.sha256((self.store_url or "").encode()).hexdigest()[:12]
 
     @property
     def is_public(self) -> bool:

@@ -138,12 +138,14 @@ class ServerMetrics:
 
     def watch_catalog(self, is_up: Callable[[], bool]) -> None:
         """Show from now on whether the catalog answered when it was last asked."""
-        gauge = Gauge(
-            PREFIX + "catalog_up",
-            "1 if the catalog answered when it was last asked, else 0.",
-            registry=self.registry,
-        )
-        gauge.set_function(is_up)
+        self._watch("catalog_up", "1 if the catalog answered when it was last asked.", is_up)
+
+    def watch_store(self, is_up: Callable[[], bool]) -> None:
+        """Show from now on whether the object store answered when it was last asked."""
+        self._watch("store_up", "1 if the object store answered when it was last asked.", is_up)
+
+    def _watch(self, name: str, text: str, is_true: Callable[[], bool]) -> None:
+        Gauge(PREFIX + name, text, registry=self.registry).set_function(is_true)
 
     def watch_wishes(self, num_unmet: Callable[[], Mapping[Wish, int]]) -> None:
         """Show from now on how many wishes of the catalog are not fulfilled here."""

@@ -22,6 +22,8 @@ BYTE_UNITS = {"": 1, "b": 1} | {
     for unit, base in (("", 1000), ("b", 1000), ("i", 1024), ("ib", 1024))
 }
 
+NO_STORES = ("http", "https", "memory", "local", "ftp")
+"""What fsspec knows and what keeps no uploads: it cannot be written to, or forgets."""
 CATALOG_SCHEMES = ("sqlite:///", "postgresql://", "postgres://", "postgresql+psycopg://")
 
 OptionKind = Literal["text", "switch", "list"]
@@ -193,12 +195,17 @@ def read_bytes(value: object) -> int:
     return int(Decimal(match[1]) * BYTE_UNITS[match[2].lower()])
 
 
-def read_store(value: object) -> Path:
-    """Read a folder, also as a file:// URL."""
+def read_store(value: object) -> Path | str:
+    """Read a folder, also as a file:// URL, or the URL of an object store."""
     text = read_text(value).removeprefix("file://")
-    if "://" in text:
-        raise ValueError(f"is {value!r}, but this version keeps uploads only in a folder")
-    return Path(text).expanduser()
+    scheme, separator, rest = text.partition("://")
+    if not separator:
+        return Path(text).expanduser()
+    if "@" in rest:  # not repeated: what stands before it may be a password
+        raise ValueError("has credentials in its URL; give them in the environment instead")
+    if scheme in NO_STORES or not rest.strip("/"):
+        raise ValueError(f"is {value!r}, but must be a folder or a URL such as s3://BUCKET/PREFIX")
+    return text.rstrip("/")
 
 
 def read_catalog(value: object) -> str:

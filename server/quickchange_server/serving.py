@@ -100,6 +100,7 @@ def build_services(config: ServerConfig, base_folder: Path, keyring: Keyring) ->
     _say(budget.render())
     metrics = ServerMetrics()
     metrics.watch_catalog(lambda: catalog.database.is_up)
+    metrics.watch_store(lambda: store.is_up)
     engine = EngineClient(base_folder, engine_settings(config, budget), metrics)
     limits = AdapterLimits(max_rank=config.max_lora_rank)
     tokenizer = Tokenizer.load(base_folder)

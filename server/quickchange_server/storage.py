@@ -1,43 +1,39 @@
 """Opens the store and the catalog that the settings name. Knows no adapters."""
 
+import logging
 import sqlite3
 from contextlib import closing
 from pathlib import Path
 
 from quickchange_adapters.catalog import Catalog
-from quickchange_adapters.errors import StoreUnavailable
-from quickchange_adapters.store import LocalStore
+from quickchange_adapters.errors import StoreRefused, StoreUnavailable
+from quickchange_adapters.store import LocalStore, Store
 
 from quickchange_server.config import ServerConfig
 from quickchange_server.errors import CannotStart, ConfigInvalid
 
 SQLITE_PREFIX = "sqlite:///"
+log = logging.getLogger(__name__)
 
 
-def open_storage(config: ServerConfig) -> tuple[LocalStore, Catalog]:
-    """Open both for serving; what is not there is made.
+def open_storage(config: ServerConfig) -> tuple[Store, Catalog]:
+    """Open both for serving; what is not there is made, except in an object store.
 
     Raises: CannotStart.
     """
+    store = _open_store(config)
     try:
-        store = LocalStore(config.store_folder)
-        store.check_writable()
-    except StoreUnavailable as error:
-        raise CannotStart(
-            f"--store {config.store_folder}: {error}; name a folder that can be written"
-        ) from error
-    try:
-        return store, Catalog(config.catalog_url)
-    except StoreUnavailable as error:
+        return store, _open_catalog(config)
+    except (StoreUnavailable, OSError) as error:
         raise CannotStart(f"--catalog: {error}") from error
 
 
-def open_existing_storage(config: ServerConfig) -> tuple[LocalStore, Catalog]:
+def open_existing_storage(config: ServerConfig) -> tuple[Store, Catalog]:
     """Open both as they are; a wrong name must not make a new one.
 
     Raises: ConfigInvalid.
     """
-    if not (config.store_folder / "blobs").is_dir():
+    if config.store_url is None and not (config.store_folder / "blobs").is_dir():
         raise ConfigInvalid(
             f"--store {config.store_folder}: there is no store in this folder; name the one that "
             "`quickchange serve` was given"
@@ -45,9 +41,63 @@ def open_existing_storage(config: ServerConfig) -> tuple[LocalStore, Catalog]:
     if config.catalog_url.startswith(SQLITE_PREFIX):
         _check_sqlite_file(Path(config.catalog_url.removeprefix(SQLITE_PREFIX)))
     try:
-        return LocalStore(config.store_folder), Catalog(config.catalog_url)
+        if config.store_url is None:
+            return LocalStore(config.store_folder), Catalog(config.catalog_url)
+        store = _open_object_store(config, config.store_url, "fsck")
+        store.check_writable()
+        return store, Catalog(config.catalog_url)
     except StoreUnavailable as error:
-        raise ConfigInvalid(f"store {config.store_folder} and its catalog: {error}") from error
+        where = config.store_url or config.store_folder
+        raise ConfigInvalid(f"store {where} and its catalog: {error}") from error
+
+
+def _open_store(config: ServerConfig) -> Store:
+    if config.store_url is not None:
+        return _open_reachable(config, config.store_url)
+    try:
+        store = LocalStore(config.store_folder)
+        store.check_writable()
+    except StoreUnavailable as error:
+        raise CannotStart(
+            f"--store {config.store_folder}: {error}; name a folder that can be written"
+        ) from error
+    return store
+
+
+def _open_reachable(config: ServerConfig, url: str) -> Store:
+    """Open an object store. One that does not answer now may later: uploads wait, not the start.
+
+    Raises: CannotStart when no waiting will help.
+    """
+    try:
+        store = _open_object_store(config, url)
+    except StoreUnavailable as error:
+        raise CannotStart(f"--store {url}: {error}") from error
+    try:
+        store.check_writable()
+    except StoreRefused as error:
+        raise CannotStart(f"--store {url}: {error}") from error
+    except StoreUnavailable as error:
+        log.warning("--store %s: %s; serving what is on this disk until it does", url, error)
+    return store
+
+
+def _open_object_store(config: ServerConfig, url: str, purpose: str = "") -> Store:
+    """Open an object store with its cache; each purpose has a cache of its own."""
+    from quickchange_adapters.disk_cache import DiskCache
+    from quickchange_adapters.object_blobs import ObjectBlobs
+    from quickchange_adapters.remote_store import RemoteStore
+
+    folder = config.store_cache_folder
+    blobs = ObjectBlobs(url)
+    name = f"{folder.name}.{purpose}" if purpose else folder.name
+    return RemoteStore(blobs, DiskCache(folder.with_name(name), config.store_cache_bytes, blobs))
+
+
+def _open_catalog(config: ServerConfig) -> Catalog:
+    if config.catalog is None:
+        config.store_folder.mkdir(parents=True, exist_ok=True)
+    return Catalog(config.catalog_url)
 
 
 def _check_sqlite_file(path: Path) -> None:

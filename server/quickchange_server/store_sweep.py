@@ -38,11 +38,8 @@ class StoreSweep:
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Sweep once, and then again and again.
-
-        Raises: Unavailable.
-        """
-        await self.sweep()
+        """Sweep once, and then again and again; what cannot be swept now waits for the next time."""
+        await self._try()
         self._task = asyncio.create_task(self._run())
 
     async def stop(self) -> None:
@@ -66,9 +63,12 @@ class StoreSweep:
     async def _run(self) -> None:
         while True:
             await asyncio.sleep(self._interval_s)
-            try:
-                await self.sweep()
-            except QuickchangeError as error:
-                log.warning("what crashes left is swept later: %s", error)
-            except Exception:
-                log.exception("what crashes left cannot be swept")
+            await self._try()
+
+    async def _try(self) -> None:
+        try:
+            await self.sweep()
+        except QuickchangeError as error:
+            log.warning("what crashes left is swept later: %s", error)
+        except Exception:
+            log.exception("what crashes left cannot be swept")

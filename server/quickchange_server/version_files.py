@@ -1,5 +1,7 @@
 """Where the files of a version are, be it in the store or in a static folder."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -28,16 +30,25 @@ class VersionFiles:
         self._limits = limits
         self._dtype = dtype
 
-    def paths(self, version: VersionRecord) -> dict[str, Path]:
-        """Return where each file can be read.
+    def is_on_disk(self, version: VersionRecord) -> bool:
+        """Whether all files are on this machine. Never waits."""
+        is_static = version.name in self.folders
+        return is_static or all(self._store.is_on_disk(file.sha256) for file in version.files)
+
+    @contextmanager
+    def held(self, version: VersionRecord, *files: str) -> Iterator[dict[str, Path]]:
+        """Give where files can be read; they stay while the block runs.
 
         Raises: BlobMissing, StoreUnavailable, Conflict (a static folder changed).
         """
         folder = self.folders.get(version.name)
-        if folder is None:
-            return {file.file: self._store.path(file.sha256) for file in version.files}
-        check_unchanged(version, folder)
-        return {file.file: folder / file.file for file in version.files}
+        if folder is not None:
+            check_unchanged(version, folder)
+            yield {file: folder / file for file in files}
+            return
+        digests = {file.file: file.sha256 for file in version.files}
+        with ExitStack() as leases:
+            yield {file: leases.enter_context(self._store.lease(digests[file])) for file in files}
 
     def read_staged(self, config: Path, weights: Path, digest: str) -> AdapterWeights:
         """Return the tensors of an upload that is not in the store yet.
@@ -49,14 +60,14 @@ class VersionFiles:
     def read_weights(self, version: VersionRecord) -> AdapterWeights:
         """Return a version's tensors.
 
-        Raises: AdapterRefused, OSError, and what `paths` raises.
+        Raises: AdapterRefused, OSError, and what `held` raises.
         """
-        paths = self.paths(version)
-        return load_weights(
-            paths[CONFIG_FILE],
-            paths[WEIGHTS_FILE],
-            self._base,
-            version.digest,
-            self._dtype,
-            self._limits,
-        )
+        with self.held(version, CONFIG_FILE, WEIGHTS_FILE) as paths:
+            return load_weights(
+                paths[CONFIG_FILE],
+                paths[WEIGHTS_FILE],
+                self._base,
+                version.digest,
+                self._dtype,
+                self._limits,
+            )

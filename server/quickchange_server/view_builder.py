@@ -30,14 +30,19 @@ Reports = Mapping[int, Json]
 class ViewBuilder:
     """Builds views; remembers when each version was last used in this process.
 
-    `is_pinned`: whether a version is to be kept loaded.
+    `is_pinned`: whether a version is to be kept loaded. `is_on_disk`: whether its files are on this
+    machine; neither waits.
     """
 
     def __init__(
-        self, engine: GenerationEngine, is_pinned: Callable[[VersionRecord], bool]
+        self,
+        engine: GenerationEngine,
+        is_pinned: Callable[[VersionRecord], bool],
+        is_on_disk: Callable[[VersionRecord], bool],
     ) -> None:
         self._engine = engine
         self._is_pinned = is_pinned
+        self._is_on_disk = is_on_disk
         self._last_used: dict[tuple[str, str, int], int] = {}
         self._started = int(time.time())
 
@@ -70,7 +75,7 @@ class ViewBuilder:
             file_bytes=record.num_bytes,
             host_bytes=resident.host_bytes if resident else 0,
             device_bytes=resident.device_bytes if resident else 0,
-            tier=_tier(resident),
+            tier=self._tier(record, resident),
             pinned=self._is_pinned(record),
             merged=bool(resident and resident.merged_bytes),
             base=record.base_name,
@@ -78,6 +83,11 @@ class ViewBuilder:
             last_used_at=self._last_used.get(_key(record)),
             report=report,
         )
+
+    def _tier(self, record: VersionRecord, resident: ResidentAdapter | None) -> Tier:
+        if resident is not None:
+            return "device" if resident.device_bytes else "host"
+        return "disk" if self._is_on_disk(record) else "remote"
 
     def adapter(self, record: AdapterRecord, reports: Reports, *, is_static: bool) -> AdapterView:
         """Return an adapter's view; a version without a report shows None."""
@@ -159,12 +169,6 @@ def event_json(event: EventRecord) -> Json:
 
 def _key(version: VersionRecord) -> tuple[str, str, int]:
     return version.tenant, version.name, version.number
-
-
-def _tier(resident: ResidentAdapter | None) -> Tier:
-    if resident is None:
-        return "disk"
-    return "device" if resident.device_bytes else "host"
 
 
 def _shows(action: ActionName, resident: ResidentAdapter | None) -> bool:

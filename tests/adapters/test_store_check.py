@@ -31,7 +31,7 @@ def world(tmp_path: Path) -> World:
 
 
 def later() -> float:
-    return time.time() + 4000
+    return time.time() + 3 * 3600
 
 
 def check(world: World, *, repair: bool = False, clock: Callable[[], float] = later) -> CheckReport:

@@ -13,7 +13,7 @@ import torch
 from quickchange_adapters.catalog import Catalog, sqlite_url
 from quickchange_adapters.errors import MergeBudgetExceeded
 from quickchange_adapters.limits import AdapterLimits
-from quickchange_adapters.store import LocalStore
+from quickchange_adapters.store import LocalStore, Store
 from quickchange_adapters.weights import AdapterWeights
 from quickchange_server.adapter_service import AdapterService, UploadForm
 from quickchange_server.engine.interface import EngineSnapshot, MergeResult
@@ -63,11 +63,13 @@ class World:
     root: Path
     engine: SlowEngine = field(default_factory=lambda: SlowEngine(base=SPEC))
     open_catalog: Callable[[str], Catalog] = Catalog
+    open_store: Callable[[Path], Store] = LocalStore
     poll_s: float = 0.02
     catalog_url: str = ""
 
     def __post_init__(self) -> None:
-        self.store = LocalStore(self.root)
+        self.root.mkdir(parents=True, exist_ok=True)
+        self.store = self.open_store(self.root)
         self.catalog = self.open_catalog(self.catalog_url or sqlite_url(self.root / "catalog.db"))
         self.service = AdapterService(
             self.engine, self.store, self.catalog, LIMITS, torch.float32, poll_s=self.poll_s
@@ -79,7 +81,12 @@ class World:
 
     async def restart(self) -> "World":
         await self.service.stop()
-        world = World(self.root, catalog_url=self.catalog_url)
+        world = World(
+            self.root,
+            open_catalog=self.open_catalog,
+            open_store=self.open_store,
+            catalog_url=self.catalog_url,
+        )
         await world.engine.start()
         await world.service.start()
         return world

@@ -85,10 +85,11 @@ async def test_the_digest_is_that_of_the_files_as_they_were_sent(world: World) -
 async def test_files_come_back_byte_for_byte(world: World) -> None:
     weights = weights_bytes(q_pairs(SPEC))
     await world.service.upload(await world.form_of("a", weights))
-    path = await world.service.file_path("a", 1, "adapter_model.safetensors")
-    assert path.read_bytes() == weights
+    async with world.service.open_file("a", 1, "adapter_model.safetensors") as path:
+        assert path.read_bytes() == weights
     with pytest.raises(NotFound) as caught:
-        await world.service.file_path("a", 1, "task.json")
+        async with world.service.open_file("a", 1, "task.json"):
+            pass
     assert caught.value.code == "file_not_found"
 
 
@@ -254,6 +255,7 @@ async def test_delete_gives_everything_back(world: World) -> None:
         "host": num_bytes,
         "merged": 64 * 64 * 4,
         "disk": file_bytes,
+        "remote": 0,
     }
     assert not world.engine.is_loaded(resolved.digest)
     assert world.blobs() == set()
@@ -310,7 +312,7 @@ async def test_bytes_that_another_name_serves_stay_loaded(world: World) -> None:
     await world.upload("b")
     await world.service.acquire(world.service.resolve("a"))
     done = await world.service.delete_adapter("a")
-    assert done.freed.to_json() == {"device": 0, "host": 0, "merged": 0, "disk": 0}
+    assert done.freed.to_json() == {"device": 0, "host": 0, "merged": 0, "disk": 0, "remote": 0}
     await world.service.acquire(world.service.resolve("b"))
     assert (world.engine.num_loads, world.engine.num_unloads) == (1, 0)
 
@@ -370,8 +372,8 @@ async def test_a_static_folder_wins_and_is_read_only(world: World, tmp_path: Pat
     await world.service.acquire(resolved)
     assert (await world.service.get("a")).is_static
     assert (await world.service.get_version("a")).to_json()["report"]["ok"]
-    path = await world.service.file_path("a", 1, "adapter_config.json")
-    assert path.read_bytes() == (folder / "adapter_config.json").read_bytes()
+    async with world.service.open_file("a", 1, "adapter_config.json") as path:
+        assert path.read_bytes() == (folder / "adapter_config.json").read_bytes()
     for change in (
         world.service.upload(await world.form("a", 8)),
         world.service.set_alias("a", "x", 1),

@@ -28,6 +28,7 @@ SAMPLES: dict[str, tuple[str, str, object]] = {
     "adapter": ("a=/x", '["a=/x"]', (StaticAdapter("a", Path("/x")),)),
     "store": ("/some/store", '"/some/store"', Path("/some/store")),
     "catalog": ("sqlite:///c.db", '"sqlite:///c.db"', "sqlite:///c.db"),
+    "store_cache_bytes": ("5GiB", '"5GiB"', 5 << 30),
     "max_lora_rank": ("64", "64", 64),
     "kv_cache_bytes": ("2GiB", '"2GiB"', 2 << 30),
     "adapter_device_bytes": ("512MiB", '"512MiB"', 512 << 20),
@@ -183,7 +184,11 @@ def test_what_this_version_does_not_do_is_refused_by_name(name: str, tmp_path: P
         ("lora_modules", ['{"name": "a"}']),
         ("lora_modules", ["{nonsense"]),
         ("cors_origin", 3),
-        ("store", "s3://bucket/prefix"),
+        ("store", "https://host/path"),
+        ("store", "memory://x"),
+        ("store", "s3://"),
+        ("store", "s3://key:secret@bucket/prefix"),
+        ("store_cache_bytes", "much"),
         ("catalog", "mysql://host/db"),
         ("catalog", "/a/path"),
         ("catalog", ["sqlite:///x"]),
@@ -245,6 +250,28 @@ def test_catalog_lies_in_the_store_unless_it_is_named() -> None:
     assert config.store_folder == Path("/data")
     assert config.catalog_url == "sqlite:////data/catalog.sqlite"
     assert load_config({"catalog": "sqlite:///x.db"}, {}).catalog_url == "sqlite:///x.db"
+
+
+def test_an_object_store_has_a_catalog_and_a_cache_of_its_own() -> None:
+    configs = [
+        load_config({"store": url, "cache": "/cache"}, {})
+        for url in ("s3://bucket/a", "s3://bucket/a/", "s3://bucket/b")
+    ]
+    assert [config.store_url for config in configs] == ["s3://bucket/a"] * 2 + ["s3://bucket/b"]
+    first, same, other = (config.catalog_url for config in configs)
+    assert first == same != other
+    assert Path(first.removeprefix("sqlite:///")).parent == configs[0].store_folder
+    assert configs[0].store_cache_folder != configs[2].store_cache_folder
+    assert configs[0].store_cache_folder.parent == Path("/cache/store")
+    assert load_config({"store": "/folder"}, {}).store_url is None
+    named = load_config({"store": "s3://bucket", "catalog": "postgresql://host/db"}, {})
+    assert named.catalog_url == "postgresql://host/db"
+
+
+def test_credentials_in_the_url_of_a_store_are_refused_and_not_repeated() -> None:
+    with pytest.raises(ConfigInvalid) as caught:
+        load_config({"store": "s3://key:s3cret@bucket/prefix"}, {})
+    assert "s3cret" not in str(caught.value)
 
 
 def test_the_password_of_a_catalog_is_never_repeated() -> None:

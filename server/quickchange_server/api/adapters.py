@@ -1,8 +1,10 @@
 """`/v1/adapters`: upload, list, show, alias, load, delete. The work is the service's."""
 
+from collections.abc import AsyncIterator
+from pathlib import Path as FilePath
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Header, Path, Query, Request
+from fastapi import APIRouter, Depends, Header, Path, Query, Request
 from quickchange_adapters.errors import Problem
 from starlette.responses import FileResponse, JSONResponse, Response
 
@@ -125,18 +127,26 @@ async def get_version(name: str, version: Version, services: Services, caller: R
     return view.to_json()
 
 
-@router.get("/{name}/versions/{version}/files/{file}", response_class=FileResponse)
-async def get_file(
+async def _held_file(
     name: str, version: Version, file: str, services: Services, caller: Reader
-) -> FileResponse:
-    """Download one file of a version, byte for byte as it was uploaded."""
+) -> AsyncIterator[FilePath]:
+    """Give a file's path; it is held until the answer was sent."""
     known: dict[str, FileName] = {each: each for each in FILES.values()}
     if file not in known:
         raise NotFound(
             f"{file[:80]!r} is not a file of an adapter; use {', '.join(known)}",
             code="file_not_found",
         )
-    path = await services.adapters.file_path(name, version, known[file], tenant=caller.tenant)
+    opened = services.adapters.open_file(name, version, known[file], tenant=caller.tenant)
+    async with opened as path:
+        yield path
+
+
+@router.get("/{name}/versions/{version}/files/{file}", response_class=FileResponse)
+async def get_file(
+    file: str, path: Annotated[FilePath, Depends(_held_file)], caller: Reader
+) -> FileResponse:
+    """Download one file of a version, byte for byte as it was uploaded."""
     return FileResponse(path, filename=file)
 
 
