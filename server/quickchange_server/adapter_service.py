@@ -54,7 +54,6 @@ from quickchange_server.adapter_views import (
     VersionView,
     adapter_label,
 )
-from quickchange_server.answers import as_answers
 from quickchange_server.catalog_poll import POLL_S, CatalogPoll, OnChange
 from quickchange_server.desired_state import DesiredState
 from quickchange_server.engine.interface import GenerationEngine
