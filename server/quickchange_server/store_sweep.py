@@ -38,7 +38,7 @@ class StoreSweep:
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Sweep once, and then again and again; what cannot be swept now waits for the next time."""
+        """Sweep once, and then again and again; what cannot be swept now is swept later."""
         await self._try()
         self._task = asyncio.create_task(self._run())
 
