@@ -33,6 +33,7 @@ from quickchange_adapters.records import VersionRecord
 from quickchange_adapters.store import BlobInfo, Store
 
 GRACE_S = 3600.0
+SETTLE_S = 1.0
 REPAIR = "run fsck with --repair"
 WRONG_CATALOG = (
     "most blobs here are unknown to this catalog, so that --repair leaves them: is it the right "
@@ -63,14 +64,22 @@ class _Rows:
 
 
 class StoreCheck:
-    """One check of one store with one catalog; `clock` gives seconds since 1970."""
+    """One check of one store with one catalog; `clock` gives seconds since 1970.
+
+    `settle_s`: how long a server is given to collect what a deletion has just freed.
+    """
 
     def __init__(
-        self, store: Store, catalog: Catalog, clock: Callable[[], float] = time.time
+        self,
+        store: Store,
+        catalog: Catalog,
+        clock: Callable[[], float] = time.time,
+        settle_s: float = SETTLE_S,
     ) -> None:
         self._catalog = catalog
         self._store = store
         self._clock = clock
+        self._settle_s = settle_s
 
     def num_bytes(self) -> int:
         """Return how many bytes `run` will read, by what the catalog says."""
@@ -177,6 +186,8 @@ class StoreCheck:
 
     def _unused(self, said: _Rows, repair: bool) -> Iterator[Finding]:
         """Yield what a deletion or an upload left; what is gone by now, a server collected."""
+        if said.unused and not repair:
+            time.sleep(self._settle_s)
         with self._catalog.database.reading() as connection:
             unused = said.unused & rows.unused_blobs(connection, self._lapsed_before)
         message = "no version refers to this blob any more"

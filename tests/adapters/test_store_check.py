@@ -35,7 +35,7 @@ def later() -> float:
 
 
 def check(world: World, *, repair: bool = False, clock: Callable[[], float] = later) -> CheckReport:
-    return StoreCheck(world.store, world.catalog, clock).run(repair=repair)
+    return StoreCheck(world.store, world.catalog, clock, settle_s=0).run(repair=repair)
 
 
 def found(report: CheckReport) -> list[tuple[str, str, bool]]:
