@@ -113,7 +113,11 @@ async def serve_rows(
     """Run all rows at once on one engine."""
     prompts = prompt_rows(folder, len(adapters), options.prompt_tokens)
     settings = EngineSettings(
-        dtype=options.dtype, device=options.device, max_batch_rows=len(adapters)
+        dtype=options.dtype,
+        device=options.device,
+        max_batch_rows=len(adapters),
+        kernels=options.kernels,
+        quantize=options.quantize,
     )
     engine = EngineClient(folder, settings)
     await engine.start()
@@ -277,6 +281,8 @@ def parsed_options() -> argparse.Namespace:
     parser.add_argument("--adapter", type=Path, action="append", default=[], metavar="FOLDER")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="auto", help="of the engine")
+    parser.add_argument("--kernels", default="auto", help="auto, native or plain")
+    parser.add_argument("--quantize", choices=["int8"], help="quantise the engine's base")
     parser.add_argument("--ranks", default="8,16,16,64", help="of the random adapters, with commas")
     parser.add_argument("--rows", type=int, default=2, help="rows per adapter and for the base")
     parser.add_argument("--prompt-tokens", type=int, default=128)
@@ -298,6 +304,7 @@ def main() -> None:
     settings = {
         "base": folder.name,
         "dtype, device of the engine": f"{options.dtype}, {options.device}",
+        "kernels, quantised": f"{options.kernels}, {options.quantize or 'no'}",
         "batch": f"{options.rows} rows of the base and of each adapter, all at once",
         "adapters": f"random of ranks {options.ranks} on all seven linears; "
         f"given: {[path.parent.name for path in options.adapter]}",

@@ -31,6 +31,7 @@ def parsed_options() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, required=True, help="folder of the base")
     parser.add_argument("--device", default="cpu", help="cpu or cuda[:N]")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--quantize", choices=["int8"], help="quantise the base")
     parser.add_argument("--kernels", default="auto", help="auto, native or plain")
     parser.add_argument(
         "--scenarios",
@@ -60,7 +61,7 @@ def settings_of(options: argparse.Namespace, dtype: str, bandwidth: float) -> di
         "server": "none: EngineClient in this process",
         "base": options.model.name,
         "dtype, device": f"{dtype}, {options.device}",
-        "kernels": options.kernels,
+        "kernels, quantised": f"{options.kernels}, {options.quantize or 'no'}",
         "work": f"prompts of {options.prompt_tokens} tokens, {options.tokens} tokens out, greedy, "
         f"end of text ignored, at most {options.max_step_tokens} tokens a step",
         "adapters": f"rank {options.rank} on every linear of the blocks, in turn over the rows",

@@ -99,6 +99,7 @@ class EngineBench:
             device=options.device,
             dtype=options.dtype,
             kernels=options.kernels,
+            quantize=options.quantize,
             kv_cache_bytes=options.kv_cache_mib * MIB,
             adapter_device_bytes=options.adapter_device_mib * MIB,
             adapter_host_bytes=64 * options.adapter_device_mib * MIB,
@@ -148,11 +149,12 @@ class EngineBench:
         """Return the bytes that one decode step of a scenario must read at least."""
         itemsize = self._engine.dtype.itemsize
         modules = block_linears(self._engine.base).values()
-        base = sum(m.in_features * m.out_features for m in modules)
         head = self._config["vocab_size"] * self._config["hidden_size"]
+        base = head + sum(m.in_features * m.out_features for m in modules)
         ranks = 0 if scenario.is_merged else self._options.rank * _num_used_adapters(scenario)
         adapters = ranks * sum(m.in_features + m.out_features for m in modules)
-        return int(itemsize * (base + head + adapters) + self._kv_bytes(scenario))
+        base_bytes = base * (itemsize if self._options.quantize is None else 1)
+        return int(base_bytes + itemsize * adapters + self._kv_bytes(scenario))
 
     def _kv_bytes(self, scenario: Scenario) -> float:
         heads = self._config["num_attention_heads"]

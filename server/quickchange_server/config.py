@@ -76,6 +76,13 @@ class ServerConfig:
         BASE,
         metavar="auto|native|plain",
     )
+    quantize: str | None = option(
+        None,
+        o.read_choice("int8"),
+        "Keep the base's matrices in int8, with a scale for each output: half the bytes.",
+        BASE,
+        metavar="int8",
+    )
     max_model_len: int | None = option(
         None,
         o.read_auto_or(o.read_count(1)),
@@ -302,7 +309,7 @@ class ServerConfig:
 
 
 OPTIONS: dict[str, Option] = o.options_of(ServerConfig)
-UNAVAILABLE = ("quantize", "auto_merge")
+UNAVAILABLE = ("auto_merge",)
 """Settings of the public contract that this version does not do, refused by name."""
 CLIENT_VARIABLES = ("QUICKCHANGE_URL", "QUICKCHANGE_API_KEY")
 CONFIG_VARIABLE = "QUICKCHANGE_CONFIG"

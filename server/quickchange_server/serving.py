@@ -164,6 +164,7 @@ def engine_settings(config: ServerConfig, budget: MemoryBudget) -> EngineSetting
         device=budget.device,
         dtype=config.dtype,
         kernels=config.kernels,
+        quantize=config.quantize,
         kv_cache_bytes=budget.kv_cache_bytes,
         max_model_len=config.max_model_len,
         max_batch_rows=config.max_batch_rows,

@@ -10,7 +10,8 @@ import torch
 from quickchange_adapters.native import build
 from quickchange_adapters.native.build import BuildFailed, library_path
 from quickchange_adapters.native.library import load_library
-from quickchange_adapters.native.weight import NativeWeight, PackedMemory
+from quickchange_adapters.native.weight import NativeInt8Weight, NativeWeight, PackedMemory
+from quickchange_adapters.ops.int8_weight import Int8Weight, quantise
 
 from tests.server.engine.native import needs_native
 
@@ -45,6 +46,28 @@ def test_a_product_is_float32_s_rounded_once(
         wanted += bias.double()
     actual = native_weight(weight).apply(x, bias)
     torch.testing.assert_close(actual.double(), wanted, rtol=2**-8, atol=1e-4 * num_inputs**0.5)
+
+
+@needs_native
+@pytest.mark.parametrize(("num_outputs", "num_inputs"), SHAPES)
+def test_int8_is_what_its_numbers_stand_for_whatever_the_number_of_rows(
+    num_outputs: int, num_inputs: int
+) -> None:
+    weight = torch.randn(num_outputs, num_inputs).bfloat16()
+    weight[0] = 0
+    bias = torch.randn(num_outputs).bfloat16()
+    native = NativeInt8Weight(weight, load_library(), PackedMemory())
+    portable = Int8Weight(weight)
+    assert torch.equal(native.dense(), portable.dense())
+    numbers, scales = quantise(weight)
+    error = (numbers.float() * scales[:, None] - weight.float()).abs()
+    assert (error <= 0.5001 * scales[:, None]).all()
+    x = torch.randn(29, num_inputs).bfloat16()
+    wanted = native.apply(x, bias)
+    torch.testing.assert_close(wanted, portable.apply(x, bias), rtol=2**-7, atol=1e-3)
+    for count in (1, 2, 3, 4, 5, 12, 13):
+        assert torch.equal(native.apply(x[:count], bias), wanted[:count])
+    assert native.num_bytes < 0.7 * native_weight(weight).num_bytes + 512
 
 
 @needs_native

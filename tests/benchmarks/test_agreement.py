@@ -18,6 +18,8 @@ def comparisons(
         ranks=[4, 8],
         rows=2,
         dtype="float32",
+        kernels="auto",
+        quantize=None,
         device="cpu",
         prompt_tokens=20,
         tokens=6,

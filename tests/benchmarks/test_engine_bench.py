@@ -26,6 +26,7 @@ def make_bench(tiny_base: Path) -> MakeBench:
             device="cpu",
             dtype="float32",
             kernels="auto",
+            quantize=None,
             scenarios=SCENARIOS,
             prompt_tokens=8,
             tokens=16,

@@ -27,7 +27,7 @@ def test_help_hides_what_this_version_does_not_do() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--quantize", "int8"], ["--auto-merge"], ["--auto-merge", "4"]],
+    [["--auto-merge"], ["--auto-merge", "4"]],
 )
 def test_unavailable_option_is_refused_by_name(arguments: list[str]) -> None:
     result = runner.invoke(app, ["serve", *arguments])

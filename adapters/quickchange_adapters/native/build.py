@@ -14,9 +14,14 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-SOURCES = ("vector.h", "tables.h", "team.h", "product.h", "deltas.h", "attention.h", "step.h")
+SOURCES = (
+    *("vector.h", "tables.h", "team.h", "product.h"),
+    *("panels.h", "deltas.h", "attention.h", "step.h"),
+)
 MAIN_SOURCE = "library.cpp"
-CPU_FLAGS = frozenset({"avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"})
+CPU_FLAGS = frozenset(
+    {"avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vbmi", "avx512_bf16"}
+)
 COMPILE_FLAGS = (
     "-O3",
     "-std=c++17",

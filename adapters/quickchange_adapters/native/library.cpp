@@ -7,38 +7,44 @@
 namespace quickchange {
 namespace {
 
-// Pairs of inputs of 32 outputs side by side; what is behind the last output is zero.
-void pack(const bf16* weight, int num_outputs, int num_inputs, bf16* packed) {
-  const int num_panels = (num_outputs + kPanel - 1) / kPanel;
-  for (int panel = 0; panel < num_panels; ++panel) {
-    bf16* out = packed + static_cast<std::int64_t>(panel) * kPanel * num_inputs;
+// Where a number of W [out, in] lies in its packed form.
+template <typename Number>
+std::int64_t place(int row, int column, int num_inputs) {
+  const int within = row % kPanel * 2 + column % 2;
+  return static_cast<std::int64_t>(row / kPanel) * kPanel * num_inputs + column / 2 * 2 * kPanel +
+         (sizeof(Number) == 1 ? byte_place(within) : within);
+}
+
+// What is behind the last output is zero.
+template <typename Number>
+void pack(const Number* weight, int num_outputs, int num_inputs, Number* packed) {
+  const int num_rows = (num_outputs + kPanel - 1) / kPanel * kPanel;
+  for (int row = 0; row < num_rows; ++row) {
     for (int k = 0; k < num_inputs; ++k) {
-      for (int n = 0; n < kPanel; ++n) {
-        const int row = panel * kPanel + n;
-        const bf16 value = row < num_outputs ? weight[static_cast<std::int64_t>(row) * num_inputs + k] : 0;
-        out[(k / 2) * 2 * kPanel + n * 2 + k % 2] = value;
-      }
+      packed[place<Number>(row, k, num_inputs)] =
+          row < num_outputs ? weight[static_cast<std::int64_t>(row) * num_inputs + k] : Number{0};
     }
   }
 }
 
-void unpack(const bf16* packed, int num_outputs, int num_inputs, bf16* weight) {
+template <typename Number>
+void unpack(const Number* packed, int num_outputs, int num_inputs, Number* weight) {
   for (int row = 0; row < num_outputs; ++row) {
-    const bf16* panel = panel_of(packed, row / kPanel, num_inputs);
     for (int k = 0; k < num_inputs; ++k) {
-      weight[static_cast<std::int64_t>(row) * num_inputs + k] =
-          panel[(k / 2) * 2 * kPanel + (row % kPanel) * 2 + k % 2];
+      weight[static_cast<std::int64_t>(row) * num_inputs + k] = packed[place<Number>(row, k, num_inputs)];
     }
   }
 }
 
 void product(const bf16* x, int num_tokens, const Linear& linear, int num_outputs, int num_inputs, bf16* y,
              Team& team) {
+  const Linear matrix{linear.weight, nullptr, linear.scales};
+  std::vector<bf16> unpacked;
   team.share(0, (num_outputs + kPanel - 1) / kPanel, [&](int panel) {
     const int num_columns = std::min(kPanel, num_outputs - panel * kPanel);
     for_tiles(num_tokens, [&](int first, int count) {
       Tile tile;
-      Panels{linear.weight, num_inputs, team.size()}.multiply_tile(panel, x, first, count, &tile);
+      Panels(matrix, num_inputs, team.size(), &unpacked).multiply_tile(panel, x, first, count, &tile);
       for (int m = 0; m < count; ++m) {
         bf16* out = y + static_cast<std::int64_t>(first + m) * num_outputs + panel * kPanel;
         for (int i = 0; i < num_columns; ++i) {
@@ -67,24 +73,32 @@ QC_EXPORT int qc_struct_sizes(std::int32_t* sizes) {
   return count;
 }
 
-QC_EXPORT void qc_pack(const bf16* weight, int num_outputs, int num_inputs, bf16* packed) {
-  pack(weight, num_outputs, num_inputs, packed);
+// `size`: of a number, 2 for bfloat16 and 1 for int8.
+QC_EXPORT void qc_pack(const void* weight, int num_outputs, int num_inputs, int size, void* packed) {
+  if (size == 2) {
+    pack(static_cast<const bf16*>(weight), num_outputs, num_inputs, static_cast<bf16*>(packed));
+  } else {
+    pack(static_cast<const std::int8_t*>(weight), num_outputs, num_inputs, static_cast<std::int8_t*>(packed));
+  }
 }
 
-QC_EXPORT void qc_unpack(const bf16* packed, int num_outputs, int num_inputs, bf16* weight) {
-  unpack(packed, num_outputs, num_inputs, weight);
+QC_EXPORT void qc_unpack(const void* packed, int num_outputs, int num_inputs, int size, void* weight) {
+  if (size == 2) {
+    unpack(static_cast<const bf16*>(packed), num_outputs, num_inputs, static_cast<bf16*>(weight));
+  } else {
+    unpack(static_cast<const std::int8_t*>(packed), num_outputs, num_inputs, static_cast<std::int8_t*>(weight));
+  }
 }
 
 // y [tokens, out] = x [tokens, in] · Wᵀ + bias, on as many threads as the caller's products take.
-QC_EXPORT void qc_product(const bf16* x, int num_tokens, const bf16* packed, const bf16* bias, int num_outputs, int num_inputs,
+QC_EXPORT void qc_product(const bf16* x, int num_tokens, const Linear* linear, int num_outputs, int num_inputs,
                           bf16* y) {
   Team team(1);
-  const Linear linear{packed, bias};
 #pragma omp parallel
   {
 #pragma omp single
     team.set_size(omp_get_num_threads());
-    product(x, num_tokens, linear, num_outputs, num_inputs, y, team);
+    product(x, num_tokens, *linear, num_outputs, num_inputs, y, team);
   }
 }
 

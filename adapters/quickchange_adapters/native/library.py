@@ -29,9 +29,9 @@ class Arena(Structure):
 
 
 class Linear(Structure):
-    """A packed matrix and its bias."""
+    """A packed matrix, its bias, and the scales of its outputs if it is quantised."""
 
-    _fields_ = [("weight", c_void_p), ("bias", c_void_p)]
+    _fields_ = [("weight", c_void_p), ("bias", c_void_p), ("scales", c_void_p)]
 
 
 class Layer(Structure):
@@ -140,10 +140,10 @@ def load_library() -> ctypes.CDLL:
 
 
 def _declare(library: ctypes.CDLL) -> None:
-    library.qc_pack.argtypes = [c_void_p, c_int32, c_int32, c_void_p]
-    library.qc_unpack.argtypes = [c_void_p, c_int32, c_int32, c_void_p]
+    library.qc_pack.argtypes = [c_void_p, c_int32, c_int32, c_int32, c_void_p]
+    library.qc_unpack.argtypes = [c_void_p, c_int32, c_int32, c_int32, c_void_p]
     library.qc_product.argtypes = [
-        *(c_void_p, c_int32, c_void_p, c_void_p),
+        *(c_void_p, c_int32, POINTER(Linear)),
         *(c_int32, c_int32, c_void_p),
     ]
     for function in (library.qc_pack, library.qc_unpack, library.qc_product):

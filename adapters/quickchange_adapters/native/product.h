@@ -77,28 +77,6 @@ inline void for_tiles(int num_tokens, Work&& work) {
   }
 }
 
-// A packed matrix, and how far ahead of the panel in work its threads will be next.
-struct Panels {
-  const bf16* packed;
-  int num_inputs;
-  int num_threads;
-
-  const bf16* at(int panel) const { return packed + static_cast<std::int64_t>(panel) * kPanel * num_inputs; }
-
-  // Multiplies tokens [first, first + count) of x [tokens, in]. What will be read next is fetched while
-  // the first tile is computed: panels are taken in turn, so it is as far ahead as there are threads.
-  void multiply_tile(int panel, const bf16* x, int first, int count, Tile* tile) const {
-    const bf16* here = at(panel);
-    const bf16* ahead = first == 0 ? at(panel + num_threads) : here;
-    const bf16* rows = x + static_cast<std::int64_t>(first) * num_inputs;
-    multiply(rows, num_inputs, count, here, num_inputs, ahead, tile);
-  }
-};
-
-inline const bf16* panel_of(const bf16* packed, int panel, int num_inputs) {
-  return packed + static_cast<std::int64_t>(panel) * kPanel * num_inputs;
-}
-
 inline void add_bias(Tile* tile, int num_rows, const bf16* bias) {
   const __m512 first = load_floats(bias), last = load_floats(bias + 16);
   for (int m = 0; m < num_rows; ++m) {

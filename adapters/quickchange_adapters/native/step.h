@@ -20,6 +20,7 @@
 
 #include "attention.h"
 #include "deltas.h"
+#include "panels.h"
 #include "team.h"
 
 namespace quickchange {
@@ -117,9 +118,8 @@ class StepRun {
 
   // Computes one panel of a group for a tile of tokens: product, bias and deltas.
   void compute(Group group, const Linear& linear, int layer, int panel, const bf16* x, int num_inputs, int first,
-               int count, Tile* tile) const {
-    Panels{linear.weight, num_inputs, team_.size()}.multiply_tile(panel, x, first, count, tile);
-    if (linear.bias) add_bias(tile, count, linear.bias + panel * kPanel);
+               int count, Tile* tile, std::vector<bf16>* unpacked) const {
+    Panels(linear, num_inputs, team_.size(), unpacked).multiply_tile(panel, x, first, count, tile);
     scratch_.deltas[group].expand(layer, panel, first, count, tile);
   }
 
@@ -128,7 +128,7 @@ class StepRun {
     team_.share(stage, num_outputs / kPanel, [&](int panel) {
       for_tiles(step_.num_tokens, [&](int first, int count) {
         Tile tile;
-        compute(kQkv, layer.qkv, index, panel, scratch_.normed.data(), model_.width, first, count, &tile);
+        compute(kQkv, layer.qkv, index, panel, scratch_.normed.data(), model_.width, first, count, &tile, &unpacked_[0]);
         for (int m = 0; m < count; ++m) {
           bf16* out = scratch_.qkv.data() + static_cast<std::int64_t>(first + m) * num_outputs + panel * kPanel;
           store_bf16(out, _mm512_load_ps(tile.values[m]));
@@ -170,7 +170,7 @@ class StepRun {
     team_.share(stage, model_.width / kPanel, [&](int panel) {
       for_tiles(step_.num_tokens, [&](int first, int count) {
         Tile tile;
-        compute(group, linear, index, panel, x, num_inputs, first, count, &tile);
+        compute(group, linear, index, panel, x, num_inputs, first, count, &tile, &unpacked_[0]);
         for (int m = 0; m < count; ++m) {
           bf16* out = step_.hidden + static_cast<std::int64_t>(first + m) * model_.width + panel * kPanel;
           store_bf16(out, _mm512_add_ps(load_floats(out), _mm512_load_ps(tile.values[m])));
@@ -187,8 +187,8 @@ class StepRun {
       for_tiles(step_.num_tokens, [&](int first, int count) {
         Tile gate, up;
         const bf16* x = scratch_.normed.data();
-        compute(kGateUp, layer.gate_up, index, panel, x, model_.width, first, count, &gate);
-        compute(kGateUp, layer.gate_up, index, half + panel, x, model_.width, first, count, &up);
+        compute(kGateUp, layer.gate_up, index, panel, x, model_.width, first, count, &gate, &unpacked_[0]);
+        compute(kGateUp, layer.gate_up, index, half + panel, x, model_.width, first, count, &up, &unpacked_[1]);
         for (int m = 0; m < count; ++m) {
           bf16* out = scratch_.active.data() + static_cast<std::int64_t>(first + m) * model_.intermediate;
           for (int i = 0; i < kPanel; i += 16) {
@@ -230,9 +230,10 @@ class StepRun {
   }
 
   void head_panel(int panel) {
+    const Linear head{step_.head.weight, nullptr, step_.head.scales};
     for_tiles(step_.num_wanted, [&](int first, int count) {
       Tile tile;
-      Panels{step_.head.weight, model_.width, 1}.multiply_tile(panel, step_.wanted_hidden, first, count, &tile);
+      Panels(head, model_.width, 1, &unpacked_[0]).multiply_tile(panel, step_.wanted_hidden, first, count, &tile);
       const int num_columns = std::min(kPanel, model_.vocabulary - panel * kPanel);
       for (int m = 0; m < count; ++m) {
         float* out = step_.logits + static_cast<std::int64_t>(first + m) * model_.vocabulary + panel * kPanel;
@@ -249,7 +250,9 @@ class StepRun {
   Scratch& scratch_;
   Team& team_;
   Attention attention_;
-  std::vector<float> scores_;  // this thread's
+  // This thread's own:
+  std::vector<float> scores_;
+  std::vector<bf16> unpacked_[2];
   double* clock_ = nullptr;
   Clock::time_point last_;
 };

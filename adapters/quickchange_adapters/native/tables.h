@@ -30,10 +30,12 @@ struct Arena {
   }
 };
 
-// A packed matrix, and its bias or null.
+// A packed matrix. Without scales it holds bfloat16; with them int8, and each output's scale. Both, and
+// the bias where there is one, are padded to whole panels, but for the head's bias.
 struct Linear {
-  const bf16* weight;
+  const void* weight;
   const bf16* bias;
+  const float* scales;
 };
 
 struct Layer {

@@ -20,7 +20,8 @@ from quickchange_adapters.layout import AdapterLayout, GroupShape, Place
 from quickchange_adapters.merge import MakeWeight
 from quickchange_adapters.native.build import BuildFailed
 from quickchange_adapters.native.library import load_library
-from quickchange_adapters.native.weight import NativeWeight, PackedMemory
+from quickchange_adapters.native.weight import NativeInt8Weight, NativeWeight, PackedMemory
+from quickchange_adapters.ops.int8_weight import Int8Weight
 from quickchange_adapters.ops.linear_weight import make_linear_weight
 from torch import Tensor, nn
 
@@ -87,7 +88,7 @@ class BaseModel:
         self.dtype: torch.dtype = model.dtype
         self.device = torch.device(settings.device)
         self.native = _native_library(model, settings)
-        self._make_weight = self.weight_maker()
+        self._make_weight = self._base_weight_maker(settings)
         self.holder = PlanHolder()
         self.groups: dict[tuple[str, int], ProjectionGroup] = {}
         specs: dict[str, ModuleSpec] = {}
@@ -154,6 +155,17 @@ class BaseModel:
         if library is None:
             return make_linear_weight
         return lambda weight: NativeWeight(weight, library, memory)
+
+    def _base_weight_maker(self, settings: EngineSettings) -> MakeWeight:
+        """Return what makes the base's own matrices resident, quantised if that was asked for."""
+        library, memory = self.native, PackedMemory()
+        if settings.quantize is None:
+            return self.weight_maker()
+        if self.dtype == torch.float32:
+            raise UnsupportedBase("--quantize int8 serves bfloat16 and float16, not float32")
+        if library is None:
+            return Int8Weight
+        return lambda weight: NativeInt8Weight(weight, library, memory)
 
     def checksum(self) -> str:
         """Compute sha256 over every resident base weight, in a fixed order (hex)."""

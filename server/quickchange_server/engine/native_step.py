@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from quickchange_adapters.merge import MergedCopy
 from quickchange_adapters.native import library as native
-from quickchange_adapters.native.weight import NativeWeight
+from quickchange_adapters.native.weight import NativeInt8Weight, NativeWeight
+from quickchange_adapters.ops.linear_weight import LinearWeight
 from quickchange_adapters.plan import RowBlock
 from quickchange_adapters.pool import AdapterPool
 from torch import Tensor, nn
@@ -275,9 +276,9 @@ def _rotary_tables(base: "BaseModel", num_positions: int) -> tuple[Tensor, Tenso
     return cosines[0, :, :half].contiguous(), sines[0, :, :half].contiguous()
 
 
-def _linear(weight: Any, bias: Tensor | None) -> Any:
-    assert isinstance(weight, NativeWeight)
-    return native.Linear(weight.address, None if bias is None else bias.data_ptr())
+def _linear(weight: LinearWeight, bias: Tensor | None) -> native.Linear:
+    assert isinstance(weight, NativeWeight | NativeInt8Weight)
+    return weight.describe(bias)
 
 
 def _norm_pointer(attention: nn.Module, name: str) -> int | None:

@@ -26,6 +26,7 @@ class EngineSettings:
         num_threads: threads of the engine's products; None: as torch would have it.
         kernels: `triton`, `native`, `plain`, or `auto`: Triton's on a GPU, the native library's on
             a CPU where it can run the base, else plain ones.
+        quantize: `int8`: the base's matrices in int8, with a scale for each output.
         cuda_graphs: whether decode steps are captured and replayed, where Triton's kernels run.
     """
 
@@ -44,4 +45,5 @@ class EngineSettings:
     max_lora_rank: int = 256
     num_threads: int | None = None
     kernels: str = "auto"
+    quantize: str | None = None
     cuda_graphs: bool = True

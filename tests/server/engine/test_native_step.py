@@ -285,6 +285,11 @@ async def test_weights_are_packed_once_and_unpack_exactly(base_of: Any) -> None:
     assert plain.native is None
     assert native.digest == plain.digest
     assert native.num_bytes <= 1.1 * plain.num_bytes
+    int8 = load_base(folder, EngineSettings(dtype="bfloat16", quantize="int8"))
+    assert int8.digest != native.digest
+    assert int8.num_bytes < 0.75 * native.num_bytes
+    with pytest.raises(UnsupportedBase, match="float32"):
+        load_base(folder, EngineSettings(dtype="float32", quantize="int8"))
 
 
 @pytest.mark.parametrize(
@@ -298,6 +303,29 @@ def test_a_base_that_the_library_cannot_run_takes_the_plain_paths(
     assert load_base(folder, EngineSettings(dtype=dtype)).native is None
     with pytest.raises(UnsupportedBase, match="native kernels"):
         load_base(folder, EngineSettings(dtype=dtype, kernels="native"))
+
+
+async def test_a_quantised_base_serves_adapters_mixes_and_merges(
+    base_of: Any, folders_of: Any
+) -> None:
+    """As near to the portable twin as bfloat16 is; the same bits always; the base stays."""
+    base, folders = base_of("llama-biases"), folders_of("llama-biases")
+    int8: dict[str, Any] = {"quantize": "int8", "merged_bytes": 1 << 24}
+    portable = await scored(base, folders, kernels="plain", **int8)
+    unquantised = await scored(base, folders)
+    async with serving(base, folders, **int8) as engine:
+        native = [prompt_scores(answer) for answer in await run_all(engine, batch())]
+        asked = dataclasses.replace(batch()[1], request_id="alone", cache_scope="alone")
+        assert torch.equal(prompt_scores(await collect(engine.generate(asked))), native[1])
+        await engine.merge("a0")
+        asked = dataclasses.replace(asked, request_id="merged", cache_scope="merged")
+        merged = prompt_scores(await collect(engine.generate(asked)))
+        assert await engine.base_checksum() == engine.base.digest
+    torch.testing.assert_close(merged, native[1], atol=0.1, rtol=0)
+    for ours, theirs, whole in zip(native, portable, unquantised, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=0.2, rtol=0)
+        assert not torch.equal(ours, whole)
+        assert (ours - whole).abs().mean() < 0.1
 
 
 async def test_the_stages_of_a_step_are_measured_when_somebody_asks(base_of: Any) -> None:
