@@ -166,7 +166,7 @@ class Catalog:
         Raises: QuotaExceeded, PublicNameTaken.
         """
         with self.database.writing("publish") as connection:
-            adapter_id = self._open_adapter(connection, new)
+            adapter_id = rows.open_adapter(connection, new, self._clock())
             number = rows.number_of(connection, adapter_id, new.digest)
             created = number is None
             if number is None:
@@ -315,34 +315,6 @@ class Catalog:
     def _lapsed_before(self) -> float:
         """Reservations made before this moment protect nothing any more."""
         return self._clock() - RESERVATION_S
-
-    def _open_adapter(self, connection: Connection, new: NewVersion) -> int:
-        """Return the id of the adapter's row; a new name gets one, a deleted name its old one."""
-        wanted: dict[str, Any] = {}
-        if new.tags is not None:
-            wanted["tags"] = json.dumps(new.tags)
-        if new.visibility is not None:
-            wanted["visibility"] = new.visibility
-        fresh = {
-            "tags": "[]",
-            "visibility": new.default_visibility,
-            "created_at": int(self._clock()),
-        }
-        row = connection.execute(
-            select(adapters.c.id, adapters.c.deleted_at).where(rows.is_named(new.tenant, new.name))
-        ).one_or_none()
-        if row is None:
-            values = {"tenant": new.tenant, "name": new.name, "next_version": 1, "revision": 0}
-            result = connection.execute(insert(adapters).values(**values, **{**fresh, **wanted}))
-            assert result.inserted_primary_key is not None
-            return cast(int, result.inserted_primary_key[0])
-        if row.deleted_at is not None:
-            wanted = {**fresh, **wanted, "deleted_at": None}
-        if wanted:
-            connection.execute(update(adapters).where(adapters.c.id == row.id).values(**wanted))
-            event = EventRecord(self._clock(), new.tenant, new.name, "describe", new.actor)
-            rows.note(connection, event)
-        return cast(int, row.id)
 
     def _add_version(self, connection: Connection, adapter_id: int, new: NewVersion) -> int:
         """Insert the version under the next number, and return that."""

@@ -38,6 +38,7 @@ from quickchange_adapters.records import (
     AdapterRecord,
     EventRecord,
     FileRecord,
+    NewVersion,
     VersionRecord,
 )
 
@@ -115,6 +116,35 @@ def version_row(connection: Connection, adapter_id: int, number: int) -> RowMapp
         .mappings()
         .one_or_none()
     )
+
+
+def open_adapter(connection: Connection, new: NewVersion, now: float) -> int:
+    """Return the id of the adapter's row; a new name gets one, a deleted name its old one."""
+    wanted: dict[str, Any] = {}
+    if new.tags is not None:
+        wanted["tags"] = json.dumps(new.tags)
+    if new.visibility is not None:
+        wanted["visibility"] = new.visibility
+    fresh = {
+        "tags": "[]",
+        "visibility": new.default_visibility,
+        "created_at": int(now),
+    }
+    row = connection.execute(
+        select(adapters.c.id, adapters.c.deleted_at).where(is_named(new.tenant, new.name))
+    ).one_or_none()
+    if row is None:
+        values = {"tenant": new.tenant, "name": new.name, "next_version": 1, "revision": 0}
+        result = connection.execute(insert(adapters).values(**values, **{**fresh, **wanted}))
+        assert result.inserted_primary_key is not None
+        return cast(int, result.inserted_primary_key[0])
+    if row.deleted_at is not None:
+        wanted = {**fresh, **wanted, "deleted_at": None}
+    if wanted:
+        connection.execute(update(adapters).where(adapters.c.id == row.id).values(**wanted))
+        event = EventRecord(now, new.tenant, new.name, "describe", new.actor)
+        note(connection, event)
+    return cast(int, row.id)
 
 
 def number_of(connection: Connection, adapter_id: int, digest: str) -> int | None:

@@ -4,7 +4,6 @@ Sits between the routes and the engine, the store and the catalog. Lives on the 
 blocks runs in threads. Knows nothing of HTTP: views say what to show, errors carry their status.
 """
 
-import asyncio
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -14,7 +13,7 @@ from pathlib import Path
 import torch
 from quickchange_adapters.catalog import Catalog
 from quickchange_adapters.limits import AdapterLimits
-from quickchange_adapters.names import DEFAULT_TENANT, adapter_name_problem
+from quickchange_adapters.names import DEFAULT_TENANT
 from quickchange_adapters.records import (
     CONFIG_FILE,
     TASK_FILE,
@@ -25,7 +24,6 @@ from quickchange_adapters.records import (
 )
 from quickchange_adapters.store import StagedFile, Store
 from quickchange_adapters.task import MAX_TASK_BYTES
-from quickchange_adapters.validate import Report, ValidationJob
 from quickchange_adapters.version_states import Wish
 
 from quickchange_server.adapter_actions import AdapterActions
@@ -40,7 +38,6 @@ from quickchange_server.adapter_upload import (
     UploadForm,
     UploadRefused,
     file_records,
-    refusal,
     stage_file,
 )
 from quickchange_server.adapter_uploader import AdapterUploader, ThreadValidator, Validator
@@ -60,7 +57,7 @@ from quickchange_server.engine.interface import GenerationEngine
 from quickchange_server.errors import Conflict, NotFound
 from quickchange_server.live_catalog import LiveCatalog
 from quickchange_server.state_actions import StateActions
-from quickchange_server.static_folder import read_folder, read_folder_task, static_record
+from quickchange_server.static_adapters import StaticAdapters
 from quickchange_server.store_sweep import StoreSweep
 from quickchange_server.threaded_context import in_thread
 from quickchange_server.version_files import VersionFiles
@@ -130,7 +127,9 @@ class AdapterService:
             engine, partial(self._wishes.is_wished, "pin"), self._files.is_on_disk
         )
         self._lookup = AdapterLookup(self._directory)
-        self._static_reports: dict[str, Json] = {}
+        self._static = StaticAdapters(
+            self._uploader, self._directory, self._files, engine.base, limits
+        )
         self._bind_actions()
 
     def _bind_actions(self) -> None:
@@ -233,20 +232,8 @@ class AdapterService:
 
         Raises: UploadRefused, Conflict (other bytes under that name).
         """
-        problem = adapter_name_problem(name)
-        if problem is not None:
-            raise UploadRefused([problem])
-        if name in self.base_names:
-            raise Conflict(f"the base is called {name!r}; give the adapter another name")
-        files = await asyncio.to_thread(read_folder, name, folder)
-        paths = folder / CONFIG_FILE, folder / WEIGHTS_FILE
-        job = ValidationJob(*paths, self._engine.base, self._limits, allow_noop=True)
-        task = await asyncio.to_thread(read_folder_task, name, folder)
-        report = await self._uploader.validate(job)
-        problems = (*report.problems, *task.problems)
-        if problems:
-            raise refusal(problems)
-        return self._add_static(static_record(name, files, report, task.text), folder, report)
+        version, report = await self._static.add(name, folder, self.base_names)
+        return self._views.version(version, report)
 
     async def list(
         self,
@@ -393,20 +380,9 @@ class AdapterService:
     def _taken_names(self) -> tuple[str, ...]:
         return (*self.base_names, *self._directory.static_names())
 
-    def _add_static(self, record: AdapterRecord, folder: Path, report: Report) -> VersionView:
-        version = record.versions[0]
-        known = self._directory.get_static(record.name)
-        if known is None:
-            self._directory.add_static(record)
-            self._files.folders[record.name] = folder
-            self._static_reports[record.name] = report.to_json()
-        elif known.versions[0].digest != version.digest:
-            raise Conflict(f"--adapter {record.name!r} was given twice, with different files")
-        return self._views.version(version, self._static_reports[record.name])
-
     async def _report(self, version: VersionRecord) -> Json:
         if self._lookup.is_static(version.name):
-            return self._static_reports[version.name]
+            return self._static.report(version.name)
         return await self._live.ask(lambda: self._catalog.report(version))
 
     def _adapter_view(self, record: AdapterRecord, reports: dict[int, Json]) -> AdapterView:

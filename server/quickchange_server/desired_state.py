@@ -213,7 +213,8 @@ class DesiredState:
             assert step.version is not None
             await self.fulfil(step.kind, step.version)
         elif step.kind == "unload":
-            await self._loader.unload(step.digest, None)
+            if not self._directory.is_served(step.digest):
+                await self._loader.unload(step.digest, None)
             self._try_again_soon()
         else:
             await self.undo("pin" if step.kind == "unpin" else "merge", step.digest)
