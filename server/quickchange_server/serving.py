@@ -186,7 +186,9 @@ async def _serve(
         await _add_static(services.adapters, config.static_adapters)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, _note_signal)  # uvicorn raises them again when it is done
-        announcement = asyncio.create_task(_announce(server, listeners, config))
+        announcement = asyncio.create_task(
+            _announce(server, listeners, config, not services.keyring.is_open)
+        )
         async with listening_beside(create_admin_app(app), listeners[1]):
             await server.serve(sockets=[listeners[0]])
         announcement.cancel()
@@ -209,19 +211,25 @@ def _note_signal(number: int, _frame: object) -> None:
     """Take a signal that was already obeyed."""
 
 
-async def _announce(server: ApiServer, listeners: Listeners, config: ServerConfig) -> None:
+async def _announce(
+    server: ApiServer, listeners: Listeners, config: ServerConfig, has_keys: bool
+) -> None:
     while not server.started:
         await asyncio.sleep(READY_POLL_S)
     seconds = time.time() - psutil.Process().create_time()
     names = [each.name for each in config.static_adapters]
     api, admin = listeners
-    _say(ready_text(url_of(api), config.base_name, names, seconds))
+    _say(ready_text(url_of(api), config.base_name, names, seconds, has_keys=has_keys))
     if admin is not None:
         _say(f"Probes and measurements, without a key: {url_of(admin)}/metrics")
 
 
-def ready_text(url: str, base: str, adapters: list[str], seconds: float) -> str:
+def ready_text(
+    url: str, base: str, adapters: list[str], seconds: float, *, has_keys: bool = False
+) -> str:
     """Return what is printed when the server is ready: what it serves and what to try."""
+    key = ' -H "authorization: Bearer $QUICKCHANGE_API_KEY"' if has_keys else ""
+    where = "in another terminal" + (", with a key in QUICKCHANGE_API_KEY" if has_keys else "")
     model = adapters[0] if adapters else base
     prompt = "An hour of my life that I will never get back." if adapters else "Hello!"
     message = f'{{"role": "user", "content": "{prompt}"}}'
@@ -229,9 +237,9 @@ def ready_text(url: str, base: str, adapters: list[str], seconds: float) -> str:
     return f"""
 Ready after {seconds:.1f} s on {url}: {", ".join([base, *adapters])}
 
-Try in another terminal:
-  curl {url}/v1/models
-  curl {url}/v1/chat/completions -H 'content-type: application/json' \\
+Try {where}:
+  curl {url}/v1/models{key}
+  curl {url}/v1/chat/completions{key} -H 'content-type: application/json' \\
     -d '{body}'
   {_client_command()} generate {model} "{prompt}" --url {url}
 The API's page: {url}/docs    Measurements: {url}/metrics    Stop with Ctrl-C.

@@ -9,7 +9,7 @@ from quickchange_server.tokenizer import Tokenizer
 
 from tests.server.conftest import serve_in_process
 from tests.server.scripted_engine import ScriptedEngine
-from tests.server.test_api_tenants import Site, site_services
+from tests.server.tenant_site import Site, site_services
 
 SEEN_S = 20.0
 

@@ -173,6 +173,12 @@ def test_ready_text_offers_the_first_adapter_or_the_base() -> None:
     assert '"model": "base"' in ready_text("http://x:1", "base", [], 1.0)
 
 
+def test_ready_text_shows_where_the_key_goes() -> None:
+    key = 'curl http://x:1/v1/models -H "authorization: Bearer $QUICKCHANGE_API_KEY"'
+    assert key in ready_text("http://x:1", "base", [], 1.0, has_keys=True)
+    assert "authorization" not in ready_text("http://x:1", "base", [], 1.0)
+
+
 def test_what_the_ready_text_says_to_run_is_valid_json() -> None:
     text = ready_text("http://x:1", "base", ["sentiment"], 1.0)
     body = re.search(r"-d '(.*)'", text)

@@ -24,7 +24,7 @@ from starlette.types import Message
 from tests.adapters.adapter_files import config_values, q_pairs, small_spec, weights_bytes
 from tests.server.conftest import serve_in_process
 from tests.server.scripted_engine import ScriptedEngine
-from tests.server.test_api_tenants import OPS, Site, site_services
+from tests.server.tenant_site import OPS, Site, site_services
 
 FILE_BYTES = len(weights_bytes(q_pairs(small_spec()))) + len(json.dumps(config_values()))
 
