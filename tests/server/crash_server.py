@@ -19,6 +19,7 @@ from quickchange_server.thread_affinity import prepare_threads
 prepare_threads()
 
 import quickchange_server.serving  # noqa: E402, F401  what takes seconds, once
+import transformers.models.llama.modeling_llama  # noqa: E402, F401
 from quickchange_server.cli import app  # noqa: E402
 
 

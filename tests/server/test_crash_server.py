@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from tests.conftest import MakeAdapter
 
-START_S = 90.0
+START_S = 180.0
 runner = CliRunner()
 KILLS = (
     ("before reply", 2),
