@@ -5,6 +5,7 @@ Ratios are medians of the ratios of single rounds, as a machine's speed drifts b
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from math import isnan
 from statistics import median
 from typing import Any
 
@@ -108,11 +109,15 @@ def _detail_row(scenario: Scenario, name: str, outcome: Outcome) -> Row:
         scenario.title,
         name,
         rate,
-        f"{1e3 * middle.ttft_p50_s:.0f} / {1e3 * middle.ttft_p99_s:.0f}",
-        f"{1e3 * middle.itl_p50_s:.1f} / {1e3 * middle.itl_p99_s:.1f}",
-        f"{1e3 * middle.tpot_p50_s:.1f}",
-        f"{middle.server_cores:.2f}",
+        f"{_number(1e3 * middle.ttft_p50_s, 0)} / {_number(1e3 * middle.ttft_p99_s, 0)}",
+        f"{_number(1e3 * middle.itl_p50_s, 1)} / {_number(1e3 * middle.itl_p99_s, 1)}",
+        _number(1e3 * middle.tpot_p50_s, 1),
+        _number(middle.server_cores, 2),
     )
+
+
+def _number(value: float, num_digits: int) -> str:
+    return "–" if isnan(value) else f"{value:.{num_digits}f}"
 
 
 def outcome_results(

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -94,6 +95,14 @@ def test_the_table_shows_each_peer_and_the_best_one() -> None:
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     shown = ["60.0", "20.0", "3.00×", "30.0", "2.00×", "not measured", "–", "2.00× (fast)"]
     assert cells == ["base, 1 client", *shown]
+
+
+def test_an_answer_of_one_token_has_no_gaps() -> None:
+    outcome = Outcome()
+    outcome.add(BASE, Figures(9.0, 0.1, 0.2, math.nan, math.nan, 0.0, 1.0, 2.0, 1.0))
+    row = detail_table({"ours": outcome}, [BASE]).splitlines()[2]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[2:] == ["9.0 (9.0–9.0)", "100 / 200", "– / –", "0.0", "–"]
 
 
 def test_what_failed_stands_in_the_table_with_its_reason() -> None:
