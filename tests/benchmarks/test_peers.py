@@ -192,18 +192,19 @@ async def test_a_server_is_warmed_and_asked_in_its_own_words(tmp_path: Path) -> 
     assert warmed_and_measured(server) == (3, 6)
     measured_bodies = [body for body in server.bodies if body["max_tokens"] == NUM_TOKENS]
     loras = [body["lora"] for body in measured_bodies]
-    assert loras[:2] == [[], []]
+    assert loras[:2] == [[{"id": 0, "scale": 0.0}]] * 2
     one, other = ([{"id": number, "scale": 1.0}] for number in range(2))
     assert (loras.count(one), loras.count(other)) == (2, 2)
 
 
 async def test_a_server_that_leaves_the_adapter_out_is_not_measured(tmp_path: Path) -> None:
+    prompts = Prompts(4, seed=0)
     for select in (by_model, LlamaServer(job_of(tmp_path), tmp_path).select):
         async with recording(is_deaf=True) as (_, target):
             with pytest.raises(BenchmarkFailure, match="an adapter changes nothing"):
-                await asyncio.to_thread(check_adapter_acts, target, select, "Once")
+                await asyncio.to_thread(check_adapter_acts, target, select, prompts)
         async with recording() as (_, target):
-            await asyncio.to_thread(check_adapter_acts, target, select, "Once")
+            await asyncio.to_thread(check_adapter_acts, target, select, prompts)
 
 
 def warmed_and_measured(server: RecordingServer) -> tuple[int, int]:
@@ -237,10 +238,10 @@ def test_a_command_that_is_missing_is_said_by_name(tmp_path: Path) -> None:
         environment.run(["no-such-compiler", "--version"])
 
 
-def test_vllm_has_a_slot_for_each_adapter_and_none_for_the_base(tmp_path: Path) -> None:
+def test_peers_serve_the_base_without_any_adapter(tmp_path: Path) -> None:
     job = job_of(tmp_path)
-    groups = VllmServer(job, tmp_path).groups(job.scenarios)
-    assert groups == [[BASE], [MIX]]
+    for server in (VllmServer(job, tmp_path), LlamaServer(job, tmp_path)):
+        assert server.groups(job.scenarios) == [[BASE], [MIX]]
 
 
 @pytest.mark.parametrize(("text", "unknown"), [("vllm,sglang", "sglang"), ("", "")])
