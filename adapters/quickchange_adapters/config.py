@@ -22,7 +22,14 @@ T = TypeVar("T")
 # What starts training from another place than zero, and leaves the base as it was.
 _HARMLESS_INITS = ("gaussian", "eva", "orthogonal", "mica")
 # What takes something out of the base first: such an adapter fits only the changed base.
-_BASE_CHANGING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
+_CONVERTIBLE_INITS = ("pissa", "olora", "corda", "lora_ga")
+_BASE_CHANGING_INITS = (*_CONVERTIBLE_INITS, "loftq")
+_CONVERT = (
+    "convert it with PEFT: save the adapter once before training, with init_lora_weights=True, and "
+    "the trained one with save_pretrained(folder, path_initial_model_for_weight_conversion=that); "
+    "what it writes is a plain LoRA of twice the rank"
+)
+_RETRAIN = "train it from init_lora_weights=True on the base as it is"
 
 # Bookkeeping, and what only training reads.
 _WITHOUT_EFFECT = frozenset(
@@ -182,7 +189,8 @@ class _Reader:
                 continue
             if key in _NOT_SERVED:
                 message = f"{key} is set to {_show(value)}: {_NOT_SERVED[key]} is not served"
-                self._unsupported(key, message)
+                hint = f"PEFT has no conversion for it: {_RETRAIN}" if key == "kasa_config" else ""
+                self._unsupported(key, message, hint)
             else:
                 message = f"the field {key[:80]!r} is not known and is set to {_show(value)}"
                 self._unsupported(key[:80], message, "remove it if it only concerned training")
@@ -195,11 +203,19 @@ class _Reader:
             self._unsupported(
                 "init_lora_weights",
                 f"init_lora_weights {init[:40]!r} changes the base, which is shared here",
-                "save it again with PEFT's path_initial_model_for_weight_conversion: "
-                "that gives a plain LoRA",
+                self._way_out(init.lower()),
             )
         else:
             self._unsupported("init_lora_weights", f"init_lora_weights {_show(init)} is not known")
+
+    def _way_out(self, init: str) -> str:
+        """Say how an adapter that fits only a changed base becomes one for the base as it is."""
+        if not init.startswith(_CONVERTIBLE_INITS):
+            return f"PEFT has no conversion for it: {_RETRAIN}"
+        patterns = self.raw.get("rank_pattern") or self.raw.get("alpha_pattern")
+        if self.raw.get("use_rslora") and patterns:
+            return f"PEFT cannot convert use_rslora together with patterns: {_RETRAIN}"
+        return _CONVERT
 
     def _check_bias(self) -> None:
         bias = self.raw.get("bias", "none")

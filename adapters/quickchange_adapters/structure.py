@@ -4,6 +4,7 @@ The same check stands before every load, so that what is placed into the base's 
 whatever was once stored.
 """
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from io import BufferedReader
@@ -205,7 +206,9 @@ def _check_targets(structure: Structure, modules: Iterable[str], spec: BaseSpec)
     try:
         matched = matched_modules(structure.config.targets, spec)
     except PatternRefused as error:
-        structure.problems.append(Problem(error.code, "target_modules", str(error)))
+        structure.problems.append(
+            Problem(error.code, "target_modules", str(error), _as_list(modules))
+        )
         return
     found = {module for module in modules if module in spec.modules}
     structure.missed = sorted(matched - found)
@@ -218,6 +221,14 @@ def _check_targets(structure: Structure, modules: Iterable[str], spec: BaseSpec)
     if structure.unexpected:
         message = f"the file has tensors for {_some(structure.unexpected)}, not in target_modules"
         structure.problems.append(Problem("config_invalid", "target_modules", message))
+
+
+def _as_list(modules: Iterable[str]) -> str:
+    """Say how the modules of a file can be named without a pattern."""
+    names = sorted({module.rpartition(".")[2][:80] for module in modules})
+    if not 0 < len(names) <= 16:
+        return "write target_modules as a list of names"
+    return f"write target_modules as a list of names, for this file: {json.dumps(names)}"
 
 
 def _ranks_and_scalings(

@@ -90,9 +90,25 @@ def test_what_would_change_the_answer_is_refused_by_name(key: str, value: Any) -
     assert refusals(**{key: value}) == [("config_unsupported", key)]
 
 
-def test_the_refusal_of_pissa_says_how_to_convert() -> None:
-    (problem,) = read(init_lora_weights="pissa").problems
-    assert "path_initial_model_for_weight_conversion" in problem.hint
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"init_lora_weights": "pissa"}, "path_initial_model_for_weight_conversion"),
+        ({"init_lora_weights": "lora_ga"}, "twice the rank"),
+        ({"init_lora_weights": "olora", "use_rslora": True}, "twice the rank"),
+        (
+            {"init_lora_weights": "pissa", "use_rslora": True, "rank_pattern": {"q_proj": 2}},
+            "cannot convert use_rslora",
+        ),
+        ({"init_lora_weights": "loftq"}, "no conversion"),
+        ({"kasa_config": {"beta": 0.1}}, "no conversion"),
+    ],
+)
+def test_the_refusal_of_what_changes_the_base_says_what_to_do(
+    changes: dict[str, Any], words: str
+) -> None:
+    (problem,) = read(**changes).problems
+    assert words in problem.hint
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,12 @@
 """Tensors as they are served, against PEFT's own merged update."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from quickchange_adapters.base_spec import BaseSpec, ModuleSpec
 from quickchange_adapters.errors import AdapterRefused
@@ -22,6 +21,14 @@ from tests.adapters.adapter_files import config_values, q_pairs, small_spec, wri
 from tests.conftest import MakeAdapter, save_peft_adapter, save_tiny_base
 
 DIGEST = "d1" * 32
+# What common trainers write for "attention and MLP of the language model".
+UNSLOTH = (
+    r"(?:.*?(?:language|text).*?(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense).*?"
+    r"(?:q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj).*?)|(?:\bmodel\.layers\.[\d]{1,}"
+    r"\.(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense)\."
+    r"(?:(?:q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)))"
+)
+AXOLOTL = r"model.layers.[\d]+.(mlp|cross_attn|self_attn).(up|down|gate|q|k|v|o)_proj"
 VARIANTS: list[dict[str, Any]] = [
     {},
     {"r": 5, "lora_alpha": 7},
@@ -34,6 +41,8 @@ VARIANTS: list[dict[str, Any]] = [
     {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [1]},
     {"target_modules": "all-linear", "exclude_modules": ["o_proj"]},
     {"init_lora_weights": "orthogonal"},
+    {"target_modules": UNSLOTH},
+    {"target_modules": AXOLOTL},
 ]
 
 
@@ -143,33 +152,3 @@ def test_values_that_overflow_the_serving_dtype_are_refused(tmp_path: Path) -> N
     assert caught.value.problems[0].code == "not_finite"
     limits = AdapterLimits(max_value=torch.finfo(torch.float16).max)
     assert {p.code for p in validate_adapter(*paths, spec, limits).problems} == {"not_finite"}
-
-
-def test_an_adapter_converted_from_pissa_is_served_as_plain_lora(tmp_path: Path) -> None:
-    """PEFT's conversion turns PiSSA into a LoRA of twice the rank on the untouched base."""
-    base = save_tiny_base(tmp_path / "base")
-    model = AutoModelForCausalLM.from_pretrained(str(base), dtype=torch.float32)
-    config = LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj"], init_lora_weights="pissa")
-    peft_model = get_peft_model(model, config)
-    peft_model.peft_config["default"].init_lora_weights = True
-    peft_model.save_pretrained(str(tmp_path / "initial"))
-    peft_model.peft_config["default"].init_lora_weights = "pissa"
-    with torch.no_grad():
-        for name, parameter in peft_model.named_parameters():
-            if "lora_" in name:
-                parameter.add_(torch.randn_like(parameter) * 0.05)
-    spec = spec_of(AutoModelForCausalLM.from_pretrained(str(base)))
-    peft_model.save_pretrained(str(tmp_path / "raw"))
-    report = validate_adapter(*files(tmp_path / "raw"), spec, AdapterLimits())
-    assert [(p.code, p.where) for p in report.problems] == [
-        ("config_unsupported", "init_lora_weights")
-    ]
-    converted = tmp_path / "converted"
-    peft_model.save_pretrained(
-        str(converted), path_initial_model_for_weight_conversion=str(tmp_path / "initial")
-    )
-    assert json.loads(files(converted)[0].read_text())["r"] == 8
-    weights = load_weights(*files(converted), spec, DIGEST, torch.float32)
-    for module, update in peft_updates(base, converted).items():
-        pair = weights.pairs[module]
-        torch.testing.assert_close(pair.lora_b @ pair.lora_a, update, atol=1e-5, rtol=1e-5)

@@ -348,3 +348,16 @@ def test_checking_needs_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.parametrize(
+    "pattern", [r"^(?!.*patch_embed).*(?:q_proj).*", r"^(model)(?=\.).*\.(q_proj)$", r"(q)_proj\1"]
+)
+def test_a_pattern_that_only_python_reads_is_refused_with_the_list_that_says_the_same(
+    tmp_path: Path, pattern: str
+) -> None:
+    (problem,) = check(tmp_path, config=config_values(target_modules=pattern)).problems
+    assert (problem.code, problem.where) == ("config_unsupported", "target_modules")
+    names = json.loads(problem.hint.rpartition(": ")[2])
+    assert names == ["q_proj"]
+    assert check(tmp_path, config=config_values(target_modules=names)).ok
