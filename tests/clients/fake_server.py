@@ -422,6 +422,14 @@ def _report() -> Json:
         "target_modules": ["q_proj"],
         "finite": True,
         "no_effect": False,
+        "probe": {
+            "num_tokens": 35,
+            "mean_change": 0.25,
+            "max_change": 1.5,
+            "num_top_changed": 7,
+            "seconds": 0.1,
+        },
+        "probe_reason": None,
     }
 
 

@@ -91,6 +91,7 @@ def test_push_reports_and_says_what_is_live(
     assert "there already: sentiment:1" in again.stdout
     second = run_command("push", str(other_folder), "--name", "sentiment")
     assert "quickchange alias sentiment default 2" in second.stdout
+    assert "another likeliest token at 7 of 35 places" in " ".join(second.stdout.split())
     third = run_command("push", str(other_folder), "--name", "sentiment", "--alias", "default")
     assert "aliases: default" in third.stdout
 

@@ -82,6 +82,8 @@ def test_an_adapter_from_upload_to_deletion(
     assert (first.version, first.meta.status) == (1, 201)
     assert first.report is not None
     assert first.report.modules.matched[0].update_norm == 0.5
+    assert first.report.probe is not None
+    assert (first.report.probe.num_top_changed, first.report.probe.max_change) == (7, 1.5)
     again = client.adapters.upload(adapter_folder, name="sentiment", alias="prod")
     assert (again.version, again.meta.status) == (1, 200)
     second = client.adapters.upload(other_folder, name="sentiment")

@@ -27,10 +27,24 @@ class ModuleReports(Part):
     unexpected: list[str] = Field(default_factory=list)
 
 
+class Probe(Part):
+    """How far an upload moves a fixed prompt: changes of log probability, in nats, and places.
+
+    `num_top_changed` of `num_tokens` places have another likeliest token than the base.
+    """
+
+    num_tokens: int = 0
+    mean_change: float = 0.0
+    max_change: float = 0.0
+    num_top_changed: int = 0
+    seconds: float = 0.0
+
+
 class AdapterReport(Answer):
     """What the server found when it checked an upload: `adapter.report`.
 
-    `ok` is False when `problems` would refuse it; `no_effect` says that it changes nothing.
+    `ok` is False when `problems` would refuse it; `no_effect` says that it changes nothing. `probe`
+    is None where it was not measured, for `probe_reason`.
     """
 
     object: str = "adapter.report"
@@ -43,6 +57,8 @@ class AdapterReport(Answer):
     target_modules: list[str] = Field(default_factory=list)
     finite: bool | None = None
     no_effect: bool | None = None
+    probe: Probe | None = None
+    probe_reason: str | None = None
 
 
 class VersionBytes(Part):

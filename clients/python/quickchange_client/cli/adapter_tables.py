@@ -92,6 +92,7 @@ def _report_pairs(report: AdapterReport | None) -> list[tuple[str, object]]:
         ("missed", _names(modules.missed)),
         ("unexpected", _names(modules.unexpected)),
         ("update norm", _norm_range(report)),
+        ("probe", _probe_text(report)),
         ("no effect", "yes: it changes nothing" if report.no_effect else None),
         *(("warning", warning) for warning in report.warnings),
     ]
@@ -139,6 +140,16 @@ def _names(names: Sequence[str]) -> str | None:
         return None
     more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
     return f"{len(names)} modules: {', '.join(names[:MAX_NAMES])}{more}"
+
+
+def _probe_text(report: AdapterReport) -> str | None:
+    probe = report.probe
+    if probe is None:
+        return report.probe_reason and f"not measured: {report.probe_reason}"
+    return (
+        f"another likeliest token at {probe.num_top_changed} of {probe.num_tokens} places; log "
+        f"probabilities move by {probe.mean_change:.3g} on average, {probe.max_change:.3g} at most"
+    )
 
 
 def _norm_range(report: AdapterReport) -> str | None:
