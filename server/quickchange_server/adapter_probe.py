@@ -28,6 +28,7 @@ from quickchange_server.shared_tasks import SharedTasks
 PROBE_PROMPT = "A base stays resident while adapters are swapped in and out. What changes, and why?"
 BUDGET_S = 1.0
 MAX_TOKENS = 64  # of the prompt
+MAX_BYTES = 64 << 20
 KEY = "probe"
 log = logging.getLogger(__name__)
 
@@ -75,8 +76,10 @@ class AdapterProber:
         """Give up what is being measured."""
         await self._tasks.stop()
 
-    async def measure(self, digest: str, read: Callable[[], AdapterWeights]) -> Probe:
-        """Return what a version changes; `read` gives its tensors, in a thread.
+    async def measure(
+        self, digest: str, num_bytes: int, read: Callable[[], AdapterWeights]
+    ) -> Probe:
+        """Return what a version of so many bytes changes; `read` gives its tensors, in a thread.
 
         What takes longer than the budget is left behind: it ends by itself and takes its guest
         along.
@@ -85,6 +88,8 @@ class AdapterProber:
         """
         if len(self._prompt_ids) < 2:
             raise NotProbed("there is no prompt to measure with")
+        if num_bytes > MAX_BYTES:
+            raise NotProbed(f"loading more than {MAX_BYTES >> 20} MiB would take too long")
         if self._tasks.is_running(KEY):
             raise NotProbed("another version was being measured")
         self._check_idle()

@@ -375,7 +375,7 @@ class AdapterService:
         assert weights is not None
         digest = version_digest(file_records(form))
         read = partial(self._files.read_staged, config.path, weights.path, digest)
-        return await self._prober.measure(digest, read)
+        return await self._prober.measure(digest, weights.num_bytes, read)
 
     def _taken_names(self) -> tuple[str, ...]:
         return (*self.base_names, *self._directory.static_names())

@@ -175,10 +175,10 @@ async def test_what_takes_too_long_is_left_behind_and_goes_by_itself(
     prober = AdapterProber(engine, loader_of(engine), [5, 6, 7], budget_s=0.1)
     engine.pause_after = 0
     with pytest.raises(NotProbed, match="more than 0.1 s"):
-        await prober.measure("d1", no_weights)
+        await prober.measure("d1", 0, no_weights)
     assert engine.is_loaded("d1")
     with pytest.raises(NotProbed, match="another version"):
-        await prober.measure("d2", no_weights)
+        await prober.measure("d2", 0, no_weights)
     engine.resume.set()
     await until(lambda: not engine.is_loaded("d1"))
     await prober.stop()
@@ -190,9 +190,11 @@ async def test_what_goes_wrong_is_a_reason_and_no_refusal(engine: ScriptedEngine
 
     prober = AdapterProber(engine, loader_of(engine), [5, 6, 7])
     with pytest.raises(NotProbed, match="log"):
-        await prober.measure("d1", fail)
+        await prober.measure("d1", 0, fail)
     with pytest.raises(NotProbed, match="no prompt"):
-        await AdapterProber(engine, loader_of(engine), []).measure("d1", no_weights)
-    probe = await prober.measure("d1", no_weights)
+        await AdapterProber(engine, loader_of(engine), []).measure("d1", 0, no_weights)
+    with pytest.raises(NotProbed, match="more than 64 MiB"):
+        await prober.measure("d1", 1 << 30, fail)
+    probe = await prober.measure("d1", 0, no_weights)
     assert (probe.num_tokens, probe.max_change) == (2, 0.0)
     assert not engine.is_loaded("d1")
