@@ -75,7 +75,7 @@ def trained(base: Path, initial: Path, changes: dict[str, Any], prepare: Prepare
     return peft_model
 
 
-@pytest.mark.parametrize(("changes", "prepare"), CASES, ids=lambda each: str(each)[:60])
+@pytest.mark.parametrize(("changes", "prepare"), CASES)
 def test_what_changes_the_base_is_refused_and_converted_it_is_served(
     tiny_base: Path, tmp_path: Path, changes: dict[str, Any], prepare: Prepare
 ) -> None:

@@ -3,27 +3,40 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
 
 import psutil
 import pytest
-from quickchange_adapters.limits import CheckLimits
+import torch
+from quickchange_adapters.catalog import Catalog, sqlite_url
+from quickchange_adapters.limits import AdapterLimits, CheckLimits
 from quickchange_adapters.report import Report
+from quickchange_adapters.store import LocalStore
+from quickchange_adapters.validation_process import CheckJob
+from quickchange_server.adapter_service import AdapterService
+from quickchange_server.api.app import AppServices, create_app
 from quickchange_server.errors import Unavailable
 from quickchange_server.upload_checker import MAX_CHECKS, UploadChecker
 
 from tests.adapters.check_jobs import (
+    SPEC,
     Deed,
     compute_for_ever,
     describe_itself,
     kill_itself,
     read_nothing,
     sleep_for_ever,
+    take_memory,
 )
+from tests.server.conftest import serve_in_process
+from tests.server.scripted_engine import ScriptedEngine
+from tests.server.upload_forms import KIND, form
 
 
 @pytest.fixture
 async def checker() -> AsyncIterator[UploadChecker]:
-    checker = UploadChecker(CheckLimits(max_cpu_s=2, max_wall_s=60))
+    checker = UploadChecker(CheckLimits(max_cpu_s=1, max_wall_s=60))
     checker.warm_up()
     yield checker
     await checker.stop()
@@ -98,3 +111,35 @@ async def test_without_a_worker_and_without_files_it_is_not_the_caller_s_fault(
     with pytest.raises(Unavailable, match="cannot be started"):
         await broken.validate(Deed(describe_itself))
     await broken.stop()
+
+
+class Unlucky(UploadChecker):
+    """Does these deeds in the place of the first uploads' checks."""
+
+    deeds = [kill_itself, take_memory, compute_for_ever]
+
+    async def validate(self, job: CheckJob) -> Report:
+        deed = self.deeds.pop(0) if self.deeds else None
+        return await super().validate(job if deed is None else Deed(deed))
+
+
+async def test_an_upload_that_ends_its_worker_is_refused_and_the_next_one_served(
+    services: AppServices, tmp_path: Path
+) -> None:
+    checker = Unlucky(CheckLimits(max_cpu_s=1, max_memory_bytes=64 << 20))
+    store, catalog = LocalStore(tmp_path), Catalog(sqlite_url(tmp_path / "catalog.db"))
+    engine = ScriptedEngine(base=SPEC)
+    service = AdapterService(engine, store, catalog, AdapterLimits(), torch.float32, checker)
+    answers = []
+    app = create_app(replace(services, engine=engine, adapters=service))
+    async for client in serve_in_process(app):
+        for _ in range(4):
+            answer = await client.post(
+                "/v1/adapters", content=form(name="ada"), headers={"content-type": KIND}
+            )
+            answers.append((answer.status_code, answer.json().get("error", {}).get("code")))
+            assert list((tmp_path / "incoming").iterdir()) == []
+            assert (await client.get("/livez")).status_code == 200
+    refused = [(400, "weights_invalid"), (413, "too_large"), (413, "too_large")]
+    assert answers == [*refused, (201, None)]
+    assert workers() == []
