@@ -28,7 +28,7 @@ from tests.adapters.adapter_files import (
     write_adapter,
 )
 
-NUM_EXAMPLES = int(os.environ.get("QUICKCHANGE_FUZZ_EXAMPLES", "150"))
+NUM_EXAMPLES = int(os.environ.get("QUICKCHANGE_FUZZ_EXAMPLES", "100"))
 SPEC = small_spec()
 LIMITS = AdapterLimits(max_rank=64)
 MIB = 1 << 20
