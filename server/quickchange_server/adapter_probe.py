@@ -112,9 +112,9 @@ class AdapterProber:
     async def _measure(self, digest: str, read: Callable[[], AdapterWeights]) -> Probe:
         started_s = time.monotonic()
         async with self._loader.guest(digest, read) as has_room:
+            self._check_idle()
             if not has_room:
                 raise NotProbed("it would have taken the place of an adapter in memory")
-            self._check_idle()
             base, adapted = await asyncio.gather(self._ask(), self._ask(AdapterRef(digest)))
         return _compared(base, adapted, time.monotonic() - started_s)
 

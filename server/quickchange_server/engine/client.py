@@ -136,8 +136,11 @@ class EngineClient:
     async def load_guest(self, weights: AdapterWeights) -> bool:
         """Pack a version on the loader thread and keep it where there is room that nobody has."""
         adapter = await self._in_loader(lambda: self._pack(weights))
+        engine = self._engine
         try:
-            return await self._on_engine(lambda: self._engine.residency.add_guest(adapter))
+            return await self._on_engine(
+                lambda: engine.is_idle and engine.residency.add_guest(adapter)
+            )
         except MemoryError:
             return False
 

@@ -133,6 +133,11 @@ class Engine:
             done.set_exception(started.exception())
         return done
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request runs or waits; on the engine thread."""
+        return not self.scheduler.running and not self.scheduler.waiting
+
     def step(self) -> None:
         """Advance every request that can run by one step; what was gained is published, always."""
         outputs: list[TokenOutput] = []

@@ -91,7 +91,7 @@ class GenerationEngine(Protocol):
         """Put a version into host memory; a repeat is a no-op."""
 
     async def load_guest(self, weights: AdapterWeights) -> bool:
-        """Bring a version to host memory and device if no other has to go; False: it would."""
+        """Bring a version to host memory and device, if nothing runs and no other has to go."""
 
     def is_loaded(self, digest: str) -> bool:
         """Whether a request for this digest can be submitted now."""
