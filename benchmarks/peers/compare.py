@@ -74,9 +74,9 @@ def run_round(system: System, outcome: Outcome, scenarios: Sequence[Scenario]) -
                 missing.remove(scenario)
                 _say(f"{system.name}, {scenario.title}: {figures.tokens_per_s:.1f} tokens/s")
         except* (BenchmarkFailure, OSError, EOFError) as failures:
-            error = _first(failures)
-            outcome.fail(missing, f"{type(error).__name__}: {error}")
-            _say(f"{system.name}: not measured: {error}")
+            reason = _reason(failures)
+            outcome.fail(missing, reason)
+            _say(f"{system.name}: not measured: {reason}")
 
 
 def run_all(
@@ -189,13 +189,12 @@ def publish(
     report.publish(options.markdown, options.json)
 
 
-def _first(failures: BaseExceptionGroup[Exception]) -> Exception:
-    """Return the first single failure of a group of groups."""
+def _reason(failures: BaseExceptionGroup[Exception]) -> str:
+    """Return the first single failure of a group of groups, as a sentence."""
     error: BaseException = failures
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
-    assert isinstance(error, Exception)
-    return error
+    return str(error) if isinstance(error, BenchmarkFailure) else f"{type(error).__name__}: {error}"
 
 
 def _say(sentence: str) -> None:
