@@ -4,8 +4,7 @@ Sits between the routes and the engine, the store and the catalog. Lives on the 
 blocks runs in threads. Knows nothing of HTTP: views say what to show, errors carry their status.
 """
 
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Collection, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterable, Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +28,7 @@ from quickchange_adapters.version_states import Wish
 from quickchange_server.adapter_actions import AdapterActions
 from quickchange_server.adapter_changes import AdapterChanges
 from quickchange_server.adapter_directory import AdapterDirectory
+from quickchange_server.adapter_downloads import AdapterDownloads
 from quickchange_server.adapter_loader import AdapterLoader
 from quickchange_server.adapter_lookup import AdapterLookup, foreign_adapter, unknown_adapter
 from quickchange_server.adapter_probe import AdapterProber, Probe
@@ -54,12 +54,11 @@ from quickchange_server.adapter_views import (
 from quickchange_server.catalog_poll import POLL_S, CatalogPoll, OnChange
 from quickchange_server.desired_state import DesiredState
 from quickchange_server.engine.interface import GenerationEngine
-from quickchange_server.errors import Conflict, NotFound
+from quickchange_server.errors import Conflict
 from quickchange_server.live_catalog import LiveCatalog
 from quickchange_server.state_actions import StateActions
 from quickchange_server.static_adapters import StaticAdapters
 from quickchange_server.store_sweep import StoreSweep
-from quickchange_server.threaded_context import in_thread
 from quickchange_server.version_files import VersionFiles
 from quickchange_server.version_task import read_version_task
 from quickchange_server.view_builder import ViewBuilder, event_json
@@ -140,6 +139,7 @@ class AdapterService:
         states = StateActions(self._live, self._directory, *parts)
         self.wish, self.set_state = states.wish, states.set_state
         self.merge, self.unmerge = states.merge, states.unmerge
+        self.open_file = AdapterDownloads(self._lookup, self._files).open_file
         changes = AdapterChanges(self._live, self._lookup, self._remover, self._views)
         self.set_alias, self.delete_alias = changes.set_alias, changes.delete_alias
         self.delete_version = changes.delete_version
@@ -267,22 +267,6 @@ class AdapterService:
         """
         record = self._lookup.version(name, version, tenant)
         return self._views.version(record, await self._report(record))
-
-    @asynccontextmanager
-    async def open_file(
-        self, name: str, version: int, file: FileName, *, tenant: str = DEFAULT_TENANT
-    ) -> AsyncIterator[Path]:
-        """Give where one file of a version can be read, byte for byte as it was uploaded.
-
-        It stays while the block runs.
-
-        Raises: NotFound (adapter_not_found, version_not_found, file_not_found), Unavailable.
-        """
-        record = self._lookup.version(name, version, tenant)
-        if record.file(file) is None:
-            raise NotFound(f"{name}:{version} has no {file}", code="file_not_found")
-        async with in_thread(self._files.held(record, file)) as paths:
-            yield paths[file]
 
     async def events(self, name: str, *, tenant: str = DEFAULT_TENANT) -> Sequence[Json]:
         """Return the tenant's audit log of a name, oldest first; also of one that was deleted.

@@ -10,7 +10,7 @@ from quickchange_adapters.object_blobs import ObjectBlobs, Patience
 
 from tests.s3_server import Fault, FaultyProxy, S3Server
 
-SHORT = Patience(max_attempts=4, pause_s=0.01, give_up_s=5, connect_s=2, reply_s=10)
+SHORT = Patience(max_attempts=4, pause_s=0.01, give_up_s=60, connect_s=30, reply_s=60)
 PART_BYTES = 5 << 20  # S3 takes no smaller ones
 DATA = bytes(range(256)) * 1200
 SHA256 = hashlib.sha256(DATA).hexdigest()

@@ -1,0 +1,37 @@
+"""The files of a version as they were uploaded, for whoever reads them back."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from quickchange_adapters.names import DEFAULT_TENANT
+
+from quickchange_server.adapter_lookup import AdapterLookup
+from quickchange_server.adapter_upload import FileName
+from quickchange_server.errors import NotFound
+from quickchange_server.threaded_context import in_thread
+from quickchange_server.version_files import VersionFiles
+
+
+class AdapterDownloads:
+    """Gives files, and keeps them where they are until they were read."""
+
+    def __init__(self, lookup: AdapterLookup, files: VersionFiles) -> None:
+        self._lookup = lookup
+        self._files = files
+
+    @asynccontextmanager
+    async def open_file(
+        self, name: str, version: int, file: FileName, *, tenant: str = DEFAULT_TENANT
+    ) -> AsyncIterator[Path]:
+        """Give where one file of a version can be read, byte for byte as it was uploaded.
+
+        It stays while the block runs.
+
+        Raises: NotFound (adapter_not_found, version_not_found, file_not_found), Unavailable.
+        """
+        record = self._lookup.version(name, version, tenant)
+        if record.file(file) is None:
+            raise NotFound(f"{name}:{version} has no {file}", code="file_not_found")
+        async with in_thread(self._files.held(record, file)) as paths:
+            yield paths[file]
