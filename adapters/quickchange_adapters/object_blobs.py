@@ -48,6 +48,8 @@ class Patience:
         connect_s: for a connection.
         reply_s: for the next bytes of a reply, and for a whole request beside its transfer.
         min_bytes_per_s: slower transfers are given up.
+        delete_s: for each of the two requests of a delete, which is made once: other writers of the
+            catalog wait meanwhile, and a sweep repeats what failed.
     """
 
     max_attempts: int = 5
@@ -56,6 +58,7 @@ class Patience:
     connect_s: float = 5.0
     reply_s: float = 30.0
     min_bytes_per_s: float = 256 << 10
+    delete_s: float = 3.0
 
 
 class ObjectBlobs:
@@ -131,16 +134,13 @@ class ObjectBlobs:
 
     def delete(self, sha256: str) -> int:
         """Remove a blob and return its size; 0 when there is none."""
+        path, limit = self._path(sha256), self._limit(total_s=self._patience.delete_s)
         try:
-            num_bytes = self.size(sha256)
-            self._ask(lambda: self._fs.rm_file(self._path(sha256), **self._limit()))
+            info = self._ask(lambda: self._fs.info(path, **limit), max_attempts=1)
+            self._ask(lambda: self._fs.rm_file(path, **limit), max_attempts=1)
         except FileNotFoundError:
             return 0
-        except BlobMissing:
-            if not _SHA256.fullmatch(sha256):
-                raise
-            return 0
-        return num_bytes
+        return int(info["size"])
 
     def list(self) -> Iterator[BlobInfo]:
         """Yield every blob; objects with other names are not ours and are left out."""
@@ -171,19 +171,20 @@ class ObjectBlobs:
             raise _Truncated(f"{len(data)} bytes came, not {end - start}")
         return data
 
-    def _limit(self, num_bytes: int = 0) -> dict[str, float]:
+    def _limit(self, num_bytes: int = 0, total_s: float | None = None) -> dict[str, float]:
         """Return how long a request may take, if this kind of store can be told."""
         if not isinstance(self._fs, AsyncFileSystem):
             return {}
-        return {"timeout": self._patience.reply_s + num_bytes / self._patience.min_bytes_per_s}
+        patience = self._patience
+        return {"timeout": total_s or patience.reply_s + num_bytes / patience.min_bytes_per_s}
 
-    def _ask(self, call: Callable[[], T]) -> T:
+    def _ask(self, call: Callable[[], T], max_attempts: int | None = None) -> T:
         """Make a request, again and again while it fails in ways that may pass.
 
         Raises: FileNotFoundError, StoreRefused, StoreUnavailable.
         """
         try:
-            result = self._ask_patiently(call)
+            result = self._ask_patiently(call, max_attempts or self._patience.max_attempts)
         except StoreUnavailable:
             self.is_up = False
             raise
@@ -193,9 +194,9 @@ class ObjectBlobs:
         self.is_up = True
         return result
 
-    def _ask_patiently(self, call: Callable[[], T]) -> T:
+    def _ask_patiently(self, call: Callable[[], T], max_attempts: int) -> T:
         patience, started_s = self._patience, time.monotonic()
-        for attempt in range(1, patience.max_attempts + 1):
+        for attempt in range(1, max_attempts + 1):
             try:
                 return call()
             except FileNotFoundError:
@@ -204,7 +205,7 @@ class ObjectBlobs:
                 raise StoreRefused("the object store refuses access") from error
             except Exception as error:  # each kind of store has its own
                 waited_s = time.monotonic() - started_s
-                if attempt == patience.max_attempts or waited_s > patience.give_up_s:
+                if attempt == max_attempts or waited_s > patience.give_up_s:
                     log.warning("the object store does not answer: %s", error)
                     name = type(error).__name__
                     raise StoreUnavailable(f"the object store does not answer: {name}") from error

@@ -1,6 +1,7 @@
 """The files of a version as they were uploaded, for whoever reads them back."""
 
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from quickchange_server.errors import NotFound
 from quickchange_server.threaded_context import in_thread
 from quickchange_server.version_files import VersionFiles
 
+MAX_OPENED = 4
+"""Files that are fetched for downloads at once. Threads of their own: a store may be slow."""
+
 
 class AdapterDownloads:
     """Gives files, and keeps them where they are until they were read."""
@@ -19,6 +23,7 @@ class AdapterDownloads:
     def __init__(self, lookup: AdapterLookup, files: VersionFiles) -> None:
         self._lookup = lookup
         self._files = files
+        self._threads = ThreadPoolExecutor(MAX_OPENED, "quickchange-download")
 
     @asynccontextmanager
     async def open_file(
@@ -33,5 +38,5 @@ class AdapterDownloads:
         record = self._lookup.version(name, version, tenant)
         if record.file(file) is None:
             raise NotFound(f"{name}:{version} has no {file}", code="file_not_found")
-        async with in_thread(self._files.held(record, file)) as paths:
+        async with in_thread(self._threads, self._files.held(record, file)) as paths:
             yield paths[file]

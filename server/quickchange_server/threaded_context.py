@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from concurrent.futures import Executor
 from contextlib import AbstractContextManager, asynccontextmanager
 from typing import TypeVar
 
@@ -11,13 +12,13 @@ T = TypeVar("T")
 
 
 @asynccontextmanager
-async def in_thread(context: AbstractContextManager[T]) -> AsyncIterator[T]:
-    """Enter a context in a thread, and leave it when the block ends; leaving must not block.
+async def in_thread(threads: Executor, context: AbstractContextManager[T]) -> AsyncIterator[T]:
+    """Enter a context in one of some threads; leaving it, when the block ends, must not block.
 
     What entering raises comes as the server's errors. A caller that is cancelled meanwhile leaves
     nothing open.
     """
-    entering = asyncio.ensure_future(asyncio.to_thread(context.__enter__))
+    entering = asyncio.get_running_loop().run_in_executor(threads, context.__enter__)
     try:
         with as_answers():
             value = await asyncio.shield(entering)

@@ -10,7 +10,7 @@ from quickchange_adapters.object_blobs import ObjectBlobs, Patience
 
 from tests.s3_server import Fault, FaultyProxy, S3Server
 
-SHORT = Patience(max_attempts=4, pause_s=0.01, give_up_s=60, connect_s=30, reply_s=60)
+SHORT = Patience(max_attempts=4, pause_s=0.01, give_up_s=60, connect_s=30, reply_s=60, delete_s=60)
 PART_BYTES = 5 << 20  # S3 takes no smaller ones
 DATA = bytes(range(256)) * 1200
 SHA256 = hashlib.sha256(DATA).hexdigest()
@@ -130,11 +130,22 @@ def test_a_download_that_breaks_is_tried_again(
 
 
 def test_a_server_that_says_nothing_is_given_up(s3_proxy: FaultyProxy) -> None:
-    blobs = ObjectBlobs("s3://bucket", Patience(max_attempts=2, pause_s=0.01, reply_s=0.5))
+    blobs = ObjectBlobs("s3://bucket", Patience(max_attempts=2, pause_s=0.01, reply_s=1.5))
     s3_proxy.fail("HEAD", "hang", times=9)
     with pytest.raises(StoreUnavailable, match="does not answer: .*Timeout"):
         blobs.size(SHA256)
-    assert s3_proxy.seen["HEAD"] >= 2
+    assert s3_proxy.seen["HEAD"] >= 1
+
+
+def test_a_delete_is_tried_once_and_may_be_repeated(
+    blobs: ObjectBlobs, file: Path, s3_proxy: FaultyProxy
+) -> None:
+    put(blobs, file)
+    s3_proxy.fail("DELETE", "503")
+    with pytest.raises(StoreUnavailable):
+        blobs.delete(SHA256)
+    assert s3_proxy.seen["DELETE"] == 1
+    assert blobs.delete(SHA256) == len(DATA)
 
 
 def test_a_refusal_is_not_tried_again(

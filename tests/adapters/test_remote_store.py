@@ -27,7 +27,9 @@ from quickchange_adapters.store_check import StoreCheck
 
 from tests.s3_server import FaultyProxy, S3Server
 
-PATIENCE = Patience(max_attempts=3, pause_s=0.01, give_up_s=60, connect_s=30, reply_s=60)
+PATIENCE = Patience(
+    max_attempts=3, pause_s=0.01, give_up_s=60, connect_s=30, reply_s=60, delete_s=60
+)
 DATA = bytes(range(256)) * 200
 SHA256 = hashlib.sha256(DATA).hexdigest()
 CEILING = 1 << 20

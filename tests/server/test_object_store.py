@@ -20,7 +20,9 @@ from tests.server.service_world import World
 from tests.server.test_serving import StartServer, read_refusal, start_server
 
 __all__ = ["start_server"]
-PATIENCE = Patience(max_attempts=2, pause_s=0.01, give_up_s=60, connect_s=30, reply_s=60)
+PATIENCE = Patience(
+    max_attempts=2, pause_s=0.01, give_up_s=60, connect_s=30, reply_s=60, delete_s=60
+)
 WEIGHTS: Literal["adapter_model.safetensors"] = "adapter_model.safetensors"
 METHODS = ("GET", "HEAD", "PUT", "POST", "DELETE")
 
