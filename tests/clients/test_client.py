@@ -117,13 +117,16 @@ def test_an_upload_is_the_files_byte_for_byte(
     client: Quickchange, fake_server: FakeServer, adapter_folder: Path
 ) -> None:
     (adapter_folder / "task.json").write_text('{"max_tokens": 3}')
-    client.adapters.upload(adapter_folder, name="x", allow_noop=True, strict_base=True)
+    client.adapters.upload(
+        adapter_folder, name="x", visibility="private", allow_noop=True, strict_base=True
+    )
     _, _, form = fake_server.requests[-1]
     files = ("adapter_config.json", "adapter_model.safetensors", "task.json")
     fields = ("adapter_config", "adapter_model", "task")
     for field, name in zip(fields, files, strict=True):
         assert form[field] == hashlib.sha256((adapter_folder / name).read_bytes()).hexdigest()
     assert (form["name"], form["allow_noop"], form["strict_base"]) == ("x", "true", "true")
+    assert form["visibility"] == "private"
     assert "alias" not in form
 
 

@@ -131,7 +131,8 @@ def test_the_shell_gets_the_key_and_nothing_else(run_command: RunCommand, url: s
     assert run("revoke", made["id"])[0] == f"revoked {made['id']}\n"
     assert made["id"] not in run("list")[0]
     listed = json.loads(run("list", "--include-revoked", "--json")[0])
-    assert [key["revoked_at"] is None for key in listed] == [True, False]
+    good = {key["id"] for key in listed if key["revoked_at"] is None}
+    assert (len(listed), good) == (2, {secret.split("-")[1]})
     assert "not known" in run("list", key=made["secret"], code=1)[1]
 
 
@@ -177,3 +178,15 @@ def test_push_works_with_a_key_that_may_not_read(
     result = run_command("push", str(adapter_folder), "--name", "sentiment")
     assert result.exit_code == 0, result.output
     assert "uploaded sentiment:1" in result.stdout
+
+
+def test_push_says_who_may_use_it(
+    fake_server: FakeServer, run_command: RunCommand, adapter_folder: Path
+) -> None:
+    words = ("push", str(adapter_folder), "--name", "sentiment")
+    assert run_command(*words).exit_code == 0
+    assert run_command(*words, "--visibility", "public").exit_code == 0
+    wrong = run_command(*words, "--visibility", "all")
+    assert (wrong.exit_code, "public or private" in wrong.stderr) == (2, True)
+    forms = [body for method, _, body in fake_server.requests if method == "POST"]
+    assert [form.get("visibility") for form in forms] == [None, "public"]

@@ -19,7 +19,7 @@ from quickchange_client.adapter import (
 from quickchange_client.adapter_folder import AdapterFolder
 from quickchange_client.alias_history import DEFAULT_ALIAS, version_before
 from quickchange_client.answer import AnswerT
-from quickchange_client.call import Call, UploadOptions
+from quickchange_client.call import Call, UploadOptions, Visibility
 from quickchange_client.client import CHAT_PATH, COMPLETION_PATH, DEFAULT_TIMEOUT_S, Events
 from quickchange_client.connection import AsyncConnection
 from quickchange_client.download import VersionFolder
@@ -139,6 +139,7 @@ class AsyncAdapters:
         *,
         name: str,
         alias: str | None = None,
+        visibility: Visibility | None = None,
         allow_noop: bool = False,
         strict_base: bool = False,
         progress: Progress | None = None,
@@ -146,11 +147,12 @@ class AsyncAdapters:
         """Upload a PEFT adapter's folder; return the version, with `meta.status` 201 if it is new.
 
         The first version of a name goes live at once, later ones when an alias is moved to them:
-        `alias="default"` does so in the same transaction. `progress(sent_bytes, total_bytes)`.
+        `alias="default"` does so in the same transaction. `visibility` says whether other tenants
+        may use it. `progress(sent_bytes, total_bytes)`.
 
         Raises: FolderInvalid, before anything is sent; UploadRefused, with all problems.
         """
-        options = UploadOptions(name, alias, allow_noop, strict_base)
+        options = UploadOptions(name, alias, allow_noop, strict_base, visibility)
         return await self._connection.send(
             call.upload(AdapterFolder.find(folder), options, progress)
         )

@@ -23,6 +23,7 @@ from quickchange_client.server_state import Health, Memory, Model, ModelList
 JSON_TYPE = "application/json"
 WEIGHTS_TYPE = "application/octet-stream"
 
+Visibility = Literal["public", "private"]
 Verb = Literal["load", "unload", "pin", "unpin", "merge", "unmerge", "disable", "enable"]
 MAX_EVENTS = 100
 
@@ -50,19 +51,22 @@ class UploadOptions:
     """How an upload is checked and published.
 
     `alias` is pointed at the version in the same transaction. `allow_noop` accepts an adapter that
-    changes nothing; `strict_base` refuses one whose config names another base.
+    changes nothing; `strict_base` refuses one whose config names another base. `visibility` None:
+    as it is, and for a new name what the server takes.
     """
 
     name: str
     alias: str | None = None
     allow_noop: bool = False
     strict_base: bool = False
+    visibility: Visibility | None = None
 
     def fields(self) -> dict[str, str]:
         """Return the form's text fields; what is at its default is left out."""
         texts = {
             "name": self.name,
             "alias": self.alias,
+            "visibility": self.visibility,
             "allow_noop": "true" if self.allow_noop else None,
             "strict_base": "true" if self.strict_base else None,
         }

@@ -1,10 +1,12 @@
 """Commands about adapters: what is there, what its names mean, and where its bytes are."""
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
+from quickchange_client.call import UploadOptions, Visibility
 from quickchange_client.cli.adapter_reference import AdapterReference
 from quickchange_client.cli.adapter_tables import (
     print_adapter,
@@ -34,6 +36,12 @@ def push(
     alias: Annotated[
         str | None, typer.Option("--alias", metavar="A", help="Point this alias at it.")
     ] = None,
+    visibility: Annotated[
+        str | None,
+        typer.Option(
+            "--visibility", metavar="public|private", help="Whether other tenants may use it."
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only have it checked.")] = False,
     allow_noop: Annotated[
         bool, typer.Option("--allow-noop", help="Accept an adapter that changes nothing.")
@@ -54,14 +62,18 @@ def push(
 
         quickchange push ./my-adapter --name sentiment --alias default
 
+        quickchange push ./my-adapter --name sentiment --visibility public
+
         quickchange push ./my-adapter --name sentiment --dry-run
     """
     checks = {"allow_noop": allow_noop, "strict_base": strict_base}
     with session(url, as_json) as client:
+        seen_by = _visibility(visibility)
         if dry_run:
             check_folder(client, folder, name, checks, as_json)
         else:
-            _upload(client, folder, name, alias, checks, as_json)
+            options = UploadOptions(name, alias, allow_noop, strict_base, seen_by)
+            _upload(client, folder, options, as_json)
 
 
 def list_adapters(url: UrlOption = None, as_json: JsonOption = False) -> None:
@@ -199,18 +211,17 @@ def check_folder(
         raise typer.Exit(1)
 
 
-def _upload(
-    client: Quickchange,
-    folder: Path,
-    name: str,
-    alias: str | None,
-    checks: dict[str, bool],
-    as_json: bool,
-) -> None:
+def _visibility(text: str | None) -> Visibility | None:
+    known: dict[str | None, Visibility | None] = {each: each for each in get_args(Visibility)}
+    if text is not None and text not in known:
+        raise ArgumentInvalid(f"--visibility is {text!r}, but must be public or private")
+    return known.get(text)
+
+
+def _upload(client: Quickchange, folder: Path, options: UploadOptions, as_json: bool) -> None:
+    name = options.name
     with byte_progress("uploading", "checking", is_shown=not as_json) as progress:
-        version = client.adapters.upload(
-            folder, name=name, alias=alias, progress=progress, **checks
-        )
+        version = client.adapters.upload(folder, progress=progress, **asdict(options))
     if as_json:
         print_json(version)
         return
