@@ -12,12 +12,14 @@ from quickchange_adapters.disk_cache import DiskCache
 from quickchange_adapters.object_blobs import ObjectBlobs, Patience
 from quickchange_adapters.remote_store import RemoteStore
 from quickchange_adapters.store import LocalStore, StagedFile
-from quickchange_server.errors import NotFound, Unavailable
+from quickchange_server.config import load_config
+from quickchange_server.errors import CannotStart, NotFound, Unavailable
+from quickchange_server.storage import open_storage
 
 from tests.conftest import MakeAdapter
 from tests.s3_server import FaultyProxy, S3Server
 from tests.server.service_world import World
-from tests.server.test_serving import StartServer, read_refusal, start_server
+from tests.server.test_serving import StartServer, start_server
 
 __all__ = ["start_server"]
 PATIENCE = Patience(
@@ -187,8 +189,17 @@ def test_a_whole_server_on_an_object_store(
     assert gone["freed_bytes"]["remote"] == sum(map(len, files.values()))
 
 
-def test_a_bucket_that_is_not_there_is_one_sentence(
-    start_server: StartServer, s3_proxy: FaultyProxy
+@pytest.mark.parametrize(
+    ("store", "reason"),
+    [
+        ("s3://no-such-bucket/x", "there is no such bucket"),
+        ("gs://bucket/x", "gs:// needs a package that is not here: "),
+        ("nonsense://bucket/x", "nonsense:// is not known"),
+    ],
+)
+def test_a_store_that_no_waiting_helps_ends_the_start(
+    s3_proxy: FaultyProxy, tmp_path: Path, store: str, reason: str
 ) -> None:
-    sentence = read_refusal(start_server("--store", "s3://no-such-bucket/x"))
-    assert sentence == "error: --store s3://no-such-bucket/x: there is no such bucket"
+    config = load_config({"store": store, "cache": str(tmp_path)}, {})
+    with pytest.raises(CannotStart, match=f"^--store {store}: {reason}"):
+        open_storage(config)
