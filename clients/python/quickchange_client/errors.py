@@ -19,6 +19,7 @@ QuickchangeError
     ├── Forbidden                    403 forbidden, quota_exceeded
     │   └── ScopeMissing             403 scope_missing
     ├── NotFound                     404 model_not_found, adapter_not_found, …
+    ├── TooSlow                      408 upload_too_slow
     ├── Conflict                     409 conflict, alias_in_use, merge_budget, …
     ├── PreconditionFailed           412 the ETag has changed
     ├── TooLarge                     413 too_large
@@ -144,6 +145,10 @@ class NotFound(ApiError):
     """404: no such thing, or none that this key may see."""
 
 
+class TooSlow(ApiError):
+    """408: the body came too slowly, so the server did not wait for the rest."""
+
+
 class Conflict(ApiError):
     """409: the state of the thing does not allow this now; repeating it will not help."""
 
@@ -195,6 +200,7 @@ _BY_STATUS: dict[int, type[ApiError]] = {
     401: InvalidApiKey,
     403: Forbidden,
     404: NotFound,
+    408: TooSlow,
     409: Conflict,
     412: PreconditionFailed,
     413: TooLarge,
