@@ -44,7 +44,7 @@ void product(const bf16* x, int num_tokens, const Linear& linear, int num_output
     const int num_columns = std::min(kPanel, num_outputs - panel * kPanel);
     for_tiles(num_tokens, [&](int first, int count) {
       Tile tile;
-      Panels(matrix, num_inputs, team.size(), &unpacked).multiply_tile(panel, x, first, count, &tile);
+      Panels(matrix, num_inputs, omp_get_num_threads(), &unpacked).multiply_tile(panel, x, first, count, &tile);
       for (int m = 0; m < count; ++m) {
         bf16* out = y + static_cast<std::int64_t>(first + m) * num_outputs + panel * kPanel;
         for (int i = 0; i < num_columns; ++i) {
@@ -95,11 +95,7 @@ QC_EXPORT void qc_product(const bf16* x, int num_tokens, const Linear* linear, i
                           bf16* y) {
   Team team(1);
 #pragma omp parallel
-  {
-#pragma omp single
-    team.set_size(omp_get_num_threads());
-    product(x, num_tokens, *linear, num_outputs, num_inputs, y, team);
-  }
+  product(x, num_tokens, *linear, num_outputs, num_inputs, y, team);
 }
 
 QC_EXPORT void* qc_new_scratch() { return new Scratch(); }
@@ -113,11 +109,7 @@ QC_EXPORT int qc_run_step(const Model* model, const Step* step, void* scratch) {
     StepRun::prepare(*model, *step, buffers);
     Team team(StepRun::num_stages(*model));
 #pragma omp parallel
-    {
-#pragma omp single
-      team.set_size(omp_get_num_threads());
-      StepRun(*model, *step, buffers, team).run();
-    }
+    StepRun(*model, *step, buffers, team).run();
   } catch (const std::bad_alloc&) {
     return 1;
   }

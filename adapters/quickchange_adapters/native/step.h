@@ -10,7 +10,7 @@
 // | norm; shrink, product and expand of gate and up, their activation | token; unit, panel |
 // | shrink, product and expand of down, added to the hidden state | unit, panel |
 //
-// All threads go through the stages together; a barrier stands between two of them.
+// A stage begins when the one before it is done.
 #pragma once
 
 #include <omp.h>
@@ -90,9 +90,8 @@ class StepRun {
     add_to_hidden(stage++, kDown, layer.down, index, scratch_.active.data(), model_.intermediate);
   }
 
-  // Ends a stage for all threads; the first one notes how long it took, if somebody wants to know.
+  // The first thread notes how long a stage took, if somebody wants to know.
   void end(int stage) {
-    team_.wait();
     if (!clock_) return;
     const int first_of_head = model_.num_layers * kStagesOfLayer;
     const auto now = Clock::now();
@@ -119,7 +118,7 @@ class StepRun {
   // Computes one panel of a group for a tile of tokens: product, bias and deltas.
   void compute(Group group, const Linear& linear, int layer, int panel, const bf16* x, int num_inputs, int first,
                int count, Tile* tile, std::vector<bf16>* unpacked) const {
-    Panels(linear, num_inputs, team_.size(), unpacked).multiply_tile(panel, x, first, count, tile);
+    Panels(linear, num_inputs, num_threads_, unpacked).multiply_tile(panel, x, first, count, tile);
     scratch_.deltas[group].expand(layer, panel, first, count, tile);
   }
 
@@ -247,6 +246,7 @@ class StepRun {
 
   const Model& model_;
   const Step& step_;
+  const int num_threads_ = omp_get_num_threads();
   Scratch& scratch_;
   Team& team_;
   Attention attention_;

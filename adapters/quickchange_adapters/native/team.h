@@ -1,10 +1,14 @@
-// A team of threads within one OpenMP region: a barrier that spins, and work handed out by counters.
+// Work of one OpenMP region, cut into stages of units that whoever is free takes.
 //
-// Which thread does a piece of work never changes its result, so work is taken by whoever is free.
+// A stage is over when all its units are done, not when all threads have come: a thread that the
+// system has put aside holds up nobody, unless in the middle of a unit. Which thread does a unit never
+// changes its result.
 #pragma once
 
 #include <immintrin.h>
-#include <sched.h>
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <vector>
@@ -13,52 +17,50 @@ namespace quickchange {
 
 class Team {
  public:
-  explicit Team(int num_stages) : next_(num_stages) {}
+  explicit Team(int num_stages) : stages_(num_stages) {}
 
-  // Says how many threads there really are; before any of them waits.
-  void set_size(int num_threads) { num_threads_ = num_threads; }
-
-  int size() const { return num_threads_; }
-
-  // Waits until all threads of the team are here. Spins, since stages are microseconds apart; yields
-  // when somebody else has taken the core of the thread that is missing.
-  void wait() {
-    if (num_threads_ == 1) return;
-    const int phase = phase_.load(std::memory_order_acquire);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) == num_threads_ - 1) {
-      arrived_.store(0, std::memory_order_relaxed);
-      phase_.store(phase + 1, std::memory_order_release);
-      return;
-    }
-    for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins) {
-      if (spins < kSpins) {
-        _mm_pause();
-      } else {
-        sched_yield();
-      }
-    }
-  }
-
-  // Calls work(i) for every i in [0, count), each once over all threads. `stage` is used once.
+  // Calls work(i) for every i in [0, count), each once over all threads, and returns when all are done.
+  // Every thread goes through the same stages in the same order.
   template <typename Work>
   void share(int stage, int count, Work&& work) {
-    for (;;) {
-      const int i = next_[stage].value.fetch_add(1, std::memory_order_relaxed);
-      if (i >= count) return;
-      work(i);
+    Stage& shared = stages_[stage];
+    int num_done = 0;
+    for (int i; (i = shared.next.fetch_add(1, std::memory_order_relaxed)) < count; ++num_done) work(i);
+    if (num_done) {
+      shared.done.fetch_add(num_done);
+      if (num_sleeping_.load()) futex(&shared.done, FUTEX_WAKE_PRIVATE, kEverybody);
     }
+    wait(&shared.done, count);
   }
 
  private:
-  static constexpr int kSpins = 20000;
-  struct alignas(64) Counter {
-    std::atomic<int> value{0};
+  // Some tens of microseconds: a unit takes less, unless its thread was put aside.
+  static constexpr int kSpins = 2000;
+  static constexpr int kEverybody = 1 << 30;
+
+  struct alignas(64) Stage {
+    std::atomic<int> next{0};
+    std::atomic<int> done{0};
   };
 
-  int num_threads_ = 1;
-  alignas(64) std::atomic<int> arrived_{0};
-  alignas(64) std::atomic<int> phase_{0};
-  std::vector<Counter> next_;
+  void wait(std::atomic<int>* done, int count) {
+    for (int spins = 0; spins < kSpins; ++spins) {
+      if (done->load(std::memory_order_acquire) >= count) return;
+      _mm_pause();
+    }
+    // Whoever finishes a unit from now on sees a sleeper, or this sees the unit.
+    num_sleeping_.fetch_add(1);
+    for (int seen; (seen = done->load()) < count;) futex(done, FUTEX_WAIT_PRIVATE, seen);
+    num_sleeping_.fetch_sub(1);
+  }
+
+  static void futex(std::atomic<int>* address, int operation, int value) {
+    static_assert(sizeof(std::atomic<int>) == sizeof(int));
+    syscall(SYS_futex, reinterpret_cast<int*>(address), operation, value, nullptr, nullptr, 0);
+  }
+
+  alignas(64) std::atomic<int> num_sleeping_{0};
+  std::vector<Stage> stages_;
 };
 
 }  // namespace quickchange
