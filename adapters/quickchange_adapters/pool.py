@@ -26,6 +26,7 @@ from quickchange_adapters.copy_stream import CopyStream
 from quickchange_adapters.host_adapter import HostAdapter
 from quickchange_adapters.layout import ROW_UNIT, AdapterLayout, GroupShape
 from quickchange_adapters.weights import LoraPair
+from quickchange_adapters.zero_memory import lazy_zeros
 
 VOCABULARY_SHARE = 8
 
@@ -114,14 +115,13 @@ class AdapterPool:
         self.arenas = {
             kind: Arena(
                 shape,
-                torch.zeros(
-                    shape.num_layers, rows, shape.num_parts, shape.in_features,
-                    dtype=dtype, device=device,
+                lazy_zeros(
+                    (shape.num_layers, rows, shape.num_parts, shape.in_features), dtype, device
                 ),
-                torch.zeros(shape.num_layers, rows, shape.out_features, dtype=dtype, device=device),
+                lazy_zeros((shape.num_layers, rows, shape.out_features), dtype, device),
             )
             for kind, shape in layout.groups.items()
-        }  # fmt: skip
+        }
         self._slots: OrderedDict[str, Slot] = OrderedDict()
         self.pinned: set[str] = set()
         self.num_evictions = 0

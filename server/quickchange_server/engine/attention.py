@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+from quickchange_adapters.zero_memory import lazy_zeros
 from torch import Tensor
 from torch.nn import functional
 
@@ -50,10 +51,10 @@ class KvStorage:
     ) -> None:
         self.block_size = block_size
         self.num_blocks = num_blocks
-        self.keys = [like.new_zeros(num_blocks, block_size, s.num_heads, s.key_dim) for s in shapes]
-        self.values = [
-            like.new_zeros(num_blocks, block_size, s.num_heads, s.value_dim) for s in shapes
-        ]
+        rows = num_blocks, block_size
+        place = like.dtype, like.device
+        self.keys = [lazy_zeros((*rows, s.num_heads, s.key_dim), *place) for s in shapes]
+        self.values = [lazy_zeros((*rows, s.num_heads, s.value_dim), *place) for s in shapes]
 
     @property
     def num_bytes(self) -> int:
