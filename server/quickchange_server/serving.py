@@ -102,6 +102,8 @@ def build_services(config: ServerConfig, base_folder: Path, keyring: Keyring) ->
     metrics.watch_catalog(lambda: catalog.database.is_up)
     metrics.watch_store(lambda: store.is_up)
     engine = EngineClient(base_folder, engine_settings(config, budget), metrics)
+    if budget.device == "cpu":
+        _say(kernels_text(engine.native_refusal))
     limits = AdapterLimits(max_rank=config.max_lora_rank)
     tokenizer = Tokenizer.load(base_folder)
     adapters = AdapterService(
@@ -222,6 +224,13 @@ async def _announce(
     _say(ready_text(url_of(api), config.base_name, names, seconds, has_keys=has_keys))
     if admin is not None:
         _say(f"Probes and measurements, without a key: {url_of(admin)}/metrics")
+
+
+def kernels_text(native_refusal: str | None) -> str:
+    """Return what is printed about the kernels that compute the steps on a CPU."""
+    if native_refusal is None:
+        return "Steps: native kernels"
+    return f"Steps: PyTorch's kernels, not native ones: {native_refusal}"
 
 
 def ready_text(

@@ -33,6 +33,12 @@ def test_a_matrix_unpacks_to_its_very_bits(num_outputs: int, num_inputs: int) ->
 
 
 @needs_native
+def test_a_matrix_that_lies_across_its_memory_is_packed_as_it_reads() -> None:
+    weight = torch.randn(1024, 2048).bfloat16().t()  # large: memory given back is gone at once
+    assert torch.equal(native_weight(weight).dense(), weight)
+
+
+@needs_native
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize(("num_outputs", "num_inputs"), SHAPES)
 def test_a_product_is_float32_s_rounded_once(
@@ -125,6 +131,43 @@ def test_without_a_working_compiler_the_reason_is_said(tmp_path: Path, compiler:
     assert "no native kernels here" in done.stderr
     assert compiler in done.stderr
     assert not list(tmp_path.rglob("*.so"))
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("cache", "reason"),
+    [("~no-such-user/cache", "has no place"), ("/tmp/" + "x" * 300, "cannot be kept in")],
+)
+def test_a_cache_that_cannot_be_used_is_a_reason_not_a_crash(
+    cache: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QUICKCHANGE_CACHE", cache)
+    with pytest.raises(BuildFailed, match=f"{reason}.*QUICKCHANGE_CACHE"):
+        library_path()
+
+
+@needs_native
+def test_what_a_killed_builder_left_goes_and_a_build_is_announced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    abandoned, running = tmp_path / "build-old", tmp_path / "build-new"
+    for folder in (abandoned, running):
+        folder.mkdir()
+        (folder / "library.o").touch()
+    os.utime(abandoned, (0, 0))
+    monkeypatch.setenv("CXX", "false")
+    with pytest.raises(BuildFailed, match="false"):
+        library_path(tmp_path)
+    assert list(tmp_path.iterdir()) == [running]
+    assert "compiling the native kernels" in caplog.text
+
+
+def test_the_openmp_runtime_is_found_in_a_folder_with_a_space(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    maps = "7f00-7f01 r-xp 00000000 08:01 42    /srv/my venv/lib/libgomp-a34b.so.1.0.0\n"
+    monkeypatch.setattr(Path, "read_text", lambda path: maps)
+    assert build.openmp_runtime() == Path("/srv/my venv/lib/libgomp-a34b.so.1.0.0")
 
 
 def test_the_builder_needs_no_torch() -> None:

@@ -11,7 +11,7 @@ import httpx
 import psutil
 import pytest
 from quickchange_server.errors import ConfigInvalid
-from quickchange_server.serving import pick_device, ready_text
+from quickchange_server.serving import kernels_text, pick_device, ready_text
 
 from tests.conftest import MakeAdapter, save_tiny_base
 from tests.server.server_process import START_S, Server
@@ -166,6 +166,11 @@ def test_store_that_cannot_be_written_is_one_sentence(start_server: StartServer)
 def test_gpu_that_is_not_there_is_refused() -> None:
     with pytest.raises(ConfigInvalid, match="TORCH=cuda"):
         pick_device("cuda:99")
+
+
+def test_the_start_says_which_kernels_compute_and_why_not_the_native_ones() -> None:
+    assert kernels_text(None) == "Steps: native kernels"
+    assert kernels_text("no C++ compiler").endswith("not native ones: no C++ compiler")
 
 
 def test_ready_text_offers_the_first_adapter_or_the_base() -> None:

@@ -7,8 +7,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <limits>
-#include <vector>
 
 #include "tables.h"
 
@@ -49,6 +49,9 @@ class Attention {
  public:
   Attention(const Model& model, const Step& step) : model_(model), step_(step) {}
 
+  // How many scores a head needs that sees positions up to this one: whole groups of keys.
+  static int scores_size(int position) { return (position / kKeys + 1) * kKeys; }
+
   // Norms and rotates a token's queries and keys in qkv [tokens, out], and stores its K and V.
   void store(const Layer& layer, int token, bf16* qkv) const {
     const int width = model_.head_width;
@@ -67,17 +70,16 @@ class Attention {
   }
 
   // Fills out [heads, head width] with the attention of one token's heads, all of one KV head;
-  // query [heads, head width].
-  void attend(const Layer& layer, int token, int head, int num_heads, const bf16* query, std::vector<float>* scores,
+  // query [heads, head width]. `scores` holds scores_size of the token's position, for each head.
+  void attend(const Layer& layer, int token, int head, int num_heads, const bf16* query, float* scores,
               bf16* out) const {
     const int kv_head = head / groups();
     const std::int64_t offset = static_cast<std::int64_t>(kv_head) * model_.head_width;
     const int end = step_.positions[token] + 1;
     const int start = layer.window && end > layer.window ? end - static_cast<int>(layer.window) : 0;
     const Span span{token, start / kKeys * kKeys, start, end};
-    const int stride = (end - span.first + kKeys - 1) / kKeys * kKeys;
-    if (static_cast<int>(scores->size()) < stride * num_heads) scores->resize(stride * num_heads);
-    const Heads heads{layer.keys + offset * kKeys, layer.values + offset, query, scores->data(), stride, out};
+    const int stride = scores_size(end - 1 - span.first);
+    const Heads heads{layer.keys + offset * kKeys, layer.values + offset, query, scores, stride, out};
     switch (num_heads) {
       case 1: return attend_heads<1>(span, heads);
       case 2: return attend_heads<2>(span, heads);
@@ -119,7 +121,9 @@ class Attention {
     }
     for (; position < span.end; position += kKeys) score<kHeads, 1>(span, position, heads);
     float factors[kHeads];
-    for (int h = 0; h < kHeads; ++h) factors[h] = 1.0f / exponentiate(heads.scores + h * heads.stride, span);
+    for (int h = 0; h < kHeads; ++h) {
+      factors[h] = 1.0f / exponentiate(heads.scores + static_cast<std::ptrdiff_t>(h) * heads.stride, span);
+    }
     gather<kHeads>(span, heads, factors);
   }
 
@@ -161,7 +165,7 @@ class Attention {
     const __m512 scale = _mm512_set1_ps(model_.attention_scale);
 #pragma GCC unroll 4
     for (int h = 0; h < kHeads; ++h) {
-      float* at = heads.scores + h * heads.stride + (position - span.first);
+      float* at = heads.scores + static_cast<std::ptrdiff_t>(h) * heads.stride + (position - span.first);
 #pragma GCC unroll 8
       for (int g = 0; g < kGroups; ++g) _mm512_storeu_ps(at + g * kKeys, _mm512_mul_ps(sums[h][g], scale));
     }
@@ -206,7 +210,7 @@ class Attention {
           const float* weight = heads.scores + (position - span.first);
 #pragma GCC unroll 4
           for (int h = 0; h < kHeads; ++h) {
-            const __m512 factor = _mm512_set1_ps(weight[h * heads.stride]);
+            const __m512 factor = _mm512_set1_ps(weight[static_cast<std::ptrdiff_t>(h) * heads.stride]);
             sums[h][0] = _mm512_fmadd_ps(factor, even_floats(low), sums[h][0]);
             sums[h][1] = _mm512_fmadd_ps(factor, odd_floats(low), sums[h][1]);
             sums[h][2] = _mm512_fmadd_ps(factor, even_floats(high), sums[h][2]);

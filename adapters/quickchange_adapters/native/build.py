@@ -6,14 +6,17 @@ each other to sleep. Knows nothing of what the library does.
 """
 
 import hashlib
+import logging
 import os
 import re
 import shutil
 import stat
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 
+log = logging.getLogger(__name__)
 SOURCES = (
     *("vector.h", "tables.h", "team.h", "product.h"),
     *("panels.h", "deltas.h", "attention.h", "step.h"),
@@ -27,12 +30,15 @@ COMPILE_FLAGS = (
     "-std=c++17",
     "-fPIC",
     "-fopenmp",
+    "-ffp-contract=off",  # no sum is fused with a product in one tile's code and not in another's
     "-fvisibility=hidden",
     *(f"-m{flag.replace('_', '')}" for flag in sorted(CPU_FLAGS)),
 )
-COMPILERS = ("c++", "g++", "clang++")
+COMPILERS = ("g++", "c++", "clang++")
+"""GCC first: its code calls the OpenMP runtime that PyTorch usually brings."""
 TIMEOUT_S = 300.0
-_OPENMP = re.compile(r"(/\S*/lib(?:gomp|iomp5|omp)[^/\s]*\.so\S*)$")
+_WORK_PREFIX = "build-"
+_OPENMP = re.compile(r"\s(/.*/lib(?:gomp|iomp5|omp)[^/\s]*\.so[^/\s]*)$")
 
 
 class BuildFailed(Exception):
@@ -40,9 +46,15 @@ class BuildFailed(Exception):
 
 
 def default_folder() -> Path:
-    """Return where built libraries are kept."""
+    """Return where built libraries are kept.
+
+    Raises: BuildFailed if this user has no home.
+    """
     cache = os.environ.get("QUICKCHANGE_CACHE") or "~/.cache/quickchange"
-    return Path(cache).expanduser() / "native"
+    try:
+        return Path(cache).expanduser() / "native"
+    except RuntimeError as error:
+        raise BuildFailed(f"{cache!r} has no place: name a folder in QUICKCHANGE_CACHE") from error
 
 
 def check_cpu() -> None:
@@ -69,9 +81,16 @@ def library_path(folder: Path | None = None) -> Path:
     compiler = find_compiler()
     folder = folder or default_folder()
     path = folder / f"quickchange-{_fingerprint(compiler)}.so"
-    if not path.is_file():
-        _build(compiler, path)
-    _check_owner(path)
+    try:
+        if not path.is_file():
+            _build(compiler, path)
+        _check_owner(path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise BuildFailed(
+            f"the native library cannot be kept in {str(folder)!r}: {reason}; "
+            "name a folder of yours in QUICKCHANGE_CACHE"
+        ) from error
     return path
 
 
@@ -128,14 +147,20 @@ def _source(name: str) -> Path:
 
 def _build(compiler: str, path: Path) -> None:
     """Compile into a folder beside the target, then rename: others see all of it or nothing."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            built = _compile(compiler, Path(folder))
-            built.chmod(0o700)
-            os.replace(built, path)
-    except OSError as error:
-        raise BuildFailed(f"the native library cannot be kept: {error.strerror}") from error
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    _remove_abandoned(path.parent)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=_WORK_PREFIX) as folder:
+        log.warning("compiling the native kernels with %s, once: some seconds", compiler)
+        built = _compile(compiler, Path(folder))
+        built.chmod(0o700)
+        os.replace(built, path)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove what builders left that were killed."""
+    for each in folder.glob(f"{_WORK_PREFIX}*"):
+        if each.lstat().st_mtime < time.time() - 4 * TIMEOUT_S:
+            shutil.rmtree(each, ignore_errors=True)
 
 
 def _compile(compiler: str, folder: Path) -> Path:
@@ -148,7 +173,14 @@ def _compile(compiler: str, folder: Path) -> Path:
 
 def _run(command: list[str]) -> None:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=TIMEOUT_S,
+            env={**os.environ, "LC_ALL": "C"},  # the word `error` is looked for
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BuildFailed(f"the C++ compiler {command[0]} did not finish: {error}") from error
     if done.returncode != 0:

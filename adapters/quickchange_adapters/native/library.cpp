@@ -2,6 +2,8 @@
 
 #include <omp.h>
 
+#include <new>
+
 #include "step.h"
 
 namespace quickchange {
@@ -37,14 +39,13 @@ void unpack(const Number* packed, int num_outputs, int num_inputs, Number* weigh
 }
 
 void product(const bf16* x, int num_tokens, const Linear& linear, int num_outputs, int num_inputs, bf16* y,
-             Team& team) {
+             Team& team, bf16* unpacked) {
   const Linear matrix{linear.weight, nullptr, linear.scales};
-  std::vector<bf16> unpacked;
   team.share(0, (num_outputs + kPanel - 1) / kPanel, [&](int panel) {
     const int num_columns = std::min(kPanel, num_outputs - panel * kPanel);
     for_tiles(num_tokens, [&](int first, int count) {
       Tile tile;
-      Panels(matrix, num_inputs, omp_get_num_threads(), &unpacked).multiply_tile(panel, x, first, count, &tile);
+      Panels(matrix, num_inputs, omp_get_num_threads(), unpacked).multiply_tile(panel, x, first, count, &tile);
       for (int m = 0; m < count; ++m) {
         bf16* out = y + static_cast<std::int64_t>(first + m) * num_outputs + panel * kPanel;
         for (int i = 0; i < num_columns; ++i) {
@@ -90,15 +91,25 @@ QC_EXPORT void qc_unpack(const void* packed, int num_outputs, int num_inputs, in
   }
 }
 
-// y [tokens, out] = x [tokens, in] · Wᵀ + bias, on as many threads as the caller's products take.
-QC_EXPORT void qc_product(const bf16* x, int num_tokens, const Linear* linear, int num_outputs, int num_inputs,
-                          bf16* y) {
-  Team team(1);
+// y [tokens, out] = x [tokens, in] · Wᵀ + bias, on as many threads as the caller's products take. Returns 0, or 1
+// when there was not enough memory.
+QC_EXPORT int qc_product(const bf16* x, int num_tokens, const Linear* linear, int num_outputs, int num_inputs,
+                         bf16* y) {
+  try {
+    const std::size_t size = Panels::unpacked_size(*linear, num_inputs, num_tokens);
+    std::vector<bf16> unpacked(size * static_cast<std::size_t>(omp_get_max_threads()));
+    Team team(1);
 #pragma omp parallel
-  product(x, num_tokens, *linear, num_outputs, num_inputs, y, team);
+    product(x, num_tokens, *linear, num_outputs, num_inputs, y, team,
+            unpacked.data() + size * static_cast<std::size_t>(omp_get_thread_num()));
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+  return 0;
 }
 
-QC_EXPORT void* qc_new_scratch() { return new Scratch(); }
+// Null when there was not enough memory.
+QC_EXPORT void* qc_new_scratch() { return new (std::nothrow) Scratch(); }
 
 QC_EXPORT void qc_delete_scratch(void* scratch) { delete static_cast<Scratch*>(scratch); }
 

@@ -146,7 +146,8 @@ def _declare(library: ctypes.CDLL) -> None:
         *(c_void_p, c_int32, POINTER(Linear)),
         *(c_int32, c_int32, c_void_p),
     ]
-    for function in (library.qc_pack, library.qc_unpack, library.qc_product):
+    library.qc_product.restype = c_int32
+    for function in (library.qc_pack, library.qc_unpack):
         function.restype = None
     library.qc_new_scratch.restype = c_void_p
     library.qc_delete_scratch.argtypes = [c_void_p]

@@ -5,7 +5,7 @@
 // once for all tiles where there are more. Both ways compute the same sums in the same order.
 #pragma once
 
-#include <vector>
+#include <cstddef>
 
 #include "product.h"
 #include "tables.h"
@@ -75,9 +75,15 @@ inline void multiply_bytes(const bf16* x, std::int64_t stride, const std::int8_t
 
 class Panels {
  public:
-  // `unpacked` is this thread's buffer for one panel; work on two matrices at once takes two.
-  Panels(const Linear& linear, int num_inputs, int num_threads, std::vector<bf16>* unpacked)
+  // `unpacked` is this thread's buffer for one panel, of `unpacked_size` numbers; work on two matrices
+  // at once takes two.
+  Panels(const Linear& linear, int num_inputs, int num_threads, bf16* unpacked)
       : linear_(linear), num_inputs_(num_inputs), num_threads_(num_threads), unpacked_(unpacked) {}
+
+  // How many numbers a thread's buffer has to hold.
+  static std::size_t unpacked_size(const Linear& linear, int num_inputs, int num_tokens) {
+    return linear.scales && num_tokens > kDirectRows ? static_cast<std::size_t>(num_inputs) * kPanel : 0;
+  }
 
   // Multiplies tokens [first, first + count) of x [tokens, in], and adds the bias. A panel's tiles are
   // asked for in order, from the first on.
@@ -111,21 +117,20 @@ class Panels {
                  : multiply_bytes<4>(rows, num_inputs_, bytes(panel), pairs, tile);
     } else {
       if (first == 0) unpack(panel);
-      multiply(rows, num_inputs_, count, unpacked_->data(), num_inputs_, unpacked_->data(), tile);
+      multiply(rows, num_inputs_, count, unpacked_, num_inputs_, unpacked_, tile);
     }
     scale(tile, count, linear_.scales + panel * kPanel);
   }
 
   void unpack(int panel) const {
     const std::size_t size = static_cast<std::size_t>(num_inputs_) * kPanel;
-    if (unpacked_->size() < size) unpacked_->resize(size);
     const std::int8_t* from = bytes(panel);
     const ByteTables tables;
     for (std::size_t i = 0; i < size; i += 2 * kLanes) {
       __m512i first, last;
       tables.convert(from + i, &first, &last);
-      _mm512_storeu_si512(unpacked_->data() + i, first);
-      _mm512_storeu_si512(unpacked_->data() + i + kLanes, last);
+      _mm512_storeu_si512(unpacked_ + i, first);
+      _mm512_storeu_si512(unpacked_ + i + kLanes, last);
     }
   }
 
@@ -140,7 +145,7 @@ class Panels {
 
   const Linear& linear_;
   const int num_inputs_, num_threads_;
-  std::vector<bf16>* unpacked_;
+  bf16* unpacked_;
 };
 
 }  // namespace quickchange

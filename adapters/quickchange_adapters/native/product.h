@@ -71,10 +71,8 @@ inline void multiply(const bf16* x, std::int64_t stride, int num_rows, const bf1
 template <typename Work>
 inline void for_tiles(int num_tokens, Work&& work) {
   const int num_tiles = (num_tokens + kTile - 1) / kTile;
-  for (int i = 0; i < num_tiles; ++i) {
-    const int first = num_tokens * i / num_tiles, end = num_tokens * (i + 1) / num_tiles;
-    work(first, end - first);
-  }
+  const auto start = [&](int i) { return static_cast<int>(static_cast<std::int64_t>(num_tokens) * i / num_tiles); };
+  for (int i = 0; i < num_tiles; ++i) work(start(i), start(i + 1) - start(i));
 }
 
 inline void add_bias(Tile* tile, int num_rows, const bf16* bias) {

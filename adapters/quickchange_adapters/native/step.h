@@ -27,23 +27,36 @@ namespace quickchange {
 
 enum Group { kQkv, kOutput, kGateUp, kDown };
 
+// One thread's own.
+struct ThreadBuffers {
+  std::vector<float> scores;
+  std::vector<bf16> unpacked[2];
+};
+
 // What a step needs beyond what the caller gave; kept between steps, so that nothing is allocated.
 struct Scratch {
   std::vector<bf16> normed, qkv, attended, active;
   std::array<GroupDeltas, 4> deltas;
+  std::vector<ThreadBuffers> threads;
 };
 
 class StepRun {
  public:
   StepRun(const Model& model, const Step& step, Scratch& scratch, Team& team)
-      : model_(model), step_(step), scratch_(scratch), team_(team), attention_(model, step) {
+      : model_(model),
+        step_(step),
+        scratch_(scratch),
+        team_(team),
+        attention_(model, step),
+        own_(scratch.threads[omp_get_thread_num()]) {
     if (step.stage_seconds && omp_get_thread_num() == 0) clock_ = step.stage_seconds;
     last_ = Clock::now();
   }
 
   static int num_stages(const Model& model) { return model.num_layers * kStagesOfLayer + 2; }
 
-  // Makes buffers and tables; called by one thread, before `run`.
+  // Makes buffers and tables; called by one thread, before `run`: what is thrown among several threads
+  // ends the process, so none of them allocates.
   static void prepare(const Model& model, const Step& step, Scratch& scratch) {
     const std::size_t tokens = static_cast<std::size_t>(step.num_tokens);
     grow(scratch.normed, tokens * model.width);
@@ -54,6 +67,7 @@ class StepRun {
       const Term* terms = step.terms + static_cast<std::ptrdiff_t>(group) * step.num_terms;
       scratch.deltas[group].prepare(model.arenas[group], step.blocks, step.num_blocks, terms, step.num_tokens);
     }
+    prepare_threads(model, step, scratch);
   }
 
   // Every thread of the team calls this.
@@ -68,7 +82,35 @@ class StepRun {
   static constexpr int kStagesOfLayer = 12;
   static constexpr int kFewTokens = 4;
 
-  static void grow(std::vector<bf16>& buffer, std::size_t size) {
+  static void prepare_threads(const Model& model, const Step& step, Scratch& scratch) {
+    int last = 0;
+    for (int token = 0; token < step.num_tokens; ++token) last = std::max(last, step.positions[token]);
+    const int together = std::min(model.num_heads / model.num_kv_heads, kMaxHeads);
+    const std::size_t num_scores = static_cast<std::size_t>(Attention::scores_size(last)) * together;
+    const std::size_t num_unpacked = unpacked_size(model, step);
+    const std::size_t count = static_cast<std::size_t>(omp_get_max_threads());
+    if (scratch.threads.size() < count) scratch.threads.resize(count);
+    for (ThreadBuffers& own : scratch.threads) {
+      grow(own.scores, num_scores);
+      for (auto& unpacked : own.unpacked) grow(unpacked, num_unpacked);
+    }
+  }
+
+  static std::size_t unpacked_size(const Model& model, const Step& step) {
+    const int tokens = step.num_tokens;
+    std::size_t most = Panels::unpacked_size(step.head, model.width, tokens);
+    for (int i = 0; i < model.num_layers; ++i) {
+      const Layer& layer = step.layers[i];
+      most = std::max({most, Panels::unpacked_size(layer.qkv, model.width, tokens),
+                       Panels::unpacked_size(layer.output, model.num_heads * model.head_width, tokens),
+                       Panels::unpacked_size(layer.gate_up, model.width, tokens),
+                       Panels::unpacked_size(layer.down, model.intermediate, tokens)});
+    }
+    return most;
+  }
+
+  template <typename Number>
+  static void grow(std::vector<Number>& buffer, std::size_t size) {
     if (buffer.size() < size) buffer.resize(size);
   }
 
@@ -117,7 +159,7 @@ class StepRun {
 
   // Computes one panel of a group for a tile of tokens: product, bias and deltas.
   void compute(Group group, const Linear& linear, int layer, int panel, const bf16* x, int num_inputs, int first,
-               int count, Tile* tile, std::vector<bf16>* unpacked) const {
+               int count, Tile* tile, bf16* unpacked) const {
     Panels(linear, num_inputs, num_threads_, unpacked).multiply_tile(panel, x, first, count, tile);
     scratch_.deltas[group].expand(layer, panel, first, count, tile);
   }
@@ -127,7 +169,7 @@ class StepRun {
     team_.share(stage, num_outputs / kPanel, [&](int panel) {
       for_tiles(step_.num_tokens, [&](int first, int count) {
         Tile tile;
-        compute(kQkv, layer.qkv, index, panel, scratch_.normed.data(), model_.width, first, count, &tile, &unpacked_[0]);
+        compute(kQkv, layer.qkv, index, panel, scratch_.normed.data(), model_.width, first, count, &tile, buffer(0));
         for (int m = 0; m < count; ++m) {
           bf16* out = scratch_.qkv.data() + static_cast<std::int64_t>(first + m) * num_outputs + panel * kPanel;
           store_bf16(out, _mm512_load_ps(tile.values[m]));
@@ -160,7 +202,7 @@ class StepRun {
       const std::int64_t row = static_cast<std::int64_t>(token) * num_outputs;
       const std::int64_t out = (static_cast<std::int64_t>(token) * model_.num_heads + head) * width;
       attention_.attend(layer, token, head, std::min(together, groups - within),
-                        scratch_.qkv.data() + row + head * width, &scores_, scratch_.attended.data() + out);
+                        scratch_.qkv.data() + row + head * width, own_.scores.data(), scratch_.attended.data() + out);
     });
     end(stage);
   }
@@ -169,7 +211,7 @@ class StepRun {
     team_.share(stage, model_.width / kPanel, [&](int panel) {
       for_tiles(step_.num_tokens, [&](int first, int count) {
         Tile tile;
-        compute(group, linear, index, panel, x, num_inputs, first, count, &tile, &unpacked_[0]);
+        compute(group, linear, index, panel, x, num_inputs, first, count, &tile, buffer(0));
         for (int m = 0; m < count; ++m) {
           bf16* out = step_.hidden + static_cast<std::int64_t>(first + m) * model_.width + panel * kPanel;
           store_bf16(out, _mm512_add_ps(load_floats(out), _mm512_load_ps(tile.values[m])));
@@ -186,8 +228,8 @@ class StepRun {
       for_tiles(step_.num_tokens, [&](int first, int count) {
         Tile gate, up;
         const bf16* x = scratch_.normed.data();
-        compute(kGateUp, layer.gate_up, index, panel, x, model_.width, first, count, &gate, &unpacked_[0]);
-        compute(kGateUp, layer.gate_up, index, half + panel, x, model_.width, first, count, &up, &unpacked_[1]);
+        compute(kGateUp, layer.gate_up, index, panel, x, model_.width, first, count, &gate, buffer(0));
+        compute(kGateUp, layer.gate_up, index, half + panel, x, model_.width, first, count, &up, buffer(1));
         for (int m = 0; m < count; ++m) {
           bf16* out = scratch_.active.data() + static_cast<std::int64_t>(first + m) * model_.intermediate;
           for (int i = 0; i < kPanel; i += 16) {
@@ -232,7 +274,7 @@ class StepRun {
     const Linear head{step_.head.weight, nullptr, step_.head.scales};
     for_tiles(step_.num_wanted, [&](int first, int count) {
       Tile tile;
-      Panels(head, model_.width, 1, &unpacked_[0]).multiply_tile(panel, step_.wanted_hidden, first, count, &tile);
+      Panels(head, model_.width, 1, buffer(0)).multiply_tile(panel, step_.wanted_hidden, first, count, &tile);
       const int num_columns = std::min(kPanel, model_.vocabulary - panel * kPanel);
       for (int m = 0; m < count; ++m) {
         float* out = step_.logits + static_cast<std::int64_t>(first + m) * model_.vocabulary + panel * kPanel;
@@ -244,15 +286,15 @@ class StepRun {
     });
   }
 
+  bf16* buffer(int i) const { return own_.unpacked[i].data(); }
+
   const Model& model_;
   const Step& step_;
   const int num_threads_ = omp_get_num_threads();
   Scratch& scratch_;
   Team& team_;
   Attention attention_;
-  // This thread's own:
-  std::vector<float> scores_;
-  std::vector<bf16> unpacked_[2];
+  ThreadBuffers& own_;
   double* clock_ = nullptr;
   Clock::time_point last_;
 };

@@ -39,7 +39,8 @@ class _Packed:
         self.shape, self.dtype = numbers.shape, numbers.dtype
         num_rows = -(-self.shape[0] // PANEL) * PANEL
         self.bytes = memory.take(num_rows * self.shape[1] * numbers.itemsize)
-        library.qc_pack(numbers.contiguous().data_ptr(), *self._form(), self.bytes.data_ptr())
+        numbers = numbers.contiguous()  # held by this name until it has been read
+        library.qc_pack(numbers.data_ptr(), *self._form(), self.bytes.data_ptr())
 
     def unpack(self) -> Tensor:
         numbers = torch.empty(self.shape, dtype=self.dtype)
@@ -49,7 +50,8 @@ class _Packed:
     def product(self, x: Tensor, linear: Linear) -> Tensor:
         x = x.contiguous()
         y = x.new_empty(x.shape[0], self.shape[0])
-        self.library.qc_product(x.data_ptr(), x.shape[0], linear, *self.shape, y.data_ptr())
+        if self.library.qc_product(x.data_ptr(), x.shape[0], linear, *self.shape, y.data_ptr()):
+            raise MemoryError("not enough memory for a product's buffers")
         return y
 
     def _form(self) -> tuple[int, int, int]:

@@ -80,6 +80,7 @@ class BaseModel:
     | layout | groups and places of all linears an adapter may target |
     | spec | names and shapes, for the checks |
     | native | the native library, if it computes this base's steps and holds its weights |
+    | native_refusal | why it does not, else None |
     """
 
     def __init__(self, model: Any, settings: EngineSettings) -> None:
@@ -87,7 +88,7 @@ class BaseModel:
         self.config = model.config.get_text_config()
         self.dtype: torch.dtype = model.dtype
         self.device = torch.device(settings.device)
-        self.native = _native_library(model, settings)
+        self.native, self.native_refusal = _native_library(model, settings)
         self._make_weight = self._base_weight_maker(settings)
         self.holder = PlanHolder()
         self.groups: dict[tuple[str, int], ProjectionGroup] = {}
@@ -274,19 +275,20 @@ def load_base(folder: Path, settings: EngineSettings) -> BaseModel:
     return BaseModel(model, settings)
 
 
-def _native_library(model: Any, settings: EngineSettings) -> ctypes.CDLL | None:
+def _native_library(model: Any, settings: EngineSettings) -> tuple[ctypes.CDLL | None, str | None]:
+    """Return the native library, or else why this base is not run by it."""
     if settings.kernels not in ("auto", "native"):
-        return None
-    reason = native_refusal(model)
+        return None, f"--kernels {settings.kernels}"
+    reason = native_refusal(model, settings.kv_block_size)
     if reason is None:
         try:
-            return load_library()
+            return load_library(), None
         except BuildFailed as error:
             reason = str(error)
     if settings.kernels == "native":
         raise UnsupportedBase(f"native kernels cannot run this base here: {reason}")
     log.info("native kernels are not used: %s", reason)
-    return None
+    return None, reason
 
 
 def end_token_ids(model: Any) -> frozenset[int]:

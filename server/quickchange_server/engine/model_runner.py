@@ -28,7 +28,7 @@ from quickchange_server.engine.attention import (
 from quickchange_server.engine.attention_tiles import KvRow
 from quickchange_server.engine.base_model import BaseModel
 from quickchange_server.engine.cuda_graphs import DecodeBatch, DecodeGraphs, DecodeStep
-from quickchange_server.engine.native_step import KEYS_TOGETHER, NativeStep, StepInput
+from quickchange_server.engine.native_step import NativeStep, StepInput
 from quickchange_server.engine.request import TokenLogprobs
 from quickchange_server.engine.sampler import Sample, rows_logprobs, sample
 from quickchange_server.engine.scheduler import ScheduledRow
@@ -76,8 +76,7 @@ class ModelRunner:
 
         Call it when nothing of the base, the pool and the storage changes its place any more.
         """
-        has_whole_groups = self.storage.block_size % KEYS_TOGETHER == 0
-        if self.base.native is not None and self._kernels is None and has_whole_groups:
+        if self.base.native is not None and self._kernels is None:
             parts = self.base, self.pool, self.storage
             self.native = NativeStep(*parts, self._rules, max_model_len)
 

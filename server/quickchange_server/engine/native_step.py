@@ -47,9 +47,9 @@ LANES = 32
 """Widths are multiples of this: the bfloat16 numbers of one register."""
 
 
-def native_refusal(model: Any) -> str | None:
-    """Say why the library cannot run a Hugging Face model; None if it can."""
-    config = model.config.get_text_config()
+def native_refusal(model: Any, block_size: int) -> str | None:
+    """Say why the library cannot run a Hugging Face model over such KV blocks; None if it can."""
+    config = model.config  # of a model that holds another, the outer one
     if config.model_type not in MODEL_TYPES:
         return f"{config.model_type!r} is not of Llama's shape"
     if model.dtype != torch.bfloat16 or model.device.type != "cpu":
@@ -58,6 +58,8 @@ def native_refusal(model: Any) -> str | None:
         return f"its activation is {config.hidden_act!r}"
     if getattr(config, "pretraining_tp", 1) != 1:
         return "its linears are sliced (pretraining_tp)"
+    if block_size % KEYS_TOGETHER:
+        return f"KV blocks of {block_size} positions are no multiples of {KEYS_TOGETHER}"
     odd = [width for width in _widths(config) if width % LANES]
     return f"widths {odd} are no multiples of {LANES}" if odd else None
 
@@ -105,6 +107,7 @@ class NativeStep:
         max_model_len: int,
     ) -> None:
         assert base.native is not None
+        assert storage.block_size % KEYS_TOGETHER == 0
         assert all(rule.softcap is None for rule in rules)
         self._library = base.native
         self._rules = rules
@@ -115,7 +118,10 @@ class NativeStep:
         self._layers = self._make_layers()
         self._model = self._make_model(pool)
         self._clock: Any = None
-        self._scratch = ctypes.c_void_p(self._library.qc_new_scratch())
+        scratch = self._library.qc_new_scratch()
+        if not scratch:
+            raise MemoryError("not enough memory for the native library's buffers")
+        self._scratch = ctypes.c_void_p(scratch)
 
     def __del__(self) -> None:
         """Free the library's buffers."""
@@ -272,6 +278,7 @@ def _rotary_tables(base: "BaseModel", num_positions: int) -> tuple[Tensor, Tenso
     like = torch.empty(1, dtype=base.dtype)
     positions = torch.arange(num_positions)[None]
     cosines, sines = base.model.model.rotary_emb(like, positions)
+    assert cosines.shape[-1] == _head_width(base.config)
     half = cosines.shape[-1] // 2
     return cosines[0, :, :half].contiguous(), sines[0, :, :half].contiguous()
 
@@ -288,6 +295,7 @@ def _norm_pointer(attention: nn.Module, name: str) -> int | None:
 
 def _pointer(tensor: Tensor) -> int:
     assert tensor.is_contiguous()
+    assert tensor.dtype == torch.bfloat16
     return tensor.data_ptr()
 
 
