@@ -1,5 +1,6 @@
 """Large tensors of zeros that take memory only where something was written."""
 
+import contextlib
 import math
 import mmap
 
@@ -16,6 +17,8 @@ def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device)
     num_bytes = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or not num_bytes or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(shape, dtype=dtype, device=device)
-    memory = mmap.mmap(-1, num_bytes)
-    memory.madvise(mmap.MADV_HUGEPAGE)
+    # Private: shared memory gets huge pages almost nowhere, and a fork would write to ours.
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a system without huge pages refuses
+        memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype).view(shape)

@@ -1,5 +1,8 @@
 """Zeros that take memory when they are written, and give it back."""
 
+import ctypes
+import os
+
 import psutil
 import pytest
 import torch
@@ -30,3 +33,14 @@ def test_memory_comes_with_the_first_write_and_goes_with_the_tensor() -> None:
     assert process.memory_info().rss - before > 300 * MIB
     del zeros
     assert process.memory_info().rss - before < 100 * MIB
+
+
+def test_a_forked_process_writes_to_its_own() -> None:
+    zeros = lazy_zeros((4, MIB), torch.bfloat16, CPU)
+    address = zeros.data_ptr()
+    child = os.fork()
+    if child == 0:
+        ctypes.memset(address, 255, 64)
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert not zeros.any()
