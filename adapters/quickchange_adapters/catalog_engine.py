@@ -8,7 +8,7 @@
 | a commit means | synced to the disk | what the server's `synchronous_commit` says |
 | waits end | when the file was busy for 5 s | by the server's timeouts, by TCP's, and by our own |
 
-Errors name no password: a URL is never part of one.
+Errors name no password: a URL is never part of one, nor are the values of a statement.
 """
 
 import importlib.util
@@ -88,7 +88,8 @@ def _parse(url: str) -> URL:
 
 
 def _open_sqlite(url: URL, timeouts: CatalogTimeouts) -> Engine:
-    engine = create_engine(url, connect_args={"timeout": timeouts.connect_s})
+    connect_args = {"timeout": timeouts.connect_s}
+    engine = create_engine(url, connect_args=connect_args, hide_parameters=True)
     event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
     return engine
@@ -119,6 +120,7 @@ def _open_postgresql(url: URL, timeouts: CatalogTimeouts) -> Engine:
         url,
         creator=_postgresql_creator(url, timeouts),
         pool_pre_ping=True,
+        hide_parameters=True,
         pool_timeout=timeouts.connect_s,
     )
     event.listen(engine, "begin", _postgresql_begin(timeouts))

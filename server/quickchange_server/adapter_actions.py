@@ -79,6 +79,4 @@ class AdapterActions:
                 "it is unloaded when they end",
                 code="draining",
             ) from error
-        finally:
-            self._desired.park(record.digest)
         return await self._views.action("unload", record, started, freed_bytes(resident))

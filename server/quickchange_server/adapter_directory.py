@@ -117,7 +117,7 @@ class AdapterDirectory:
         return digest in served
 
     def served_versions(self) -> Iterator[VersionRecord]:
-        """Yield every version that takes requests, of all tenants."""
+        """Yield every version that takes requests, of all tenants: none that a folder shadows."""
         return (version for version in self._all_versions() if version.state == "ready")
 
     def model_names(self, tenant: str) -> Iterator[tuple[str, VersionRecord]]:
@@ -161,9 +161,10 @@ class AdapterDirectory:
     def _all_versions(self) -> Iterator[VersionRecord]:
         for adapter in self._static.values():
             yield from adapter.versions
-        for of_name in self._records.values():
-            for adapter in of_name.values():
-                yield from adapter.versions
+        for name, of_name in self._records.items():
+            if name not in self._static:
+                for adapter in of_name.values():
+                    yield from adapter.versions
 
 
 def _precedence(record: AdapterRecord) -> tuple[bool, int, str]:

@@ -120,6 +120,10 @@ class AdapterLoader:
         task = self._unloads.start(digest, lambda: self._unload(digest))
         return await asyncio.wait_for(asyncio.shield(task), timeout_s)
 
+    def is_unloading(self, digest: str) -> bool:
+        """Whether an unload was begun and has not ended."""
+        return self._unloads.is_running(digest)
+
     @asynccontextmanager
     async def guest(self, digest: str, read: Callable[[], AdapterWeights]) -> AsyncIterator[bool]:
         """Hold tensors while the block runs, or yield False where another would have to go."""

@@ -139,7 +139,8 @@ class AdapterService:
         states = StateActions(self._live, self._directory, *parts)
         self.wish, self.set_state = states.wish, states.set_state
         self.merge, self.unmerge = states.merge, states.unmerge
-        self.open_file = AdapterDownloads(self._lookup, self._files).open_file
+        self._downloads = AdapterDownloads(self._lookup, self._files)
+        self.open_file = self._downloads.open_file
         changes = AdapterChanges(self._live, self._lookup, self._remover, self._views)
         self.set_alias, self.delete_alias = changes.set_alias, changes.delete_alias
         self.delete_version = changes.delete_version
@@ -180,6 +181,7 @@ class AdapterService:
         await self._prober.stop()
         await self._remover.stop()
         await self._loader.stop()
+        await self._downloads.stop()
         await self._live.close()
         self._store.close()
 

@@ -24,7 +24,7 @@ class CatalogPoll:
     """Keeps `live` and the pictures behind `on_change` true.
 
     A callback is called after `live` was renewed, whatever has changed; it may be called without
-    need. One that raises is called again at the next look.
+    need. When anything raises, the others are renewed all the same, and all again at the next look.
     """
 
     def __init__(self, live: LiveCatalog, interval_s: float = POLL_S) -> None:
@@ -53,11 +53,20 @@ class CatalogPoll:
         """
         revision = await self._live.ask(self._live.catalog.revision)
         if revision != self._seen:
-            await self._live.refresh()
-            for renew in self.on_change:
-                await renew()
+            await self._renew_all()
             # The number from before the reading: what came in between is read once more.
             self._seen = revision
+
+    async def _renew_all(self) -> None:
+        """Renew every picture, also when one of them fails: a revoked key must not wait for it."""
+        errors: list[Exception] = []
+        for renew in (self._live.refresh, *self.on_change):
+            try:
+                await renew()
+            except Exception as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
     async def _run(self) -> None:
         while True:

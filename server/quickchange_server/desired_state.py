@@ -119,7 +119,7 @@ class DesiredState:
         self.wake()
 
     def park(self, digest: str) -> None:
-        """Leave a version that somebody unloads unmerged until it is used again."""
+        """Leave a version unmerged until it is used again. Call it right before it is unloaded."""
         self._parked.add(digest)
 
     async def fulfil(self, wish: Wish, version: VersionRecord) -> None:
@@ -162,7 +162,7 @@ class DesiredState:
 
     def _look(self) -> None:
         """Start every step that is needed, not under way and not in a pause."""
-        self._parked = {digest for digest in self._parked if not self._engine.is_loaded(digest)}
+        self._parked = {digest for digest in self._parked if self._is_away(digest)}
         self.num_unmet = {wish: sum(1 for _ in self._unmet(wish)) for wish in WISHES}
         needed = {step.key: step for step in self._needed()}
         self._failures = {key: f for key, f in self._failures.items() if key in needed}
@@ -170,6 +170,10 @@ class DesiredState:
             failure = self._failures.get(key)
             if failure is None or failure.retry_at_s <= time.monotonic():
                 self._steps.start(key, partial(self._try, step))
+
+    def _is_away(self, digest: str) -> bool:
+        """Whether a version is not loaded, or is on its way out, however long that takes."""
+        return self._loader.is_unloading(digest) or not self._engine.is_loaded(digest)
 
     def _needed(self) -> Iterator[Step]:
         for digest, resident in self._engine.snapshot().adapters.items():

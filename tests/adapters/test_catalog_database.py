@@ -14,6 +14,7 @@ from quickchange_adapters.catalog_schema import adapters
 from quickchange_adapters.errors import NotInCatalog, StoreUnavailable
 from quickchange_adapters.records import FileRecord, NewVersion
 from sqlalchemy import text, true
+from sqlalchemy.exc import IntegrityError
 
 from tests.postgres_server import ENCODED_PASSWORD, PASSWORD, PostgresServer
 
@@ -184,3 +185,14 @@ def test_no_error_and_no_log_holds_the_password(
         assert "s3cret" not in str(caught.value)
         assert "pass" not in str(caught.value)
     assert "s3cret" not in caplog.text
+
+
+def test_an_error_does_not_hold_the_values_of_its_statement(catalog_url: str) -> None:
+    catalog = Catalog(catalog_url)
+    with pytest.raises(StoreUnavailable) as refused, catalog.database.writing() as connection:
+        connection.execute(
+            text("INSERT INTO aliases VALUES (:a, :b, :c)"), {"a": 1, "b": "s3cret", "c": 1}
+        )
+    assert isinstance(refused.value.__cause__, IntegrityError)
+    assert "s3cret" not in str(refused.value.__cause__)
+    catalog.close()

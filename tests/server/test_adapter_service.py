@@ -85,8 +85,8 @@ async def test_the_digest_is_that_of_the_files_as_they_were_sent(world: World) -
 async def test_files_come_back_byte_for_byte(world: World) -> None:
     weights = weights_bytes(q_pairs(SPEC))
     await world.service.upload(await world.form_of("a", weights))
-    async with world.service.open_file("a", 1, "adapter_model.safetensors") as path:
-        assert path.read_bytes() == weights
+    async with world.service.open_file("a", 1, "adapter_model.safetensors") as held:
+        assert held.path.read_bytes() == weights
     with pytest.raises(NotFound) as caught:
         async with world.service.open_file("a", 1, "task.json"):
             pass
@@ -372,8 +372,8 @@ async def test_a_static_folder_wins_and_is_read_only(world: World, tmp_path: Pat
     await world.service.acquire(resolved)
     assert (await world.service.get("a")).is_static
     assert (await world.service.get_version("a")).to_json()["report"]["ok"]
-    async with world.service.open_file("a", 1, "adapter_config.json") as path:
-        assert path.read_bytes() == (folder / "adapter_config.json").read_bytes()
+    async with world.service.open_file("a", 1, "adapter_config.json") as held:
+        assert held.path.read_bytes() == (folder / "adapter_config.json").read_bytes()
     for change in (
         world.service.upload(await world.form("a", 8)),
         world.service.set_alias("a", "x", 1),

@@ -1,6 +1,8 @@
 """The adapter routes over a real engine, store and catalog."""
 
+import hashlib
 import json
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -137,6 +139,23 @@ async def test_files_come_back_as_they_were_sent(
     for file in (CONFIG, WEIGHTS):
         answer = await real_client.get(f"/v1/adapters/ada/versions/1/files/{file}")
         assert answer.content == (folder / file).read_bytes()
+        assert answer.headers["etag"] == f'"{hashlib.sha256(answer.content).hexdigest()}"'
+
+
+async def test_a_download_does_not_tell_when_others_sent_the_same_bytes(
+    real_client: httpx.AsyncClient, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    folder = make_adapter(seed=1)
+    await push(real_client, folder)
+    file = f"/v1/adapters/ada/versions/1/files/{WEIGHTS}"
+    before = await real_client.get(file)
+    blobs = list(tmp_path.rglob("blobs/*/*"))
+    assert blobs
+    for blob in blobs:
+        os.utime(blob, (1e9, 1e9))
+    after = await real_client.get(file)
+    for name in ("etag", "last-modified"):
+        assert before.headers[name] == after.headers[name]
 
 
 async def test_events_tell_what_was_done(

@@ -115,6 +115,28 @@ async def test_what_any_process_deletes_is_told_once(worlds: tuple[World, World]
     assert gone == ["a", "b"]
 
 
+async def test_pictures_are_renewed_although_another_cannot_be(
+    worlds: tuple[World, World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, there = worlds
+    num_renewed = 0
+
+    async def renew() -> None:
+        nonlocal num_renewed
+        num_renewed += 1
+
+    def changes_since(known: object) -> None:
+        raise ValueError("a row that nobody can read")
+
+    there.service.on_catalog_change(renew)
+    with monkeypatch.context() as patch:
+        patch.setattr(there.catalog, "changes_since", changes_since)
+        await here.upload("a")
+        await seen(lambda: num_renewed >= 2)  # again and again, until all of it works
+        assert meaning(there, "a") is None
+    await seen(lambda: meaning(there, "a") == 1)
+
+
 async def test_other_pictures_are_renewed_with_the_same_look(worlds: tuple[World, World]) -> None:
     here, there = worlds
     failures = [RuntimeError("once")]

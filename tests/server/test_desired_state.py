@@ -234,6 +234,34 @@ async def test_unloading_what_is_pinned_is_refused_and_what_is_merged_waits_for_
     await seen(lambda: is_merged(here))
 
 
+async def test_an_unload_that_outlasts_its_caller_leaves_it_away_until_it_is_used(
+    worlds: tuple[World, World],
+) -> None:
+    here, _ = worlds
+    await here.service.wish("merge", "a")
+    async with here.running("a"):
+        with pytest.raises(Unavailable, match="it is unloaded when they end"):
+            await here.service.unload("a", timeout_s=5 * here.poll_s)
+    await seen(lambda: not here.engine.loaded)
+    await asyncio.sleep(5 * here.poll_s)
+    assert not here.engine.loaded
+    assert here.engine.num_loads == 1
+    await here.service.acquire(here.service.resolve("a"))
+    await seen(lambda: is_merged(here))
+
+
+async def test_what_a_static_adapter_shadows_needs_no_memory(tmp_path: Path) -> None:
+    world = World(tmp_path / "store")
+    await world.start()
+    await world.upload("a", 1)
+    await world.service.wish("pin", "a")
+    write_adapter(tmp_path / "static", q_pairs(SPEC), config_values())
+    await world.service.add_static("a", tmp_path / "static")
+    await seen(lambda: not world.engine.loaded)
+    await seen(lambda: world.service.num_unmet() == {"pin": 0, "merge": 0})
+    await world.service.stop()
+
+
 async def test_what_another_server_deletes_is_drained_and_unloaded(
     worlds_anywhere: tuple[World, World],
 ) -> None:

@@ -73,14 +73,16 @@ async def test_a_version_is_remote_until_it_is_asked_for(world: World) -> None:
 
 
 async def test_a_file_comes_back_byte_for_byte_through_the_cache(world: World) -> None:
-    async with world.service.open_file("a", 1, WEIGHTS) as path:
-        data = path.read_bytes()
+    async with world.service.open_file("a", 1, WEIGHTS) as held:
+        data = held.path.read_bytes()
     evict_all(world)
-    async with world.service.open_file("a", 1, WEIGHTS) as path:
+    async with world.service.open_file("a", 1, WEIGHTS) as held:
         # Whoever deletes it meanwhile does not take it away from a download.
-        assert [world.store.evict(sha256) for sha256 in world.blobs() if sha256 in str(path)] == [0]
-        assert path.read_bytes() == data
-    assert not path.exists()
+        assert [world.store.evict(sha256) for sha256 in world.blobs() if sha256 == held.sha256] == [
+            0
+        ]
+        assert held.path.read_bytes() == data
+    assert not held.path.exists()
 
 
 async def test_a_delete_frees_the_bytes_there_and_here(world: World) -> None:

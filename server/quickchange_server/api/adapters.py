@@ -1,13 +1,14 @@
 """`/v1/adapters`: upload, list, show, alias, load, delete. The work is the service's."""
 
 from collections.abc import AsyncIterator
-from pathlib import Path as FilePath
+from email.utils import formatdate
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Path, Query, Request
 from quickchange_adapters.errors import Problem
 from starlette.responses import FileResponse, JSONResponse, Response
 
+from quickchange_server.adapter_downloads import HeldFile
 from quickchange_server.adapter_service import FileName
 from quickchange_server.adapter_upload import UploadTerms
 from quickchange_server.adapter_views import AdapterView, DeletionView
@@ -129,8 +130,8 @@ async def get_version(name: str, version: Version, services: Services, caller: R
 
 async def _held_file(
     name: str, version: Version, file: str, services: Services, caller: Reader
-) -> AsyncIterator[FilePath]:
-    """Give a file's path; it is held until the answer was sent."""
+) -> AsyncIterator[HeldFile]:
+    """Give a file; it is held until the answer was sent."""
     known: dict[str, FileName] = {each: each for each in FILES.values()}
     if file not in known:
         raise NotFound(
@@ -138,16 +139,21 @@ async def _held_file(
             code="file_not_found",
         )
     opened = services.adapters.open_file(name, version, known[file], tenant=caller.tenant)
-    async with opened as path:
-        yield path
+    async with opened as held:
+        yield held
 
 
 @router.get("/{name}/versions/{version}/files/{file}", response_class=FileResponse)
 async def get_file(
-    file: str, path: Annotated[FilePath, Depends(_held_file)], caller: Reader
+    file: str, held: Annotated[HeldFile, Depends(_held_file)], caller: Reader
 ) -> FileResponse:
-    """Download one file of a version, byte for byte as it was uploaded."""
-    return FileResponse(path, filename=file)
+    """Download one file of a version, byte for byte as it was uploaded; its ETag is its sha256."""
+    # The file's own time is that of whoever sent these bytes last, and differs between servers.
+    headers = {
+        "etag": f'"{held.sha256}"',
+        "last-modified": formatdate(held.created_at, usegmt=True),
+    }
+    return FileResponse(held.path, filename=file, headers=headers)
 
 
 @router.delete("/{name}")
