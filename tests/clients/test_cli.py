@@ -33,7 +33,7 @@ def pushed(run_command: RunCommand, adapter_folder: Path) -> str:
 
 def test_only_what_works_is_offered() -> None:
     assert set(OWN) <= set(COMMANDS)
-    assert set(COMMANDS) - set(OWN) <= {"serve", "base"}
+    assert set(COMMANDS) - set(OWN) <= {"serve", "base", "fsck"}
 
 
 @pytest.mark.parametrize("command", OWN)
