@@ -167,6 +167,7 @@ def engine_settings(config: ServerConfig, budget: MemoryBudget) -> EngineSetting
         dtype=config.dtype,
         kernels=config.kernels,
         quantize=config.quantize,
+        native_folder=config.cache_folder / "native",
         kv_cache_bytes=budget.kv_cache_bytes,
         max_model_len=config.max_model_len,
         max_batch_rows=config.max_batch_rows,

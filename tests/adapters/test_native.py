@@ -76,6 +76,23 @@ def test_int8_is_what_its_numbers_stand_for_whatever_the_number_of_rows(
     assert native.num_bytes < 0.7 * native_weight(weight).num_bytes + 512
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_quantising_leaves_the_matrix_alone_and_zero_rows_and_nan_as_they_are(
+    dtype: torch.dtype,
+) -> None:
+    weight = torch.randn(150, 6).to(dtype)
+    weight[70] = 0
+    weight[140, 3] = float("nan")
+    before = weight.clone()
+    quantised = Int8Weight(weight).dense()
+    assert torch.equal(weight.nan_to_num(9), before.nan_to_num(9))
+    assert not quantised[70].any()
+    assert quantised[140].isnan().all()
+    sound = torch.tensor([*range(140), *range(141, 150)])
+    largest = weight[sound].abs().amax(dim=1, keepdim=True)
+    assert ((quantised - weight)[sound].abs() <= largest / 100).all()
+
+
 @needs_native
 def test_a_rows_bits_do_not_depend_on_the_number_of_rows_or_threads() -> None:
     weight, x = torch.randn(192, 576).bfloat16(), torch.randn(64, 576).bfloat16()

@@ -9,7 +9,7 @@
 namespace quickchange {
 namespace {
 
-// Where a number of W [out, in] lies in its packed form.
+// Where a number of W [out, in] lies in its packed form. Those of an even column and the next lie together.
 template <typename Number>
 std::int64_t place(int row, int column, int num_inputs) {
   const int within = row % kPanel * 2 + column % 2;
@@ -22,9 +22,10 @@ template <typename Number>
 void pack(const Number* weight, int num_outputs, int num_inputs, Number* packed) {
   const int num_rows = (num_outputs + kPanel - 1) / kPanel * kPanel;
   for (int row = 0; row < num_rows; ++row) {
-    for (int k = 0; k < num_inputs; ++k) {
-      packed[place<Number>(row, k, num_inputs)] =
-          row < num_outputs ? weight[static_cast<std::int64_t>(row) * num_inputs + k] : Number{0};
+    const Number* from = weight + static_cast<std::int64_t>(row) * num_inputs;
+    for (int k = 0; k < num_inputs; k += 2) {
+      Number* to = packed + place<Number>(row, k, num_inputs);
+      row < num_outputs ? std::memcpy(to, from + k, 2 * sizeof(Number)) : std::memset(to, 0, 2 * sizeof(Number));
     }
   }
 }
@@ -32,8 +33,9 @@ void pack(const Number* weight, int num_outputs, int num_inputs, Number* packed)
 template <typename Number>
 void unpack(const Number* packed, int num_outputs, int num_inputs, Number* weight) {
   for (int row = 0; row < num_outputs; ++row) {
-    for (int k = 0; k < num_inputs; ++k) {
-      weight[static_cast<std::int64_t>(row) * num_inputs + k] = packed[place<Number>(row, k, num_inputs)];
+    Number* to = weight + static_cast<std::int64_t>(row) * num_inputs;
+    for (int k = 0; k < num_inputs; k += 2) {
+      std::memcpy(to + k, packed + place<Number>(row, k, num_inputs), 2 * sizeof(Number));
     }
   }
 }

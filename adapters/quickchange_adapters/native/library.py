@@ -3,6 +3,7 @@
 import ctypes
 from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
 from functools import cache
+from pathlib import Path
 
 import torch  # noqa: F401  (loads the OpenMP runtime that the library is bound to)
 
@@ -123,12 +124,12 @@ STRUCTURES = (Arena, Linear, Layer, Model, Term, RowBlock, Step)
 
 
 @cache
-def load_library() -> ctypes.CDLL:
-    """Return the library, built if need be.
+def load_library(folder: Path | None = None) -> ctypes.CDLL:
+    """Return the library, built if need be; `folder` keeps it, None: one in the user's cache.
 
     Raises: BuildFailed.
     """
-    path = library_path()
+    path = library_path(folder)
     try:
         ctypes.CDLL(str(openmp_runtime()), mode=ctypes.RTLD_GLOBAL)
         library = ctypes.CDLL(str(path))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from quickchange_adapters.native.library import PANEL, Linear
-from quickchange_adapters.ops.int8_weight import quantise
+from quickchange_adapters.ops.int8_weight import quantise, restore
 
 PIECE_BYTES = 32 << 20
 
@@ -111,4 +111,4 @@ class NativeInt8Weight:
     def dense(self) -> Tensor:
         """Return what the numbers and scales stand for, rounded to the base's dtype."""
         numbers = self._packed.unpack()
-        return (numbers.float() * self._scales[: len(numbers), None]).to(self._dtype)
+        return restore(numbers, self._scales[: len(numbers)], self._dtype)

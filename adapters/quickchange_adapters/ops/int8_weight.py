@@ -9,14 +9,30 @@ from torch import Tensor
 from torch.nn import functional
 
 LARGEST = 127
+ROWS_TOGETHER = 64
+"""Converted at once: few, so that a head as wide as the vocabulary is never there in float32."""
 
 
 def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return numbers [out, in] int8 and scales [out] float32 of a matrix [out, in]."""
-    scales = weight.float().abs().amax(dim=1) / LARGEST
-    divisors = torch.where(scales > 0, scales, torch.ones_like(scales))
-    numbers = (weight.float() / divisors[:, None]).round().clamp(-LARGEST, LARGEST)
-    return numbers.to(torch.int8), scales
+    numbers = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scales = torch.empty(weight.shape[0], device=weight.device)
+    pieces = (torch.split(each, ROWS_TOGETHER) for each in (weight, numbers, scales))
+    for rows, their_numbers, their_scales in zip(*pieces, strict=True):
+        exact = rows.to(torch.float32, copy=True)
+        their_scales.copy_(exact.abs().amax(dim=1) / LARGEST)
+        divisors = torch.where(their_scales > 0, their_scales, torch.ones_like(their_scales))
+        their_numbers.copy_(exact.div_(divisors[:, None]).round_().clamp_(-LARGEST, LARGEST))
+    return numbers, scales
+
+
+def restore(numbers: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what numbers [out, in] and scales [out] stand for, rounded to a dtype."""
+    weight = torch.empty(numbers.shape, dtype=dtype, device=numbers.device)
+    pieces = (torch.split(each, ROWS_TOGETHER) for each in (weight, numbers, scales))
+    for rows, their_numbers, their_scales in zip(*pieces, strict=True):
+        rows.copy_(their_numbers.float() * their_scales[:, None])
+    return weight
 
 
 class Int8Weight:
@@ -41,4 +57,4 @@ class Int8Weight:
 
     def dense(self) -> Tensor:
         """Return what the numbers and scales stand for, rounded to the base's dtype."""
-        return (self._numbers.float() * self._scales[:, None]).to(self._dtype)
+        return restore(self._numbers, self._scales, self._dtype)

@@ -282,7 +282,7 @@ def _native_library(model: Any, settings: EngineSettings) -> tuple[ctypes.CDLL |
     reason = native_refusal(model, settings.kv_block_size)
     if reason is None:
         try:
-            return load_library(), None
+            return load_library(settings.native_folder), None
         except BuildFailed as error:
             reason = str(error)
     if settings.kernels == "native":

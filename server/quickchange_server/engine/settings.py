@@ -1,6 +1,7 @@
 """What the engine is told at start, as one frozen object. Byte values are resolved numbers."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 GIB = 1 << 30
 
@@ -27,6 +28,7 @@ class EngineSettings:
         kernels: `triton`, `native`, `plain`, or `auto`: Triton's on a GPU, the native library's on
             a CPU where it can run the base, else plain ones.
         quantize: `int8`: the base's matrices in int8, with a scale for each output.
+        native_folder: where the native library is kept; None: in the user's cache.
         cuda_graphs: whether decode steps are captured and replayed, where Triton's kernels run.
     """
 
@@ -46,4 +48,5 @@ class EngineSettings:
     num_threads: int | None = None
     kernels: str = "auto"
     quantize: str | None = None
+    native_folder: Path | None = None
     cuda_graphs: bool = True

@@ -5,20 +5,16 @@ Bases and adapters hold numbers that bfloat16 can hold, so that PEFT in float32 
 
 import asyncio
 import dataclasses
-import resource
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from quickchange_adapters.weights import AdapterWeights, LoraPair
 from quickchange_server.engine.base_model import UnsupportedBase, load_base
 from quickchange_server.engine.client import EngineClient
-from quickchange_server.engine.native_step import StepInput, native_refusal
 from quickchange_server.engine.request import AdapterRef, GenerationRequest, SamplingParams
 from quickchange_server.engine.settings import EngineSettings
 from safetensors.torch import load_file, save_file
@@ -294,62 +290,6 @@ async def test_weights_are_packed_once_and_unpack_exactly(base_of: Any) -> None:
     assert int8.num_bytes < 0.75 * native.num_bytes
     with pytest.raises(UnsupportedBase, match="float32"):
         load_base(folder, EngineSettings(dtype="float32", quantize="int8"))
-
-
-def test_a_step_without_memory_is_an_error_and_the_next_one_runs(base_of: Any) -> None:
-    """Threads allocate nothing among themselves: what one throws there would end the process."""
-    num_positions = 1 << 23
-    client = make_engine(base_of("llama"), dtype="bfloat16", kernels="native", num_threads=1)
-    native = client._engine.runner.native
-    assert native is not None
-    far = torch.zeros(num_positions, 16, dtype=torch.bfloat16)  # untouched: takes no memory
-    native._model.cosines = native._model.sines = far.data_ptr()
-    blocks = [1] * (num_positions // 16)
-
-    def run(position: int) -> None:
-        embeds = client._base_model.embed(torch.zeros(4, dtype=torch.long))
-        native.run(StepInput(embeds, [position] * 4, [0] * 4, blocks, wanted=[0]), None)
-
-    run(1)
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    used = psutil.Process().memory_info().vms
-    resource.setrlimit(resource.RLIMIT_AS, (used + (24 << 20), before[1]))
-    try:
-        with pytest.raises(MemoryError):
-            run(num_positions - 1)
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, before)
-    run(1)
-
-
-def test_a_text_model_within_another_is_not_taken_for_one() -> None:
-    text = SimpleNamespace(model_type="qwen2")
-    outer = SimpleNamespace(model_type="got_ocr2", get_text_config=lambda: text)
-    refusal = native_refusal(SimpleNamespace(config=outer), 16)
-    assert refusal is not None
-    assert "got_ocr2" in refusal
-
-
-def test_kv_blocks_that_the_library_cannot_read_take_the_plain_paths(base_of: Any) -> None:
-    settings = EngineSettings(dtype="bfloat16", kv_block_size=24)
-    base = load_base(base_of("llama"), settings)
-    assert base.native is None
-    assert base.native_refusal == "KV blocks of 24 positions are no multiples of 16"
-    with pytest.raises(UnsupportedBase, match="KV blocks of 24"):
-        load_base(base_of("llama"), dataclasses.replace(settings, kernels="native"))
-
-
-@pytest.mark.parametrize(
-    ("overrides", "dtype"),
-    [({"head_dim": 16}, "bfloat16"), ({"head_dim": 32}, "float32"), ({"head_dim": 32}, "float16")],
-)
-def test_a_base_that_the_library_cannot_run_takes_the_plain_paths(
-    tmp_path: Path, overrides: dict[str, Any], dtype: str
-) -> None:
-    folder = save_tiny_base(tmp_path, "llama", **overrides)
-    assert load_base(folder, EngineSettings(dtype=dtype)).native is None
-    with pytest.raises(UnsupportedBase, match="native kernels"):
-        load_base(folder, EngineSettings(dtype=dtype, kernels="native"))
 
 
 async def test_a_quantised_base_serves_adapters_mixes_and_merges(
