@@ -6,6 +6,8 @@
 | the store puts the blobs | the same |
 | `publish` commits the version | the version is there, whole |
 
+Other servers' clocks may be wrong, so `publish` looks whether what it reserved is still reserved.
+
 A blob is removed only inside a write transaction that finds no reference and no fresh reservation;
 reserving takes the same lock, so an upload never counts on bytes that are about to go.
 Methods block; call them off the event loop. Knows no files and no engine.
@@ -33,7 +35,12 @@ from quickchange_adapters.catalog_schema import (
     reservations,
     versions,
 )
-from quickchange_adapters.errors import AliasInUse, NotInCatalog, VersionDisabled
+from quickchange_adapters.errors import (
+    AliasInUse,
+    NotInCatalog,
+    StoreUnavailable,
+    VersionDisabled,
+)
 from quickchange_adapters.names import (
     DEFAULT_ALIAS,
     DEFAULT_TENANT,
@@ -163,9 +170,12 @@ class Catalog:
         The first version of a name becomes its alias `default`. The same bytes under the same name
         are the version that is there. The upload's reservation ends.
 
-        Raises: QuotaExceeded, PublicNameTaken.
+        Raises: QuotaExceeded, PublicNameTaken; StoreUnavailable also when it took so long that its
+        reservation lapsed, and its blobs with it.
         """
         with self.database.writing("publish") as connection:
+            if new.upload_id and not rows.is_reserved(connection, new.upload_id, new.files):
+                raise StoreUnavailable("the upload took too long and was given up: send it again")
             adapter_id = rows.open_adapter(connection, new, self._clock())
             number = rows.number_of(connection, adapter_id, new.digest)
             created = number is None

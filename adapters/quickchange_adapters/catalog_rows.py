@@ -217,6 +217,14 @@ def remove_version(connection: Connection, version_id: int) -> None:
     connection.execute(delete(versions).where(versions.c.id == version_id))
 
 
+def is_reserved(connection: Connection, upload_id: str, files: Iterable[FileRecord]) -> bool:
+    """Whether an upload's blobs were spared from its reservation until now."""
+    reserved = connection.scalars(
+        select(reservations.c.sha256).where(reservations.c.upload_id == upload_id)
+    )
+    return {file.sha256 for file in files} <= set(reserved)
+
+
 def release_blobs(connection: Connection, upload_id: str) -> None:
     """Remove the reservations of an upload."""
     connection.execute(delete(reservations).where(reservations.c.upload_id == upload_id))

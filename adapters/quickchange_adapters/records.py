@@ -119,7 +119,8 @@ class Quota:
 class NewVersion:
     """What is to be published. None leaves tags or visibility as they are.
 
-    `default_visibility`: that of a name which is new, if none is asked for.
+    `default_visibility`: that of a name which is new, if none is asked for. `upload_id`: under what
+    its blobs were reserved; empty: they were not.
     """
 
     name: str

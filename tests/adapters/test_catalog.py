@@ -68,7 +68,6 @@ def publish(catalog: Catalog, name: str, text: str, **changes: Any) -> Published
         "ranks": (4, 8),
         "target_modules": ("q_proj",),
         "report": {"ok": True, "text": text},
-        "upload_id": text,
     }
     values.update(changes)
     return catalog.publish(NewVersion(**values))
@@ -316,6 +315,18 @@ def test_reserved_blobs_are_spared_until_the_reservation_lapses(
     assert unused(catalog) == set()
     clock.now += 1
     assert unused(catalog) == {sha("one"), sha("config")}
+
+
+def test_an_upload_that_outlasts_its_reservation_is_refused(catalog: Catalog, clock: Clock) -> None:
+    catalog.reserve("late", files("one"))
+    clock.now += RESERVATION_S
+    publish(catalog, "a", "one", upload_id="late")  # nobody has collected its blobs
+    catalog.reserve("too late", files("two"))
+    clock.now += RESERVATION_S
+    assert unused(catalog) == {sha("two")}
+    with pytest.raises(StoreUnavailable, match="send it again"):
+        publish(catalog, "b", "two", upload_id="too late")
+    assert catalog.get("b") is None
 
 
 def test_publishing_ends_the_reservation(catalog: Catalog) -> None:

@@ -52,7 +52,6 @@ def new_version(number: int, quota: Quota, tenant: str = "acme") -> NewVersion:
         tenant=tenant,
         visibility="private",
         quota=quota,
-        upload_id=str(number),
     )
 
 
