@@ -31,7 +31,6 @@ from quickchange_adapters.catalog_schema import (
     blobs,
     catalog_state,
     desired,
-    events,
     reservations,
     versions,
 )
@@ -128,18 +127,14 @@ class Catalog:
         report: dict[str, Any] = json.loads(text) if text else {}
         return report
 
-    def list_events(self, name: str, tenant: str = DEFAULT_TENANT) -> list[EventRecord]:
-        """Return the audit log of a name, oldest first; a deleted name keeps its log."""
+    def list_events(
+        self, name: str, tenant: str = DEFAULT_TENANT, *, after: int = 0, limit: int | None = None
+    ) -> list[EventRecord]:
+        """Return a part of a name's audit log, oldest first; a deleted name keeps its log."""
         if not is_adapter_name(name):
             return []
-        columns = [column for column in events.c if column.name != "id"]
-        query = (
-            select(*columns)
-            .where(events.c.tenant == tenant, events.c.name == name)
-            .order_by(events.c.id)
-        )
         with self.database.reading() as connection:
-            return [EventRecord(**row) for row in connection.execute(query).mappings()]
+            return rows.read_events(connection, tenant, name, after, limit)
 
     def list_deleting(self) -> list[VersionRecord]:
         """Return all versions whose deletion was begun and not ended by `purge`."""

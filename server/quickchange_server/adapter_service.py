@@ -270,14 +270,17 @@ class AdapterService:
         record = self._lookup.version(name, version, tenant)
         return self._views.version(record, await self._report(record))
 
-    async def events(self, name: str, *, tenant: str = DEFAULT_TENANT) -> Sequence[Json]:
-        """Return the tenant's audit log of a name, oldest first; also of one that was deleted.
+    async def events(
+        self, name: str, *, tenant: str = DEFAULT_TENANT, after: int = 0, limit: int | None = None
+    ) -> Sequence[Json]:
+        """Return a part of the tenant's audit log of a name; also of one that was deleted.
 
         Raises: NotFound (adapter_not_found), Forbidden (it is another tenant's), Unavailable.
         """
         record = self._directory.get(name, tenant)
-        found = await self._live.ask(lambda: self._catalog.list_events(name, tenant))
-        if not found and record is None:
+        read = partial(self._catalog.list_events, name, tenant)
+        found = await self._live.ask(lambda: read(after=after, limit=limit))
+        if not found and record is None and not await self._live.ask(lambda: read(limit=1)):
             raise unknown_adapter(name)
         if record is not None and record.tenant != tenant:
             raise foreign_adapter(name)

@@ -282,6 +282,7 @@ def test_the_log_tells_who_did_what(catalog: Catalog, clock: Clock) -> None:
     catalog.begin_delete_adapter("a", actor="eve")
     catalog.purge(version)
     log = catalog.list_events("a")
+    assert catalog.list_events("a", after=1, limit=2) == log[1:3]
     assert [(event.action, event.actor, event.version, event.alias) for event in log] == [
         ("publish", "ann", 1, None),
         ("set_alias", "bob", 1, "prod"),

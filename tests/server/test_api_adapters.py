@@ -188,8 +188,12 @@ async def test_events_come_in_pages(
     beyond = (await real_client.get(f"{path}?after={whole['last_id']}")).json()
     assert (beyond["data"], beyond["first_id"], beyond["last_id"]) == ([], None, None)
     assert beyond["has_more"] is False
-    for query in ("limit=0", "limit=101", "after=x", "after=-1"):
+    for query in ("limit=0", "limit=101", "after=x", "after=-1", f"after={1 << 63}"):
         assert (await real_client.get(f"{path}?{query}")).status_code == 400
+    await real_client.delete("/v1/adapters/ada")
+    for after in (0, 1000):  # the log outlives the name, also behind its end
+        assert (await real_client.get(f"{path}?after={after}")).status_code == 200
+    assert (await real_client.get("/v1/adapters/nobody/events")).status_code == 404
 
 
 async def test_unload_gives_bytes_back_and_the_next_request_loads_again(

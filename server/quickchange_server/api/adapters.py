@@ -14,7 +14,7 @@ from quickchange_server.adapter_upload import UploadTerms
 from quickchange_server.adapter_views import AdapterView, DeletionView
 from quickchange_server.api.auth import Reader, Writer
 from quickchange_server.api.named_adapters import check_upload
-from quickchange_server.api.schemas import ActionBody, AliasBody, LoadBody
+from quickchange_server.api.schemas import INT64, ActionBody, AliasBody, LoadBody
 from quickchange_server.api.scoped_route import ScopedRoute
 from quickchange_server.api.services import AppServices, Services
 from quickchange_server.api.upload import FILES, OPENAPI_BODY, UploadReader
@@ -105,17 +105,19 @@ async def get_events(
     name: str,
     services: Services,
     caller: Reader,
-    after: Annotated[int, Query(ge=0)] = 0,
+    after: Annotated[int, Query(ge=0, lt=INT64)] = 0,
     limit: Limit = 20,
 ) -> Json:
     """Show what was done to a name, oldest first; an event's id is its place in that log."""
-    events = await services.adapters.events(name, tenant=caller.tenant)
-    numbered = [{"id": str(place), **event} for place, event in enumerate(events, start=1)]
-    page = numbered[after : after + limit]
+    events = await services.adapters.events(
+        name, tenant=caller.tenant, after=after, limit=limit + 1
+    )
+    numbered = [{"id": str(place), **event} for place, event in enumerate(events, start=after + 1)]
+    page = numbered[:limit]
     return {
         "object": "list",
         "data": page,
-        "has_more": len(events) > after + limit,
+        "has_more": len(events) > limit,
         "first_id": page[0]["id"] if page else None,
         "last_id": page[-1]["id"] if page else None,
     }
