@@ -125,7 +125,8 @@ class PostgresServer:
         secret = self._root / "password"
         secret.write_text(PASSWORD)
         if self._as_user:
-            os.chown(self._data, self._as_user["user"], self._as_user["group"])
+            for path in (self._data, secret):
+                os.chown(path, self._as_user["user"], self._as_user["group"])
         try:
             self._run(
                 "initdb",

@@ -190,6 +190,8 @@ class Catalog:
     ) -> AdapterRecord:
         """Point an alias at a version. `revision`: the adapter's, as the caller saw it.
 
+        An alias that means this version already is left alone, and so is the revision.
+
         Raises: NotInCatalog, VersionDisabled, RevisionChanged.
         """
         tenant, name, number = version.tenant, version.name, version.number
@@ -200,8 +202,10 @@ class Catalog:
                 raise NotInCatalog("version", f"{name}:{number}")
             if row["state"] == "disabled":
                 raise VersionDisabled(name, number)
-            rows.point_alias(connection, adapter_id, alias, row["id"])
-            self._note(connection, "set_alias", version, number, actor=actor, alias=alias)
+            meant = rows.meant_by(connection, adapter_id, alias)
+            if meant is None or meant["id"] != row["id"]:
+                rows.point_alias(connection, adapter_id, alias, row["id"])
+                self._note(connection, "set_alias", version, number, actor=actor, alias=alias)
             return _existing(connection, tenant, name)
 
     def delete_alias(
@@ -219,10 +223,13 @@ class Catalog:
         """
         with self.database.writing("delete_alias") as connection:
             adapter_id = rows.adapter_id_of(connection, tenant, name, revision)
-            if not rows.remove_alias(connection, adapter_id, alias):
+            meant = rows.meant_by(connection, adapter_id, alias)
+            if meant is None:
                 raise NotInCatalog("alias", f"{name}@{alias}")
+            rows.remove_alias(connection, adapter_id, alias)
+            number, digest = meant["number"], meant["digest"]
             event = EventRecord(
-                self._clock(), tenant, name, "delete_alias", actor=actor, alias=alias
+                self._clock(), tenant, name, "delete_alias", actor, number, digest, alias
             )
             rows.note(connection, event)
             return _existing(connection, tenant, name)

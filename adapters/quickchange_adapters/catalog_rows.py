@@ -176,14 +176,23 @@ def point_alias(connection: Connection, adapter_id: int, alias: str, version_id:
     )
 
 
-def remove_alias(connection: Connection, adapter_id: int, alias: str) -> bool:
-    """Remove an alias; say whether it was there."""
+def meant_by(connection: Connection, adapter_id: int, alias: str) -> RowMapping | None:
+    """Return the id, number and digest of the version that an alias means."""
     if not is_alias(alias):
-        return False
-    gone = connection.execute(
+        return None
+    query = (
+        select(versions.c.id, versions.c.number, versions.c.digest)
+        .join(aliases, aliases.c.version_id == versions.c.id)
+        .where(aliases.c.adapter_id == adapter_id, aliases.c.alias == alias)
+    )
+    return connection.execute(query).mappings().one_or_none()
+
+
+def remove_alias(connection: Connection, adapter_id: int, alias: str) -> None:
+    """Remove an alias."""
+    connection.execute(
         delete(aliases).where(aliases.c.adapter_id == adapter_id, aliases.c.alias == alias)
     )
-    return bool(gone.rowcount)
 
 
 def add_blob(connection: Connection, sha256: str, num_bytes: int) -> None:

@@ -243,6 +243,15 @@ def test_revision_is_compare_and_swap(catalog: Catalog) -> None:
         catalog.delete_alias("a", "default", revision=second.adapter.revision)
 
 
+def test_pointing_an_alias_where_it_points_changes_nothing(catalog: Catalog) -> None:
+    published = publish(catalog, "a", "one")
+    again = catalog.set_alias("default", published.version)
+    assert again.revision == published.adapter.revision
+    assert [event.action for event in catalog.list_events("a")] == ["publish"]
+    with pytest.raises(RevisionChanged):
+        catalog.set_alias("default", published.version, revision=again.revision + 1)
+
+
 def test_every_change_shows_in_the_revision_of_the_catalog(catalog: Catalog) -> None:
     seen = [catalog.revision()]
     version = publish(catalog, "a", "one").version
@@ -286,13 +295,13 @@ def test_the_log_tells_who_did_what(catalog: Catalog, clock: Clock) -> None:
     assert [(event.action, event.actor, event.version, event.alias) for event in log] == [
         ("publish", "ann", 1, None),
         ("set_alias", "bob", 1, "prod"),
-        ("delete_alias", "bob", None, "prod"),
+        ("delete_alias", "bob", 1, "prod"),
         ("delete_version", "eve", 1, None),
         ("delete_adapter", "eve", None, None),
         ("purge", "", 1, None),
     ]
     assert log[1].at - log[0].at == 5
-    assert log[0].digest == version.digest
+    assert [event.digest for event in log[:3]] == [version.digest] * 3
     assert catalog.list_events("a", tenant="other") == []
 
 

@@ -48,6 +48,20 @@ async def test_routes(
     assert error_of(answer)["code"] == code
 
 
+async def test_a_method_that_is_not_there_is_answered_with_all_that_are(
+    client: httpx.AsyncClient,
+) -> None:
+    for path, methods in [
+        ("/v1/adapters", "GET, POST"),
+        ("/v1/adapters/ada", "DELETE, GET"),
+        ("/v1/adapters/ada/aliases/default", "DELETE, PUT"),
+        ("/v1/models", "GET"),
+    ]:
+        answer = await client.request("PATCH", path)
+        assert (answer.status_code, answer.headers["allow"]) == (405, methods)
+        assert methods in error_of(answer)["message"]
+
+
 @pytest.mark.parametrize(
     ("content", "code"),
     [

@@ -11,6 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
+from starlette.routing import Match
 
 from quickchange_server.errors import (
     Conflict,
@@ -30,6 +31,7 @@ Json = dict[str, Any]
 CLIENT_LEFT = 499
 MAX_SHOWN_ERRORS = 5
 MAX_SHOWN_CHARS = 60
+_METHODS = ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT")
 _BY_STATUS: dict[int, type[QuickchangeError]] = {
     400: InvalidRequest,
     403: Forbidden,
@@ -106,12 +108,12 @@ async def _on_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     path = request.url.path[:200]
     if error.status_code == 405:
-        allowed = (error.headers or {}).get("Allow", "")
+        allowed = ", ".join(_methods_of(request))
         answer = InvalidRequest(
             f"{request.method} is not allowed on {path}; use {allowed}", code="method_not_allowed"
         )
         answer.status = 405
-        return error_response(answer, error.headers)
+        return error_response(answer, {"allow": allowed})
     if error.status_code == 404:
         return error_response(NotFound(f"there is no route {request.method} {path}"))
     if isinstance(error.__cause__, ClientDisconnect):
@@ -123,6 +125,16 @@ async def _on_http(request: Request, error: Exception) -> Response:
     answer_of_kind = kind(str(error.detail))
     answer_of_kind.status = error.status_code
     return error_response(answer_of_kind, error.headers)
+
+
+def _methods_of(request: Request) -> list[str]:
+    """Return what a path can be asked for; the router names only what its first route takes."""
+    return [method for method in _METHODS if _is_routed(request, method)]
+
+
+def _is_routed(request: Request, method: str) -> bool:
+    scope = {**request.scope, "method": method}
+    return any(route.matches(scope)[0] is Match.FULL for route in request.app.routes)
 
 
 def _is_unread_json(error: HTTPException) -> bool:
