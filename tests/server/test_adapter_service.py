@@ -26,7 +26,7 @@ from tests.adapters.adapter_files import (
     weights_bytes,
     write_adapter,
 )
-from tests.server.service_world import SPEC, SlowEngine, World, chunks
+from tests.server.service_world import SPEC, SlowEngine, World, chunks, seen
 
 VERSION_KEYS = {
     *("object", "name", "version", "digest", "state", "peft_type", "rank", "ranks"),
@@ -213,12 +213,10 @@ async def test_a_cold_adapter_is_loaded_once_for_all_who_wait(world: World) -> N
 
 async def test_a_waiter_who_leaves_does_not_stop_the_load(world: World) -> None:
     await world.upload("a")
-    world.engine.load_s = 0.1
+    world.engine.load_s = 0.5
     resolved = world.service.resolve("a")
-    first = asyncio.create_task(world.service.acquire(resolved))
-    await asyncio.sleep(0.02)
-    second = asyncio.create_task(world.service.acquire(resolved))
-    await asyncio.sleep(0.02)
+    first, second = (asyncio.create_task(world.service.acquire(resolved)) for _ in range(2))
+    await seen(lambda: world.engine.num_loads == 1)
     first.cancel()
     await second
     assert first.cancelled()

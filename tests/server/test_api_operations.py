@@ -37,6 +37,20 @@ async def test_not_ready_before_start_and_after_stop(services: AppServices) -> N
     assert "retry-after" in answer.headers
 
 
+async def test_the_engine_is_stopped_although_the_adapters_cannot_be(
+    services: AppServices, scripted_engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def stop() -> None:
+        raise OSError("the disk is gone")
+
+    app = create_app(services)
+    monkeypatch.setattr(services.adapters, "stop", stop)
+    with pytest.raises(OSError, match="the disk is gone"):
+        async with app.router.lifespan_context(app):
+            assert scripted_engine.is_running
+    assert not scripted_engine.is_running
+
+
 async def test_dead_engine_is_not_alive(
     client: httpx.AsyncClient, scripted_engine: ScriptedEngine
 ) -> None:

@@ -12,7 +12,7 @@ from quickchange_server.engine.interface import ResidentAdapter
 from quickchange_server.errors import Conflict, NotFound, PreconditionFailed, Unavailable
 
 from tests.adapters.adapter_files import config_values, q_pairs, write_adapter
-from tests.server.service_world import SPEC, World, meaning, seen
+from tests.server.service_world import SEEN_S, SPEC, World, meaning, seen
 
 
 @pytest.fixture
@@ -58,8 +58,9 @@ def is_merged(world: World, model: str = "a") -> bool:
 
 async def same_etag(here: World, there: World) -> None:
     """Wait until both servers have seen the same changes of `a`."""
-    while (await here.service.get("a")).etag != (await there.service.get("a")).etag:
-        await asyncio.sleep(0.01)
+    async with asyncio.timeout(SEEN_S):
+        while (await here.service.get("a")).etag != (await there.service.get("a")).etag:
+            await asyncio.sleep(0.01)
 
 
 async def actions(world: World, name: str = "a") -> list[Any]:

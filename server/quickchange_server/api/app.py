@@ -95,5 +95,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
     finally:
         app.state.is_ready = False
-        await services.adapters.stop()
-        await services.engine.stop()
+        try:
+            await services.adapters.stop()
+        finally:
+            await services.engine.stop()
