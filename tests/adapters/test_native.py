@@ -1,6 +1,7 @@
 """The native library: built safely, exact to pack and unpack, and a row's bits its own."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -136,6 +137,17 @@ def test_a_library_that_others_could_have_written_is_not_loaded(tmp_path: Path) 
     folder.chmod(0o777)
     with pytest.raises(BuildFailed, match="can be written by others"):
         library_path(folder)
+
+
+@needs_native
+def test_a_library_that_is_there_needs_no_compiler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(library_path(), tmp_path)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert library_path(tmp_path).parent == tmp_path
+    with pytest.raises(BuildFailed, match="no-such-compiler"):
+        library_path(tmp_path / "empty")
 
 
 @needs_native

@@ -78,12 +78,11 @@ def library_path(folder: Path | None = None) -> Path:
     Raises: BuildFailed.
     """
     check_cpu()
-    compiler = find_compiler()
     folder = folder or default_folder()
-    path = folder / f"quickchange-{_fingerprint(compiler)}.so"
+    path = folder / f"quickchange-{_fingerprint()}.so"
     try:
         if not path.is_file():
-            _build(compiler, path)
+            _build(find_compiler(), path)
         _check_owner(path)
     except OSError as error:
         reason = error.strerror or error
@@ -133,9 +132,9 @@ def _check_owner(path: Path) -> None:
             )
 
 
-def _fingerprint(compiler: str) -> str:
-    """Digest of everything that the library is made from."""
-    digest = hashlib.sha256(" ".join((compiler, *COMPILE_FLAGS)).encode())
+def _fingerprint() -> str:
+    """Digest of everything that the library is made from; any compiler may make it."""
+    digest = hashlib.sha256(" ".join(COMPILE_FLAGS).encode())
     for name in (*SOURCES, MAIN_SOURCE):
         digest.update(_source(name).read_bytes())
     return digest.hexdigest()[:16]
