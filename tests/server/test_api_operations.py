@@ -162,6 +162,19 @@ async def test_openapi_shows_the_upload_s_form(client: httpx.AsyncClient) -> Non
     assert (await client.get("/docs")).status_code == 200
 
 
+async def test_openapi_shows_the_errors_that_are_answered(client: httpx.AsyncClient) -> None:
+    schema = (await client.get("/openapi.json")).json()
+    assert not {"HTTPValidationError", "ValidationError"} & set(schema["components"]["schemas"])
+    operations = [each for path in schema["paths"].values() for each in path.values()]
+    assert all("4XX" in each["responses"] for each in operations)
+    assert not any("422" in each["responses"] for each in operations)
+    upload = schema["paths"]["/v1/adapters"]["post"]["responses"]
+    assert {"200", "201"} <= set(upload)
+    refused = upload["4XX"]["content"]["application/json"]["schema"]
+    answer = await client.get("/v1/adapters?limit=0")
+    assert set(refused["properties"]["error"]["properties"]) == set(answer.json()["error"])
+
+
 async def test_openapi_shows_which_key_a_route_needs(client: httpx.AsyncClient) -> None:
     schema = (await client.get("/openapi.json")).json()
     schemes = schema["components"]["securitySchemes"]

@@ -28,9 +28,12 @@ Limit = Annotated[int, Query(ge=1, le=100)]
 IfMatch = Annotated[str | None, Header()]
 
 router = APIRouter(prefix="/v1/adapters", tags=["adapters"], route_class=ScopedRoute)
+_CHECKED_OR_THERE: dict[int | str, dict[str, Any]] = {
+    200: {"description": "These bytes were there; or, of a dry run, the report"}
+}
 
 
-@router.post("", status_code=201, openapi_extra=OPENAPI_BODY)
+@router.post("", status_code=201, responses=_CHECKED_OR_THERE, openapi_extra=OPENAPI_BODY)
 async def upload(
     request: Request, services: Services, caller: Writer, dry_run: bool = False
 ) -> Response:

@@ -40,6 +40,7 @@ def create_app(services: AppServices) -> FastAPI:
         version=__version__,
         lifespan=_lifespan,
         redirect_slashes=False,
+        responses=documentation.REFUSALS,
         openapi_url=None,  # what FastAPI would add itself knows nothing of keys
     )
     app.state.services = services
