@@ -42,9 +42,7 @@ class EventConnection:
 
         Raises: BenchmarkFailure on any status but 200, OSError, asyncio.IncompleteReadError.
         """
-        reader, writer = await self._connected()
-        writer.write(self._request(path, json.dumps(payload).encode()))
-        status, headers = await _read_head(reader)
+        reader, status, headers = await self._answer(self._request(path, payload))
         chunks = _chunks(reader, headers)
         if status != 200:
             body = b"".join([chunk async for chunk in chunks])
@@ -55,6 +53,22 @@ class EventConnection:
         if headers.get("connection", "").lower() == "close" or not _has_end(headers):
             self.close()
         return events
+
+    async def _answer(self, request: bytes) -> tuple[asyncio.StreamReader, int, dict[str, str]]:
+        """Send a request and read the head of its answer.
+
+        A server may end a connection that it said it would keep; then a new one is opened, once.
+        """
+        is_kept = self._streams is not None
+        reader, writer = await self._connected()
+        writer.write(request)
+        try:
+            return reader, *await _read_head(reader)
+        except (asyncio.IncompleteReadError, ConnectionError) as error:
+            if not is_kept or getattr(error, "partial", b""):
+                raise
+            self.close()
+            return await self._answer(request)
 
     def close(self) -> None:
         """Close the connection; the next request opens another."""
@@ -69,7 +83,8 @@ class EventConnection:
             )
         return self._streams
 
-    def _request(self, path: str, body: bytes) -> bytes:
+    def _request(self, path: str, payload: Mapping[str, object]) -> bytes:
+        body = json.dumps(payload).encode()
         head = (
             f"POST {self._prefix}{path} HTTP/1.1\r\nHost: {self._host}:{self._port}\r\n"
             f"{self._authorization}Accept: text/event-stream\r\n"

@@ -65,6 +65,9 @@ class ThreadValidator:
 class AdapterUploader:
     """Checks uploads, keeps their files and publishes them."""
 
+    finish_s = 10.0
+    """How long a stop waits for uploads that are being published."""
+
     def __init__(
         self,
         base: BaseSpec,
@@ -85,9 +88,17 @@ class AdapterUploader:
         self._threads = ThreadPoolExecutor(MAX_SENT, "quickchange-upload")
 
     async def stop(self) -> None:
-        """Wait for what is being published, and end what checks."""
-        await self._publishing.join()
-        self._threads.shutdown(wait=False)
+        """Wait for what is being published, but not for long, and end what checks.
+
+        What a store does not take in time was not acknowledged, and nothing of it is visible.
+        """
+        try:
+            async with asyncio.timeout(self.finish_s):
+                await self._publishing.join()
+        except TimeoutError:
+            log.warning("uploads that the store does not take are left: they were not acknowledged")
+            await self._publishing.stop()
+        self._threads.shutdown(wait=False, cancel_futures=True)
         await self._validator.stop()
 
     async def discard(self, staged: Iterable[StagedFile]) -> None:

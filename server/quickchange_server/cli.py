@@ -60,9 +60,10 @@ def serve(**flags: Any) -> None:
         from quickchange_server.base_folder import resolve_base
 
         base_folder = resolve_base(config.model, config.revision, config.cache_folder)
-        from quickchange_server.serving import run_server
+        from quickchange_server.serving import bound_exit, run_server
 
         run_server(config, base_folder, keyring)
+        bound_exit()
 
 
 @base.callback()

@@ -12,6 +12,7 @@ import shutil
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -48,6 +49,7 @@ from quickchange_server.upload_checker import UploadChecker
 from quickchange_server.upload_quotas import UploadQuotas
 
 READY_POLL_S = 0.02
+EXIT_S = 10.0
 Listeners = tuple[socket.socket, socket.socket | None]
 """The API's, and the operators'."""
 CUDA_WARNING = "CUDA: written, not yet run on hardware"
@@ -194,6 +196,7 @@ async def _serve(
         )
         async with listening_beside(create_admin_app(app), listeners[1]):
             await server.serve(sockets=[listeners[0]])
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # from here on a second one ends at once
         announcement.cancel()
     _say("stopped")
 
@@ -208,6 +211,22 @@ async def _add_static(service: AdapterService, adapters: Iterable[StaticAdapter]
 
 def _spelling(adapter: StaticAdapter) -> str:
     return f"--adapter {adapter.name}={adapter.folder}"
+
+
+def bound_exit(seconds: float = EXIT_S) -> None:
+    """End this process with code 0 after so long, whatever threads still wait for.
+
+    A store or catalog that does not answer holds a thread, and Python would wait for that.
+    """
+    timer = threading.Timer(seconds, _leave)
+    timer.daemon = True
+    timer.start()
+
+
+def _leave() -> None:
+    _say("left calls to a store or catalog that did not answer")
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def _note_signal(number: int, _frame: object) -> None:

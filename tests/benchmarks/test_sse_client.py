@@ -124,3 +124,12 @@ def test_without_usage_pieces_are_counted() -> None:
 def test_a_stream_that_breaks_off_is_a_failure(events: list[Event]) -> None:
     with pytest.raises(BenchmarkFailure, match="without \\[DONE\\]"):
         timing_of(0.0, events)
+
+
+async def test_a_kept_connection_that_the_server_ended_is_opened_again() -> None:
+    async with answering(chunked([BODY]), is_closing=True) as (url, requests):
+        connection = EventConnection(url)
+        first = await connection.post("/v1/completions", {"n": 1})
+        second = await connection.post("/v1/completions", {"n": 2})
+        assert payloads(first) == payloads(second)
+        assert len(requests) == 2
