@@ -65,7 +65,7 @@ class EventConnection:
         try:
             return reader, *await _read_head(reader)
         except (asyncio.IncompleteReadError, ConnectionError) as error:
-            if not is_kept or getattr(error, "partial", b""):
+            if not is_kept or (isinstance(error, asyncio.IncompleteReadError) and error.partial):
                 raise
             self.close()
             return await self._answer(request)

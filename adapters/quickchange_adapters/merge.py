@@ -15,7 +15,7 @@ from quickchange_adapters.ops.linear_weight import LinearWeight
 MakeWeight = Callable[[Tensor], LinearWeight]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class MergedCopy:
     """One adapter merged: what differs from the base, by (group kind, layer).
 

@@ -6,8 +6,9 @@ base and CPU, and as this one's oracle. Knows no queues and no requests.
 """
 
 import ctypes
+import weakref
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -118,6 +119,7 @@ class NativeStep:
         self._layers = self._make_layers()
         self._model = self._make_model(pool)
         self._clock: Any = None
+        self._last_merged: tuple[Callable[[], MergedCopy | None], Any] = (lambda: None, None)
         scratch = self._library.qc_new_scratch()
         if not scratch:
             raise MemoryError("not enough memory for the native library's buffers")
@@ -208,7 +210,17 @@ class NativeStep:
         return layers
 
     def _layers_of(self, merged: MergedCopy) -> Any:
-        """Return the layers with a merged copy's matrices in the base's place."""
+        """Return the layers with a merged copy's matrices in the base's place.
+
+        Kept for the copy that ran last, which is not kept alive by that.
+        """
+        last, layers = self._last_merged
+        if last() is not merged:
+            layers = self._make_merged_layers(merged)
+            self._last_merged = weakref.ref(merged), layers
+        return layers
+
+    def _make_merged_layers(self, merged: MergedCopy) -> Any:
         layers = type(self._layers).from_buffer_copy(self._layers)
         for kind, (name, _, _) in zip(self._kinds, ROLES, strict=True):
             for index, layer in enumerate(layers):
