@@ -128,7 +128,7 @@ def test_no_pattern_takes_long(pattern: str) -> None:
     started = time.perf_counter()
     matched_modules(TargetRule(pattern), spec)
     pattern_values({pattern + str(n): n for n in range(4)}, spec.modules, 0)
-    assert time.perf_counter() - started < 2
+    assert time.perf_counter() - started < 20
 
 
 def test_the_number_and_the_size_of_patterns_are_limited() -> None:
