@@ -51,26 +51,14 @@ class ByteTables {
 
 template <int kRows>
 inline void multiply_bytes(const bf16* x, std::int64_t stride, const std::int8_t* panel, int num_pairs, Tile* tile) {
-  __m512 sums[kRows][2];
-#pragma GCC unroll 4
-  for (int m = 0; m < kRows; ++m) sums[m][0] = sums[m][1] = _mm512_setzero_ps();
   const ByteTables tables;
-  for (int k = 0; k < num_pairs; ++k) {
+  const auto load = [&](int k, __m512bh* first, __m512bh* last) {
     __m512i low, high;
     tables.convert(panel + k * 2 * kPanel, &low, &high);
-    const __m512bh first = (__m512bh)low, last = (__m512bh)high;
-#pragma GCC unroll 4
-    for (int m = 0; m < kRows; ++m) {
-      const __m512bh both = load_pair(x + m * stride + 2 * k);
-      sums[m][0] = _mm512_dpbf16_ps(sums[m][0], first, both);
-      sums[m][1] = _mm512_dpbf16_ps(sums[m][1], last, both);
-    }
-  }
-#pragma GCC unroll 4
-  for (int m = 0; m < kRows; ++m) {
-    _mm512_store_ps(tile->values[m], sums[m][0]);
-    _mm512_store_ps(tile->values[m] + 16, sums[m][1]);
-  }
+    *first = (__m512bh)low;
+    *last = (__m512bh)high;
+  };
+  multiply_pairs<kRows>(x, stride, num_pairs, load, tile);
 }
 
 class Panels {

@@ -18,20 +18,16 @@ struct Tile {
   alignas(64) float values[kTile][kPanel];
 };
 
-template <int kRows>
-inline void multiply_rows(const bf16* x, std::int64_t stride, const bf16* panel, int num_pairs, const bf16* ahead,
-                          Tile* tile) {
+// Multiplies rows with one panel. `load(k, &first, &last)` gives the numbers of a pair of inputs: of the
+// first 16 outputs, and of the last.
+template <int kRows, typename Load>
+inline void multiply_pairs(const bf16* x, std::int64_t stride, int num_pairs, const Load& load, Tile* tile) {
   __m512 sums[kRows][2];
 #pragma GCC unroll 12
   for (int m = 0; m < kRows; ++m) sums[m][0] = sums[m][1] = _mm512_setzero_ps();
   for (int k = 0; k < num_pairs; ++k) {
-    const bf16* w = panel + k * 2 * kPanel;
-    const __m512bh first = load_bf16(w), last = load_bf16(w + kPanel);
-    if constexpr (kRows >= kAheadRows) {
-      const char* next = reinterpret_cast<const char*>(ahead + k * 2 * kPanel);
-      _mm_prefetch(next, _MM_HINT_T1);
-      _mm_prefetch(next + 64, _MM_HINT_T1);
-    }
+    __m512bh first, last;
+    load(k, &first, &last);
 #pragma GCC unroll 12
     for (int m = 0; m < kRows; ++m) {
       const __m512bh both = load_pair(x + m * stride + 2 * k);
@@ -44,6 +40,21 @@ inline void multiply_rows(const bf16* x, std::int64_t stride, const bf16* panel,
     _mm512_store_ps(tile->values[m], sums[m][0]);
     _mm512_store_ps(tile->values[m] + 16, sums[m][1]);
   }
+}
+
+template <int kRows>
+inline void multiply_rows(const bf16* x, std::int64_t stride, const bf16* panel, int num_pairs, const bf16* ahead,
+                          Tile* tile) {
+  const auto load = [&](int k, __m512bh* first, __m512bh* last) {
+    *first = load_bf16(panel + k * 2 * kPanel);
+    *last = load_bf16(panel + k * 2 * kPanel + kPanel);
+    if constexpr (kRows >= kAheadRows) {
+      const char* next = reinterpret_cast<const char*>(ahead + k * 2 * kPanel);
+      _mm_prefetch(next, _MM_HINT_T1);
+      _mm_prefetch(next + 64, _MM_HINT_T1);
+    }
+  };
+  multiply_pairs<kRows>(x, stride, num_pairs, load, tile);
 }
 
 // Fills the first `num_rows` rows of a tile with one panel's outputs; num_inputs is even. The panel

@@ -27,12 +27,12 @@ if TYPE_CHECKING:
     from quickchange_server.engine.base_model import BaseModel
 
 ROLES = (
-    ("qkv", "self_attn.q_proj", 3),
-    ("output", "self_attn.o_proj", 1),
-    ("gate_up", "mlp.gate_proj", 2),
-    ("down", "mlp.down_proj", 1),
+    ("qkv", "self_attn.q_proj"),
+    ("output", "self_attn.o_proj"),
+    ("gate_up", "mlp.gate_proj"),
+    ("down", "mlp.down_proj"),
 )
-"""The library's groups in its order: field of a layer, first linear, number of parts."""
+"""The library's groups in its order: field of a layer, first linear."""
 STAGES = (
     *("attention norm", "A of qkv", "qkv", "rotate and store", "attention"),
     *("A of output", "output", "feed-forward norm", "A of gate and up", "gate and up"),
@@ -114,7 +114,7 @@ class NativeStep:
         self._rules = rules
         self._base = base
         self._storage = storage
-        self._kinds = [_kind_of(base, tail) for _, tail, _ in ROLES]
+        self._kinds = [_kind_of(base, tail) for _, tail in ROLES]
         self._tables = _rotary_tables(base, max_model_len)
         self._layers = self._make_layers()
         self._model = self._make_model(pool)
@@ -204,7 +204,7 @@ class NativeStep:
             layer.keys = _pointer(self._storage.keys[index])
             layer.values = _pointer(self._storage.values[index])
             layer.window = self._rules[index].window or 0
-            for kind, (name, _, _) in zip(self._kinds, ROLES, strict=True):
+            for kind, (name, _) in zip(self._kinds, ROLES, strict=True):
                 group = self._base.groups[(kind, index)]
                 setattr(layer, name, _linear(group.weight, group.bias))
         return layers
@@ -222,7 +222,7 @@ class NativeStep:
 
     def _make_merged_layers(self, merged: MergedCopy) -> Any:
         layers = type(self._layers).from_buffer_copy(self._layers)
-        for kind, (name, _, _) in zip(self._kinds, ROLES, strict=True):
+        for kind, (name, _) in zip(self._kinds, ROLES, strict=True):
             for index, layer in enumerate(layers):
                 key = (kind, index)
                 if key in merged.weights:
