@@ -10,6 +10,7 @@ QuickchangeError                     500 internal_error
 ├── Forbidden                        403 forbidden
 │   └── ScopeMissing                 403 scope_missing
 ├── NotFound                         404 not_found (or per thing: model_not_found, …)
+├── MethodNotAllowed                 405 method_not_allowed
 ├── TooSlow                          408 upload_too_slow
 ├── Conflict                         409 conflict (alias_in_use, merge_budget, …)
 ├── PreconditionFailed               412 precondition_failed
@@ -111,6 +112,14 @@ class NotFound(QuickchangeError):
     status = 404
     type = "invalid_request_error"
     code = "not_found"
+
+
+class MethodNotAllowed(QuickchangeError):
+    """The path is known, and not for this method; the message names those it has."""
+
+    status = 405
+    type = "invalid_request_error"
+    code = "method_not_allowed"
 
 
 class TooSlow(QuickchangeError):

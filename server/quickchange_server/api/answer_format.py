@@ -33,7 +33,7 @@ class CollectedChoice:
 class AnswerFormat(Protocol):
     """The JSON of one answer, whole or in chunks; made anew for each request."""
 
-    def body(self, choices: Sequence[CollectedChoice], usage: Usage) -> Json:
+    def body(self, choices: Sequence[CollectedChoice], usage: Usage) -> Json | list[Json]:
         """Return the whole answer."""
 
     def chunks(self, delta: ChoiceDelta) -> list[Json]:

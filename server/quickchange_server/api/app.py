@@ -12,6 +12,7 @@ from quickchange_server.api import (
     adapter_states,
     adapters,
     documentation,
+    generate,
     generation,
     keys,
     models,
@@ -49,7 +50,16 @@ def create_app(services: AppServices) -> FastAPI:
     services.metrics.watch_wishes(services.adapters.num_unmet)
     services.adapters.on_adapter_gone(services.metrics.forget_adapter)
     add_error_handlers(app)
-    for room in (generation, adapters, adapter_states, models, keys, operations, documentation):
+    for room in (
+        generation,
+        generate,
+        adapters,
+        adapter_states,
+        models,
+        keys,
+        operations,
+        documentation,
+    ):
         app.include_router(room.router)
     app.include_router(operations.probes)
     _add_middleware(app, services)

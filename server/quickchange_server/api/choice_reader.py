@@ -86,7 +86,7 @@ class ChoiceReader:
         self._num_shown_chars += len(text)
         is_stopped = self._stop.matched is not None
         entries = self._release(everything=is_over and not is_stopped)
-        reason = _shown_reason(output, is_stopped)
+        reason = shown_reason(output, is_stopped)
         return ChoiceDelta(self._index, text, len(output.token_ids), reason, entries, output)
 
     def _show(self, place: int, output: TokenOutput) -> str:
@@ -114,7 +114,8 @@ class ChoiceReader:
         return tuple(released)
 
 
-def _shown_reason(output: TokenOutput, is_stopped: bool) -> ShownFinish | None:
+def shown_reason(output: TokenOutput, is_stopped: bool) -> ShownFinish | None:
+    """Return why a choice ended, if it did; `is_stopped`: a stop string was found."""
     if is_stopped:
         return "stop"
     return output.finish_reason if output.finish_reason in ("stop", "length") else None

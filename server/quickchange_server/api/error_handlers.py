@@ -1,9 +1,8 @@
-"""Every error as `{"error": {"message", "type", "param", "code"}}`; never FastAPI's `detail`."""
+"""Every error in the shape of the path that was asked; never FastAPI's `detail`."""
 
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -13,12 +12,14 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.routing import Match
 
+from quickchange_server.api.error_shapes import shape_of
 from quickchange_server.errors import (
     Conflict,
     Forbidden,
     GenerationFailed,
     InvalidApiKey,
     InvalidRequest,
+    MethodNotAllowed,
     NotFound,
     QuickchangeError,
     StorageFull,
@@ -41,23 +42,11 @@ _BY_STATUS: dict[int, type[QuickchangeError]] = {
 }
 
 
-def error_body(error: QuickchangeError) -> Json:
-    """Return the body of an error; an upload's refusal lists all its problems."""
-    body: Json = {
-        "error": {
-            "message": error.message,
-            "type": error.type,
-            "param": error.param,
-            "code": error.code,
-        }
-    }
-    if error.problems:
-        body["problems"] = [asdict(problem) for problem in error.problems]
-    return body
-
-
-def error_response(error: QuickchangeError, headers: Mapping[str, str] | None = None) -> Response:
-    """Return the answer that an error is."""
+def error_response(
+    error: QuickchangeError, path: str, headers: Mapping[str, str] | None = None
+) -> Response:
+    """Return the answer that an error is on a path."""
+    shape = shape_of(path)
     sent = dict(headers or {})
     if error.retry_after_s is not None:
         sent["retry-after"] = str(error.retry_after_s)
@@ -67,8 +56,8 @@ def error_response(error: QuickchangeError, headers: Mapping[str, str] | None = 
         sent["x-should-retry"] = "false"
     if isinstance(error, InvalidApiKey):
         sent["www-authenticate"] = "Bearer"
-    text = json.dumps(error_body(error))
-    return Response(text, error.status, sent, media_type="application/json")
+    text = json.dumps(shape.body(error))
+    return Response(text, shape.status(error), sent, media_type="application/json")
 
 
 def internal_error() -> QuickchangeError:
@@ -91,7 +80,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
 
 async def _on_known(request: Request, error: Exception) -> Response:
-    return error_response(as_quickchange_error(error))
+    return error_response(as_quickchange_error(error), _path(request))
 
 
 async def _on_left(request: Request, error: Exception) -> Response:
@@ -101,30 +90,39 @@ async def _on_left(request: Request, error: Exception) -> Response:
 async def _on_mistake(request: Request, error: Exception) -> Response:
     """Answer from outside of our middleware, so name the request here."""
     request_id = getattr(request.state, "request_id", "")
-    return error_response(internal_error(), {"x-request-id": request_id})
+    return error_response(internal_error(), _path(request), {"x-request-id": request_id})
 
 
 async def _on_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    path = request.url.path[:200]
-    if error.status_code == 405:
-        allowed = ", ".join(_methods_of(request))
-        answer = InvalidRequest(
-            f"{request.method} is not allowed on {path}; use {allowed}", code="method_not_allowed"
-        )
-        answer.status = 405
-        return error_response(answer, {"allow": allowed})
-    if error.status_code == 404:
-        return error_response(NotFound(f"there is no route {request.method} {path}"))
     if isinstance(error.__cause__, ClientDisconnect):
         return await _on_left(request, error.__cause__)
+    headers = error.headers
+    if error.status_code == 405:
+        headers = {"allow": ", ".join(_methods_of(request))}
+    return error_response(_meant(request, error), _path(request), headers)
+
+
+def _meant(request: Request, error: HTTPException) -> QuickchangeError:
+    """Return the error of our tree for one of the framework's."""
+    path = _path(request)[:200]
+    if error.status_code == 405:
+        allowed = ", ".join(_methods_of(request))
+        return MethodNotAllowed(f"{request.method} is not allowed on {path}; use {allowed}")
+    if error.status_code == 404:
+        return NotFound(f"there is no route {request.method} {path}")
     if _is_unread_json(error):
         why = _why_unread(error.__cause__)
-        return error_response(InvalidRequest(f"the body is not JSON: {why}", code="invalid_json"))
+        return InvalidRequest(f"the body is not JSON: {why}", code="invalid_json")
     kind = _BY_STATUS.get(error.status_code, QuickchangeError)
-    answer_of_kind = kind(str(error.detail))
-    answer_of_kind.status = error.status_code
-    return error_response(answer_of_kind, error.headers)
+    answer = kind(str(error.detail))
+    answer.status = error.status_code
+    return answer
+
+
+def _path(request: Request) -> str:
+    path: str = request.scope["path"]
+    return path
 
 
 def _methods_of(request: Request) -> list[str]:
@@ -160,9 +158,10 @@ async def _on_invalid(request: Request, error: Exception) -> Response:
             UnsupportedMediaType(
                 f"the content type {content_type[:80]!r} is not read here; "
                 "send Content-Type: application/json"
-            )
+            ),
+            _path(request),
         )
-    return error_response(invalid_request(problems))
+    return error_response(invalid_request(problems), _path(request))
 
 
 def invalid_request(problems: Sequence[Mapping[str, Any]]) -> InvalidRequest:

@@ -72,6 +72,21 @@ NEUTRAL_IN_CHAT: Mapping[str, tuple[Any, ...]] = {
 }
 NEUTRAL_IN_COMPLETIONS: Mapping[str, tuple[Any, ...]] = {**NEUTRAL, "add_special_tokens": (True,)}
 
+NEUTRAL_IN_GENERATE: Mapping[str, tuple[Any, ...]] = {
+    "merged_adapters": (),
+    "adapter_parameters": (),
+    "typical_p": (1.0,),
+    "truncate": (),
+    "watermark": (False,),
+    "frequency_penalty": (0,),
+    "top_n_tokens": (0,),
+    "response_format": ({"type": "text"},),
+    "grammar": (),
+    "schema": (),
+    "apply_chat_template": (False,),
+}
+"""The same for `parameters` of `POST /generate`."""
+
 IGNORED_HEADER = "x-quickchange-ignored-fields"
 MAX_NAMED_FIELDS = 20
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")

@@ -67,9 +67,14 @@ async def plan_chat(body: ChatBody, services: AppServices, tenant: str) -> Gener
 
 
 async def plan_completion(
-    body: CompletionBody, services: AppServices, tenant: str
+    body: CompletionBody,
+    services: AppServices,
+    tenant: str,
+    default_tokens: int | None = DEFAULT_COMPLETION_TOKENS,
 ) -> GenerationPlan:
     """Return the plan of a completion. `max_tokens` 0 scores the prompt alone, with `echo`.
+
+    `default_tokens` hold when neither body nor task say how many; None fills the context.
 
     Raises: InvalidRequest, ContextLengthExceeded, NotFound.
     """
@@ -80,7 +85,7 @@ async def plan_completion(
     if is_prompt_only and not body.echo:
         raise InvalidRequest("max_tokens: 0 needs echo: true; else at least 1", param="max_tokens")
     prompts = await read_prompts(body.prompt, services.tokenizer, vocab_size(services), task)
-    default = task.max_tokens or DEFAULT_COMPLETION_TOKENS
+    default = task.max_tokens or default_tokens
     limits = _completion_limits(body, prompts, default, services.engine.max_model_len)
     head = answer_head("cmpl", body.model, services.engine.base.digest, model)
     shared = _shared_request(head.id, body, model, services, tenant, body.logprobs)
@@ -98,7 +103,7 @@ async def plan_completion(
 
 
 def _completion_limits(
-    body: CompletionBody, prompts: Sequence[PromptIds], default: int, max_model_len: int
+    body: CompletionBody, prompts: Sequence[PromptIds], default: int | None, max_model_len: int
 ) -> list[int]:
     wanted = 1 if body.max_tokens == 0 else body.max_tokens
     return [

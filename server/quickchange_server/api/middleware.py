@@ -91,7 +91,7 @@ class LoopbackGuard:
                 needs_host = not _is_old_probe(scope)
                 check_loopback(Headers(scope=scope), self._cors_origins, needs_host=needs_host)
             except QuickchangeError as error:
-                return await error_response(error)(scope, receive, send)
+                return await error_response(error, scope["path"])(scope, receive, send)
         return await self._app(scope, receive, send)
 
 
@@ -113,7 +113,7 @@ class KeyGuard:
             try:
                 principal = authenticate(Headers(scope=scope), self._keyring)
             except QuickchangeError as error:
-                return await error_response(error)(scope, receive, send)
+                return await error_response(error, scope["path"])(scope, receive, send)
             scope.setdefault("state", {})["principal"] = principal
         return await self._app(scope, receive, send)
 

@@ -24,6 +24,7 @@ MAX_MIX = 4
 MAX_BIASES = 1024
 MAX_MESSAGES = 4096
 INT64 = 1 << 63
+UINT64 = 1 << 64
 
 
 def _one_of(what: str) -> WrapValidator:
@@ -174,6 +175,40 @@ class ChatBody(GenerationBody):
     max_completion_tokens: int | None = Field(None, ge=1, lt=INT64)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+
+
+class GenerateParameters(OpenModel):
+    """`parameters` of TGI's and LoRAX's requests, as far as they are served."""
+
+    adapter_id: str | None = Field(None, max_length=256)
+    adapter_source: str | None = None
+    max_new_tokens: int | None = Field(None, ge=1, lt=INT64)
+    do_sample: bool | None = None
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_k: int | None = Field(None, ge=1, lt=INT64)
+    top_p: float | None = Field(None, gt=0, le=1)
+    seed: int | None = Field(None, ge=0, lt=UINT64)
+    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    stop: Texts | None = None
+    ignore_eos_token: bool | None = None
+    return_full_text: bool | None = None
+    details: bool | None = None
+    decoder_input_details: bool | None = None
+    return_k_alternatives: int | None = Field(None, ge=1, le=MAX_LOGPROBS)
+    raw_prompt: RawPrompt = None
+
+
+class GenerateBody(OpenModel):
+    """Body of `POST /generate` and `/generate_stream`."""
+
+    inputs: Text = Field(min_length=1)
+    parameters: GenerateParameters | None = None
+
+
+class CompatGenerateBody(GenerateBody):
+    """Body of `POST /`, which is either."""
+
+    stream: bool | None = None
 
 
 class TokenizeBody(OpenModel):

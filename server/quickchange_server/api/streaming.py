@@ -2,7 +2,8 @@
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic_core import to_json
@@ -10,7 +11,8 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from quickchange_server.api.answer_format import AnswerFormat
-from quickchange_server.api.error_handlers import as_quickchange_error, error_body
+from quickchange_server.api.error_handlers import as_quickchange_error
+from quickchange_server.api.error_shapes import error_body
 from quickchange_server.api.generation_session import GenerationSession
 from quickchange_server.errors import QuickchangeError
 
@@ -36,17 +38,26 @@ async def wait_for_disconnect(receive: Receive) -> None:
         pass
 
 
+@dataclass(frozen=True, slots=True)
+class StreamShape:
+    """How a dialect frames a stream: a usage event or none, what ends it, how it says an error."""
+
+    has_usage: bool = False
+    end: bytes = DONE
+    failure: Callable[[QuickchangeError], Mapping[str, Any]] = error_body
+
+
 class EventStream(Response):
     """The answer to a streaming request. Owns the session: it is closed whatever happens.
 
-    An error after the headers becomes `data: {"error": …}`, and the stream ends without `[DONE]`.
+    An error after the headers becomes an event, and the stream ends without what else ends it.
     """
 
     def __init__(
         self,
         session: GenerationSession,
         answer: AnswerFormat,
-        has_usage: bool,
+        shape: StreamShape,
         ping_s: float,
         headers: Mapping[str, str],
     ) -> None:
@@ -56,7 +67,7 @@ class EventStream(Response):
         self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no", **headers})
         self._session = session
         self._answer = answer
-        self._has_usage = has_usage
+        self._shape = shape
         self._ping_s = ping_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -82,7 +93,7 @@ class EventStream(Response):
         except OSError:
             return
         except Exception as error:
-            await _send_bytes(send, event(error_body(_told(error))))
+            await _send_bytes(send, event(self._shape.failure(_told(error))))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _send_answer(self, send: Send) -> None:
@@ -96,9 +107,10 @@ class EventStream(Response):
             chunks = [chunk for delta in deltas for chunk in self._answer.chunks(delta)]
             if chunks:
                 await _send_bytes(send, b"".join(map(event, chunks)))
-        if self._has_usage:
+        if self._shape.has_usage:
             await _send_bytes(send, event(self._answer.usage_chunk(self._session.usage)))
-        await _send_bytes(send, DONE)
+        if self._shape.end:
+            await _send_bytes(send, self._shape.end)
 
 
 async def _send_bytes(send: Send, data: bytes) -> None:

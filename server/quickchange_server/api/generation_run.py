@@ -1,0 +1,176 @@
+"""From a plan to its answer, whole or as a stream, whatever the answer's dialect.
+
+Everything that can be refused is refused before the first header goes out.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+
+from fastapi import Request
+from pydantic_core import to_json
+from starlette.responses import Response
+
+from quickchange_server.api.answer_format import AnswerFormat, CollectedChoice, timing_ms
+from quickchange_server.api.choice_reader import (
+    ChoiceDelta,
+    ChoiceReader,
+    OutputReader,
+    PromptReader,
+    read_choice,
+)
+from quickchange_server.api.error_handlers import CLIENT_LEFT
+from quickchange_server.api.generation_plan import GenerationPlan
+from quickchange_server.api.generation_session import GenerationSession, SessionLabel
+from quickchange_server.api.services import AppServices
+from quickchange_server.api.streaming import EventStream, StreamShape, wait_for_disconnect
+from quickchange_server.errors import Conflict, InvalidRequest, Unavailable
+from quickchange_server.stop_strings import StopStringFilter
+
+MAX_STARTS = 4
+ReaderOf = Callable[[int], OutputReader]
+"""Makes the reader of one choice, by the choice's index."""
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerWay:
+    """How a plan is answered. `stream` None: whole. `headers` are added to."""
+
+    answer: AnswerFormat
+    reader_of: ReaderOf
+    stream: StreamShape | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+async def admit(plan: GenerationPlan, services: AppServices) -> None:
+    """Make sure that the plan may be submitted now.
+
+    Raises: InvalidRequest when it never can be, QueueFull, Unavailable, NotFound, Conflict when an
+    adapter is quarantined.
+    """
+    _check_num_choices(plan, services.engine.max_requests)
+    services.engine.check_admission(len(plan.requests))
+    quarantined = services.engine.snapshot().quarantined
+    for resolved in plan.model.resolved:
+        if resolved.kind == "adapter" and resolved.digest in quarantined:
+            raise Conflict(
+                f"the adapter {resolved.served_name!r} gave non-finite values repeatedly and is "
+                "out of service; upload a sound version",
+                code="adapter_quarantined",
+            )
+    for resolved in plan.model.resolved:
+        await services.adapters.acquire(resolved)
+
+
+def _check_num_choices(plan: GenerationPlan, max_requests: int) -> None:
+    if len(plan.requests) > max_requests:
+        raise InvalidRequest(
+            f"{len(plan.prompts)} prompts with n {plan.num_choices} are {len(plan.requests)} "
+            f"choices; at most {max_requests} may run and wait (--max-batch-rows and --max-queue): "
+            "send fewer in one request",
+            param="n" if len(plan.prompts) == 1 else "prompt",
+        )
+
+
+async def respond(
+    request: Request, services: AppServices, plan: GenerationPlan, way: AnswerWay
+) -> Response:
+    """Start an admitted plan and answer it; a client that leaves ends it.
+
+    Raises: QueueFull, Unavailable, NotFound, Conflict, GenerationFailed.
+    """
+    if plan.model.adapters:
+        digests = ",".join(ref.digest for ref in plan.model.adapters)
+        way.headers["x-quickchange-adapter-digest"] = digests
+    lengths = tuple(len(prompt.token_ids) for prompt in plan.prompts)
+    label = SessionLabel(lengths, plan.num_choices, plan.model.labels, request.state.arrival_s)
+    session = await _started(plan, label, services, way.reader_of)
+    try:
+        if way.stream is not None:
+            return EventStream(session, way.answer, way.stream, services.ping_s, way.headers)
+        response = await _whole_answer(request, session, way.answer, way.headers)
+    except BaseException:
+        await session.close()
+        raise
+    await session.close()
+    return response
+
+
+async def _started(
+    plan: GenerationPlan, label: SessionLabel, services: AppServices, reader_of: ReaderOf
+) -> GenerationSession:
+    """Submit a plan; an adapter that was unloaded since it was acquired is acquired again.
+
+    Raises: QueueFull, Unavailable, NotFound, Conflict.
+    """
+    for _ in range(MAX_STARTS):
+        session = GenerationSession(label, services.metrics)
+        try:
+            await session.start(_choices(plan, services, reader_of))
+        except Unavailable as error:
+            await session.close()
+            if error.code != "adapter_not_loaded":
+                raise
+            await admit(plan, services)
+        except BaseException:
+            await session.close()
+            raise
+        else:
+            return session
+    raise Unavailable("the adapter is being loaded and unloaded in turn: try again")
+
+
+def _choices(
+    plan: GenerationPlan, services: AppServices, reader_of: ReaderOf
+) -> list[AsyncIterator[ChoiceDelta]]:
+    return [
+        read_choice(services.engine, each, reader_of(index))
+        for index, each in enumerate(plan.requests)
+    ]
+
+
+def text_readers(plan: GenerationPlan, services: AppServices) -> ReaderOf:
+    """Return what reads a plan's choices as text that ends before a stop string."""
+
+    def reader_of(index: int) -> OutputReader:
+        if plan.is_prompt_only:
+            return PromptReader(index)
+        return ChoiceReader(
+            index,
+            services.tokenizer.detokenizer(),
+            StopStringFilter(plan.stop),
+            plan.requests[index].min_tokens,
+        )
+
+    return reader_of
+
+
+async def _whole_answer(
+    request: Request,
+    session: GenerationSession,
+    answer: AnswerFormat,
+    headers: dict[str, str],
+) -> Response:
+    """Wait for all choices; when the client leaves first, nobody reads what is returned."""
+    collecting = asyncio.create_task(_collect(session))
+    leaving = asyncio.create_task(wait_for_disconnect(request.receive))
+    try:
+        await asyncio.wait((collecting, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not collecting.done():
+            return Response(status_code=CLIENT_LEFT)
+        choices = collecting.result()
+    finally:
+        collecting.cancel()
+        leaving.cancel()
+    for name, value in timing_ms(session.usage).items():
+        headers[f"x-quickchange-{name.replace('_', '-')}"] = str(value)
+    body = to_json(answer.body(choices, session.usage), inf_nan_mode="null")
+    return Response(body, headers=headers, media_type="application/json")
+
+
+async def _collect(session: GenerationSession) -> list[CollectedChoice]:
+    choices: dict[int, CollectedChoice] = {}
+    while not session.is_complete:
+        for delta in await session.next_deltas():
+            choices.setdefault(delta.index, CollectedChoice(delta.index)).add(delta)
+    return [choices[index] for index in sorted(choices)]
