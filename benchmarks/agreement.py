@@ -3,8 +3,9 @@
 The engine serves the base and several adapters in one batch, in the checkpoint's own dtype. Each
 row is a piece of text and a greedy answer to it; both references are then shown the same tokens
 (teacher forcing). Compared are the likeliest next token at every position, and the log probability
-of the token that really follows. How far PEFT in bfloat16 is from PEFT in float32 is in the table
-too: the noise that the number format brings by itself.
+of the token that really follows. With `--merged` each adapter's rows run on its merged copy. How
+far PEFT in bfloat16 is from PEFT in float32 is in the table too: the noise that the number
+format brings by itself.
 
     python benchmarks/agreement.py --model BASE_FOLDER --adapter adapters/examples/sentiment/adapter
 """
@@ -124,16 +125,28 @@ async def serve_rows(
     try:
         for adapter in filter(None, adapters):
             await engine.load_adapter(_weights(adapter, engine))
-        return list(
-            await asyncio.gather(
-                *(
-                    _serve_row(engine, adapter, prompt, options.tokens)
-                    for adapter, prompt in zip(adapters, prompts, strict=True)
-                )
-            )
-        )
+        rows = list(zip(adapters, prompts, strict=True))
+        if options.merged:
+            return await _serve_merged(engine, rows, options.tokens)
+        calls = (_serve_row(engine, *row, options.tokens) for row in rows)
+        return list(await asyncio.gather(*calls))
     finally:
         await engine.stop()
+
+
+async def _serve_merged(
+    engine: EngineClient, rows: Sequence[tuple[Path | None, tuple[int, ...]]], num_tokens: int
+) -> list[Row]:
+    """Run each adapter's rows by themselves, on its merged copy."""
+    served: list[Row] = []
+    for adapter in dict.fromkeys(adapter for adapter, _ in rows):
+        if adapter is not None:
+            await engine.merge(str(adapter))
+        calls = [_serve_row(engine, a, prompt, num_tokens) for a, prompt in rows if a == adapter]
+        served += await asyncio.gather(*calls)
+        if adapter is not None:
+            await engine.unmerge(str(adapter))
+    return served
 
 
 def prompt_rows(folder: Path, count: int, num_tokens: int) -> list[tuple[int, ...]]:
@@ -283,6 +296,9 @@ def parsed_options() -> argparse.Namespace:
     parser.add_argument("--dtype", default="auto", help="of the engine")
     parser.add_argument("--kernels", default="auto", help="auto, native or plain")
     parser.add_argument("--quantize", choices=["int8"], help="quantise the engine's base")
+    parser.add_argument(
+        "--merged", action="store_true", help="each adapter's rows alone, on its merged copy"
+    )
     parser.add_argument("--ranks", default="8,16,16,64", help="of the random adapters, with commas")
     parser.add_argument("--rows", type=int, default=2, help="rows per adapter and for the base")
     parser.add_argument("--prompt-tokens", type=int, default=128)
@@ -305,7 +321,8 @@ def main() -> None:
         "base": folder.name,
         "dtype, device of the engine": f"{options.dtype}, {options.device}",
         "kernels, quantised": f"{options.kernels}, {options.quantize or 'no'}",
-        "batch": f"{options.rows} rows of the base and of each adapter, all at once",
+        "batch": f"{options.rows} rows of the base and of each adapter, "
+        + ("one adapter after the other, merged" if options.merged else "all at once"),
         "adapters": f"random of ranks {options.ranks} on all seven linears; "
         f"given: {[path.parent.name for path in options.adapter]}",
         "rows": f"{options.prompt_tokens} tokens of reviews, {options.tokens} tokens greedy answer",

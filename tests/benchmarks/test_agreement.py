@@ -9,9 +9,9 @@ import torch
 from benchmarks.agreement import Comparison, Predictions, Row, compare, run
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=[False, True], ids=["mixed", "merged"])
 def comparisons(
-    tiny_base: Path, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[tuple[str, str], Comparison]:
     options = Namespace(
         adapter=[],
@@ -20,6 +20,7 @@ def comparisons(
         dtype="float32",
         kernels="auto",
         quantize=None,
+        merged=request.param,
         device="cpu",
         prompt_tokens=20,
         tokens=6,

@@ -70,6 +70,10 @@ def test_version(run_command: RunCommand) -> None:
         ("alias", "sentiment", "prod", "1", "--delete"),
         ("rm", "sentiment:x"),
         ("generate", BASE, "x", "--raw", "--system", "s"),
+        ("generate", "x", "--adapters", "a=much"),
+        ("generate", "x", "--adapters", "a=nan"),
+        ("generate", "x", "--adapters", "a=1,,b=2"),
+        ("generate", "x", "--adapters", "a,b,c,d,e"),
     ],
     ids=" ".join,
 )
@@ -264,6 +268,23 @@ def test_generate_may_leave_the_task_aside(
     run_command("generate", BASE, "x", "--raw-prompt", *more)
     bodies = [body for _, _, body in fake_server.requests]
     assert [body.get("raw_prompt") for body in bodies] == [None, True]
+
+
+@pytest.mark.parametrize("more", [[], ["--raw"], ["--json"]])
+@pytest.mark.parametrize("words", [["x"], [BASE, "x"], ["-"], []])
+def test_generate_mixes_adapters_on_the_base(
+    run_command: RunCommand, fake_server: FakeServer, words: list[str], more: list[str]
+) -> None:
+    mix = ("--adapters", "a=0.7, b@canary=-0.3,c")
+    assert run_command("generate", *mix, *words, *more, input="x").exit_code == 0
+    _, _, body = fake_server.requests[-1]
+    assert body["model"] == BASE
+    assert (body.get("prompt") or body["messages"][0]["content"]) == "x"
+    assert body["adapters"] == [
+        {"model": "a", "weight": 0.7},
+        {"model": "b@canary", "weight": -0.3},
+        {"model": "c", "weight": 1.0},
+    ]
 
 
 @pytest.mark.parametrize("prompt", ["fail", "break off"])

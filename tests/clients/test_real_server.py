@@ -14,6 +14,7 @@ from quickchange_client import (
     Conflict,
     ContextLengthExceeded,
     InvalidRequest,
+    MixPart,
     NotFound,
     PreconditionFailed,
     Quickchange,
@@ -148,6 +149,32 @@ def test_merged_and_unmerged_answer_alike(client: Quickchange, make_adapter: Mak
     assert client.adapters.unmerge("m").freed_bytes["merged"] == action.bytes["merged"]
     assert client.adapters.load("m").tier in ("host", "device")
     assert client.adapters.unload("m").tier == "disk"
+
+
+def test_a_mix_of_ranks_and_signs_on_both_routes(
+    client: Quickchange, real_server_url: str, make_adapter: MakeAdapter
+) -> None:
+    for seed, rank in ((1, 4), (2, 12)):
+        client.adapters.upload(make_adapter(seed=seed, r=rank), name=f"mix-{seed}")
+    mixes: list[list[MixPart]] = [
+        [{"model": "mix-1", "weight": 0.7}, {"model": "mix-2@default", "weight": -0.5}],
+        [{"model": "mix-1", "weight": 0.7}, {"model": "mix-2", "weight": 0.5}],
+        [{"model": "mix-1"}],
+    ]
+    whole = [
+        client.complete(BASE, "the quick", max_tokens=8, temperature=0, adapters=m).text
+        for m in mixes
+    ]
+    assert len(set(whole)) == len(mixes)
+    assert whole[2] == client.complete("mix-1", "the quick", max_tokens=8, temperature=0).text
+    chats = [
+        client.chat(BASE, "hello", max_tokens=8, temperature=0, adapters=m).text for m in mixes
+    ]
+    assert len(set(chats)) == len(mixes)
+    words = ["generate", "--adapters", "mix-1=0.7,mix-2=-0.5", "the quick", "--raw"]
+    words += ["--max-tokens", "8", "--temperature", "0", "--url", real_server_url]
+    done = subprocess.run([COMMAND, *words], capture_output=True, text=True, check=True)
+    assert done.stdout == whole[0] + "\n"
 
 
 def test_a_refused_upload_lists_its_problems(

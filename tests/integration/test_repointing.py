@@ -1,6 +1,9 @@
-"""A name is moved back and forth while requests run: every answer is wholly of one version."""
+"""A name is moved back and forth while requests run: every answer is wholly of one version.
+
+Also while its versions are merged and unmerged: no copy ever serves another version's requests."""
 
 import asyncio
+import itertools
 import json
 import random
 from collections import Counter
@@ -9,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 import pytest_asyncio
 from quickchange_server.api.app import create_app
 
@@ -90,8 +94,19 @@ async def move_back_and_forth(client: httpx.AsyncClient, moves: Counter[int]) ->
         await asyncio.sleep(0.005)
 
 
+async def merge_and_unmerge(client: httpx.AsyncClient, merges: Counter[str]) -> None:
+    """Merge a version and take it back, then the other one, again and again."""
+    for step in itertools.count():
+        verb, version = ("merge", "unmerge")[step % 2], step // 2 % 2 + 1
+        answer = await client.post(f"/v1/adapters/ada/{verb}", json={"version": version})
+        assert answer.status_code == 200, answer.text
+        merges[verb] += 1
+        await asyncio.sleep(0.02)
+
+
+@pytest.mark.parametrize("is_merging", [False, True], ids=["unmerged", "merged"])
 async def test_every_answer_is_wholly_of_the_version_that_its_header_names(
-    client: httpx.AsyncClient,
+    client: httpx.AsyncClient, is_merging: bool
 ) -> None:
     expected = await answers_alone(client)
     digests = {digest for digest, _ in expected}
@@ -99,6 +114,7 @@ async def test_every_answer_is_wholly_of_the_version_that_its_header_names(
     assert len(set(expected.values())) == len(expected)  # else a mix-up would not show
     answered: Counter[str] = Counter()
     moves: Counter[int] = Counter()
+    merges: Counter[str] = Counter()
 
     async def work(worker: int) -> None:
         chosen = random.Random(worker)
@@ -109,18 +125,24 @@ async def test_every_answer_is_wholly_of_the_version_that_its_header_names(
             assert tokens == expected[digest, prompt], (ask.__name__, digest)
             answered[digest] += 1
 
-    moving = asyncio.create_task(move_back_and_forth(client, moves))
+    changing = [asyncio.create_task(move_back_and_forth(client, moves))]
+    if is_merging:
+        changing.append(asyncio.create_task(merge_and_unmerge(client, merges)))
     try:
         async with asyncio.TaskGroup() as workers:
             for worker in range(NUM_WORKERS):
                 workers.create_task(work(worker))
     finally:
-        moving.cancel()
-        await asyncio.gather(moving, return_exceptions=True)
+        for task in changing:
+            task.cancel()
+        ended = await asyncio.gather(*changing, return_exceptions=True)
+        assert all(isinstance(each, asyncio.CancelledError) for each in ended), ended
     assert answered.keys() == digests
     assert sum(answered.values()) == NUM_WORKERS * NUM_REQUESTS
     assert min(moves.values()) > 5
     metrics = (await client.get("/metrics")).text
+    assert (merges["unmerge"] > 0) == is_merging
+    assert ('steps_total{weights="merged"} 0.0' not in metrics) == is_merging
     hits = metrics.partition("\nquickchange_prefix_cache_hits_total ")[2].partition("\n")[0]
     assert float(hits) > 0  # KV was shared, within a version
     print(f"{dict(answered)} over {sum(moves.values())} moves; {hits} prompt tokens reused")

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from quickchange_client.cli.mix import base_of, parse_mix
 from quickchange_client.cli.output import print_json, without_controls
 from quickchange_client.cli.session import JsonOption, UrlOption, say, session
 from quickchange_client.client import Quickchange
@@ -15,11 +16,17 @@ from quickchange_client.stream import Stream
 MODEL_HELP = "The base, or an adapter: NAME, NAME:3, NAME@ALIAS or NAME@sha256:DIGEST."
 
 
+MIX_HELP = "Mix adapters on the base, as in a=0.7,b=-0.3; MODEL may then be left out."
+
+
 def generate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)],
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help=MODEL_HELP)] = None,
     prompt: Annotated[
-        str, typer.Argument(metavar="PROMPT", help="The prompt; - reads standard input.")
-    ] = "-",
+        str | None, typer.Argument(metavar="PROMPT", help="The prompt; - reads standard input.")
+    ] = None,
+    adapters: Annotated[
+        str | None, typer.Option("--adapters", metavar="NAME=WEIGHT,…", help=MIX_HELP)
+    ] = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the prompt as plain text, without a chat.")
     ] = False,
@@ -59,6 +66,8 @@ def generate(
 
         quickchange generate sentiment "A wonderful film." --raw-prompt
 
+        quickchange generate --adapters sentiment=0.7,reviews=0.3 "The film was" --raw
+
         cat review.txt | quickchange generate sentiment@canary --json
     """
     options: GenerationOptions = {
@@ -72,12 +81,25 @@ def generate(
     with session(url, as_json) as client:
         if raw and system is not None:
             raise ArgumentInvalid("--system belongs to a chat; leave out --system or --raw")
-        text = sys.stdin.read() if prompt == "-" else prompt
-        messages = _messages(text, system)
+        if adapters is not None:
+            options["adapters"] = parse_mix(adapters)
+        asked, text = _asked(client, model, prompt, is_mix=adapters is not None)
+        given = text if raw else _messages(text, system)
         if as_json:
-            _print_whole(client, model, text if raw else messages, options)
+            _print_whole(client, asked, given, options)
         else:
-            _print_stream(_open(client, model, text if raw else messages, options))
+            _print_stream(_open(client, asked, given, options))
+
+
+def _asked(
+    client: Quickchange, model: str | None, prompt: str | None, *, is_mix: bool
+) -> tuple[str, str]:
+    """Return the model and the text; of a mix, a single word is the prompt."""
+    if is_mix and prompt is None:
+        model, prompt = base_of(client), model
+    if model is None:
+        raise ArgumentInvalid("name a MODEL, or adapters to mix: --adapters a=0.7,b=0.3")
+    return model, sys.stdin.read() if prompt in (None, "-") else str(prompt)
 
 
 def _messages(text: str, system: str | None) -> list[dict[str, str]]:
