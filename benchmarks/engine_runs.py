@@ -79,6 +79,9 @@ class StepRecorder:
         if self.profiler is not None and stats.kind == "decode":
             self.profiler.on_decode_step()
 
+    def on_activation(self, seconds: float) -> None:
+        """Do nothing."""
+
     def full_decode_steps(self, num_rows: int) -> list[tuple[float, float]]:
         """Return (end, seconds) of the decode steps with all rows, without the first few."""
         steps = [

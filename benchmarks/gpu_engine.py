@@ -99,6 +99,9 @@ class Recorder:
         """Take note of one finished step."""
         self.steps.append(stats)
 
+    def on_activation(self, seconds: float) -> None:
+        """Do nothing."""
+
 
 def random_model(
     family: str, values: dict[str, Any], dtype: torch.dtype, device: torch.device, attention: str

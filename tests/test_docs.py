@@ -32,7 +32,6 @@ from tools.configuration_page import render
 
 README = page("README.md")
 API = page("docs/api.md")
-OPERATIONS = page("docs/operations.md")
 PAGES = pages()
 # Pages with tests of their own, or with commands that run for minutes.
 RUN_ELSEWHERE = ("clients/python/", "adapters/examples/", "docs/benchmarks.md")
@@ -198,7 +197,7 @@ def test_make_targets_exist(each: Page) -> None:
 def test_metrics_are_those_that_the_server_shows(url: str) -> None:
     text = httpx.get(f"{url}/metrics").text
     served = dict(re.findall(r"^# TYPE (quickchange_\w+) (\w+)$", text, re.MULTILINE))
-    rows = table_rows(OPERATIONS.section("## Metrics"))
+    rows = table_rows(page("docs/observability.md").section("## Metrics"))
     assert {code_spans(name)[0]: kind for name, kind, *_ in rows} == served
     for each in PAGES:
         for span in each.spans():

@@ -28,7 +28,13 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from quickchange_adapters.errors import BlobDamaged, BlobMissing, StoreFull, StoreUnavailable
-from quickchange_adapters.store import LocalStore, StagedFile, StagingWriter, unavailable
+from quickchange_adapters.store import (
+    CacheCounts,
+    LocalStore,
+    StagedFile,
+    StagingWriter,
+    unavailable,
+)
 
 MAX_PROCESSES = 64
 ROOM_S = 30.0
@@ -73,6 +79,7 @@ class DiskCache:
         self._room_s = room_s
         self._changed = threading.Condition()
         self._copies: OrderedDict[str, _Copy] = OrderedDict()
+        self._num_hits = self._num_misses = self._num_evictions = 0
         with unavailable("the store's cache cannot be opened"):
             self._folder, self._lock_file = _take_folder(folder)
         self._local = LocalStore(self._folder)
@@ -84,6 +91,12 @@ class DiskCache:
         """Bytes of all copies, those that are being fetched included."""
         with self._changed:
             return sum(copy.num_bytes for copy in self._copies.values())
+
+    def counts(self) -> CacheCounts:
+        """Return how it does. Never waits."""
+        num_bytes = sum(copy.num_bytes for copy in list(self._copies.values()))
+        events = self._num_hits, self._num_misses, self._num_evictions
+        return CacheCounts(num_bytes, self._max_bytes, *events)
 
     def close(self) -> None:
         """Let another process have the folder."""
@@ -141,6 +154,7 @@ class DiskCache:
 
     def _leased_file(self, sha256: str) -> tuple[_Copy, Path]:
         """Return a leased copy and its file; one that somebody took away is fetched again."""
+        self._count_read(is_hit=self.holds(sha256))
         copy = self._lease(sha256, lambda copy: self._verify_or_fetch(sha256, copy))
         try:
             return copy, self._touched(sha256)
@@ -150,6 +164,11 @@ class DiskCache:
                     del self._copies[sha256]
         copy = self._lease(sha256, lambda copy: self._verify_or_fetch(sha256, copy))
         return copy, self._touched(sha256)
+
+    def _count_read(self, *, is_hit: bool) -> None:
+        with self._changed:
+            self._num_hits += is_hit
+            self._num_misses += not is_hit
 
     def _touched(self, sha256: str) -> Path:
         """Return a copy's file; its time says when it was last used, also to a later process."""
@@ -270,6 +289,7 @@ class DiskCache:
                 break
             if not copy.num_leases:
                 self._remove_if_idle(sha256, copy)
+                self._num_evictions += 1
                 excess -= copy.num_bytes
         return excess <= 0
 

@@ -15,8 +15,9 @@ come, go or move, so a plan made under an older generation is stale. Rows of dro
 their old (finite) values: steps mask them out.
 """
 
+import time
 from collections import Counter, OrderedDict
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -93,8 +94,16 @@ class Arena:
         self.used.sort(key=lambda live: live.start)
 
 
+def _ignore(_seconds: float) -> None:
+    pass
+
+
 class AdapterPool:
-    """Slots of versions on the device, under a byte ceiling, least recently used goes first."""
+    """Slots of versions on the device, under a byte ceiling, least recently used goes first.
+
+    `on_load` is told how many seconds each copy took; on a GPU how long it took to queue it.
+    `changed` collects the digests of slots that came or went; who reads it empties it.
+    """
 
     def __init__(
         self,
@@ -104,7 +113,7 @@ class AdapterPool:
         device: torch.device,
     ) -> None:
         self.layout = layout
-        row_bytes = layout.row_elements * dtype.itemsize
+        self.row_bytes = row_bytes = layout.row_elements * dtype.itemsize
         self.vocabulary_ceiling_bytes = ceiling_bytes // VOCABULARY_SHARE
         for_rows = ceiling_bytes - self.vocabulary_ceiling_bytes
         rows = for_rows // max(row_bytes, 1) // ROW_UNIT * ROW_UNIT
@@ -126,6 +135,8 @@ class AdapterPool:
         self.pinned: set[str] = set()
         self.num_evictions = 0
         self.generation = 0
+        self.changed: set[str] = set()
+        self.on_load: Callable[[float], None] = _ignore
 
     @property
     def used_bytes(self) -> int:
@@ -195,6 +206,7 @@ class AdapterPool:
         assert slot.num_references == 0, f"slot {digest[:12]} is in use"
         del self._slots[digest]
         self.generation += 1
+        self.changed.add(digest)
         for kind, rows in slot.ranges.items():
             self.arenas[kind].used.remove(rows)
         return slot.num_bytes
@@ -217,6 +229,7 @@ class AdapterPool:
 
     def _load(self, adapter: HostAdapter) -> Slot:
         """Copy an adapter in; `_could_fit` has said that it fits. On an error nothing is kept."""
+        started_s = time.monotonic()
         self._make_room(adapter)
         slot = Slot(adapter.digest, {}, adapter.num_bytes)
         try:
@@ -233,6 +246,8 @@ class AdapterPool:
             raise
         self._slots[adapter.digest] = slot
         self.generation += 1
+        self.changed.add(adapter.digest)
+        self.on_load(time.monotonic() - started_s)
         return slot
 
     def _copy_in(self, adapter: HostAdapter, slot: Slot) -> None:

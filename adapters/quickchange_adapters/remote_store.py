@@ -11,7 +11,7 @@ from pathlib import Path
 from quickchange_adapters.disk_cache import DiskCache
 from quickchange_adapters.errors import StoreUnavailable
 from quickchange_adapters.object_blobs import ObjectBlobs
-from quickchange_adapters.store import BlobInfo, StagedFile, StagingWriter, Tier
+from quickchange_adapters.store import BlobInfo, CacheCounts, StagedFile, StagingWriter, Tier
 
 
 class RemoteStore:
@@ -61,6 +61,10 @@ class RemoteStore:
     def is_on_disk(self, sha256: str) -> bool:
         """Whether a copy is on this machine now. Never waits."""
         return self._cache.holds(sha256)
+
+    def cache_counts(self) -> CacheCounts:
+        """Return how the cache does."""
+        return self._cache.counts()
 
     def evict(self, sha256: str) -> int:
         """Remove this machine's copy, and return the bytes that it gave back."""

@@ -52,6 +52,17 @@ class BlobInfo:
     modified_at: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class CacheCounts:
+    """What a cache of files holds, and what happened since it was opened."""
+
+    num_bytes: int
+    max_bytes: int
+    num_hits: int
+    num_misses: int
+    num_evictions: int
+
+
 Tier = Literal["remote", "disk"]
 """Where a store keeps its blobs: elsewhere, or on this machine's disk."""
 
@@ -100,6 +111,9 @@ class Store(Protocol):
 
     def is_on_disk(self, sha256: str) -> bool:
         """Whether a lease would find the bytes on this machine. Never waits."""
+
+    def cache_counts(self) -> CacheCounts | None:
+        """Return how the cache does; None if there is none. Never waits."""
 
     def evict(self, sha256: str) -> int:
         """Remove a copy of what is kept elsewhere; return the bytes that this machine got back."""
@@ -248,6 +262,9 @@ class LocalStore:
     def is_on_disk(self, sha256: str) -> bool:
         """Say yes: the blobs are nowhere else."""
         return True
+
+    def cache_counts(self) -> None:
+        """Have no cache."""
 
     def evict(self, sha256: str) -> int:
         """Remove nothing: there are no copies."""

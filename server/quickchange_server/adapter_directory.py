@@ -12,6 +12,8 @@ from quickchange_adapters.catalog_changes import AdapterKey
 from quickchange_adapters.names import DEFAULT_ALIAS, DEFAULT_TENANT, parse_model
 from quickchange_adapters.records import AdapterRecord, VersionRecord, VersionState
 
+from quickchange_server.adapter_names import AdapterNames
+
 VersionKey = tuple[str, str, int]
 
 
@@ -20,11 +22,13 @@ class AdapterDirectory:
 
     `generation` grows with every change. Each of `on_gone` is called with tenant and name of an
     adapter of the catalog once nobody finds it: from then on the name may be somebody else's.
+    `names`: the same by digest, for other threads.
     """
 
     def __init__(self) -> None:
         self.generation = 0
         self.on_gone: list[Callable[[str, str], None]] = []
+        self.names = AdapterNames()
         self._records: dict[str, dict[str, AdapterRecord]] = {}
         self._public: dict[str, AdapterRecord] = {}
         self._seen: dict[AdapterKey, AdapterRecord] = {}
@@ -45,6 +49,7 @@ class AdapterDirectory:
         else:
             self._seen.pop((tenant, name), None)
             of_name.pop(tenant, None)
+        self.names.note(tenant, name, of_name.get(tenant))
         if not of_name:
             del self._records[name]
         self._choose_public(name, of_name.values())
@@ -75,6 +80,7 @@ class AdapterDirectory:
         """Add an adapter that shadows the catalog's of that name."""
         self.generation += 1
         self._static[record.name] = record
+        self.names.note_static(record)
 
     def get_static(self, name: str) -> AdapterRecord | None:
         """Return the static adapter of a name."""

@@ -31,6 +31,11 @@ class AdapterLabels:
         """Return the label value of an adapter: its name if it has a series."""
         return name if name in self._names else OTHER
 
+    def names(self) -> list[str]:
+        """Return the names that have a series; from any thread."""
+        with self._lock:
+            return list(self._names)
+
     def forget(self, name: str) -> None:
         """Remove the series of a deleted adapter and make room for another."""
         with self._lock:

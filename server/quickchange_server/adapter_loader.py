@@ -10,6 +10,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -23,6 +24,7 @@ from quickchange_adapters.weights import AdapterWeights
 
 from quickchange_server.engine.interface import GenerationEngine, MergeResult, ResidentAdapter
 from quickchange_server.errors import Conflict, NotFound, QuickchangeError, Unavailable
+from quickchange_server.load_observer import LoadObserver, NoLoadObserver
 from quickchange_server.shared_tasks import SharedTasks
 
 DRAIN_POLL_S = 60.0
@@ -36,7 +38,8 @@ class AdapterLoader:
     """Loads, merges and unloads versions.
 
     `read` gives a version's tensors (it blocks; it runs in a loader thread); `is_served` says
-    whether anybody may still ask for a digest; `read_again` renews what is known of a version.
+    whether anybody may still ask for a digest; `read_again` renews what is known of a version;
+    `is_on_disk` says whether its files are on this machine.
     """
 
     def __init__(
@@ -45,9 +48,12 @@ class AdapterLoader:
         read: Callable[[VersionRecord], AdapterWeights],
         is_served: Callable[[str], bool],
         read_again: Callable[[VersionRecord], Awaitable[None]],
+        is_on_disk: Callable[[VersionRecord], bool],
     ) -> None:
+        self.observer: LoadObserver = NoLoadObserver()
         self._engine = engine
         self._read = read
+        self._is_on_disk = is_on_disk
         self._is_served = is_served
         self._read_again = read_again
         self._threads = ThreadPoolExecutor(2, "quickchange-adapter", _use_one_thread)
@@ -120,6 +126,10 @@ class AdapterLoader:
         task = self._unloads.start(digest, lambda: self._unload(digest))
         return await asyncio.wait_for(asyncio.shield(task), timeout_s)
 
+    def loading(self) -> list[str]:
+        """Return the digests that are being loaded for requests; from any thread."""
+        return self._loads.keys()
+
     def is_unloading(self, digest: str) -> bool:
         """Whether an unload was begun and has not ended."""
         return self._unloads.is_running(digest)
@@ -162,6 +172,18 @@ class AdapterLoader:
         if self._engine.is_loaded(version.digest):
             return
         self._check_served(version)
+        is_on_disk, started_s = self._is_on_disk(version), time.monotonic()
+        try:
+            await self._bring(version)
+        except NotFound:
+            raise
+        except QuickchangeError as error:
+            self.observer.on_load_failure(error.code)
+            raise
+        seconds = time.monotonic() - started_s
+        self.observer.on_load("disk" if is_on_disk else "remote", "host", seconds)
+
+    async def _bring(self, version: VersionRecord) -> None:
         loop = asyncio.get_running_loop()
         try:
             weights = await loop.run_in_executor(self._threads, self._read, version)

@@ -56,6 +56,7 @@ from quickchange_server.desired_state import DesiredState
 from quickchange_server.engine.interface import GenerationEngine
 from quickchange_server.errors import Conflict
 from quickchange_server.live_catalog import LiveCatalog
+from quickchange_server.load_observer import LoadObserver
 from quickchange_server.state_actions import StateActions
 from quickchange_server.static_adapters import StaticAdapters
 from quickchange_server.store_sweep import StoreSweep
@@ -77,6 +78,7 @@ class AdapterService:
     `version` arguments: a number, or None for what the bare name means (alias `default`).
     What moves a version between tiers is `AdapterActions`', what says how it is to be
     `StateActions`', what changes its rows `AdapterChanges`'; all are called here.
+    `names` and `loading` (digests) are for the thread that renders metrics.
     `validator` says where uploads are checked; None: in threads of this process. `poll_s`: how
     often the catalog is asked for what other processes did. `probe_ids`: the prompt that uploads
     are measured with, as the base's tokens; empty: they are not.
@@ -100,11 +102,16 @@ class AdapterService:
         self._limits = limits
         self._catalog = catalog
         self._directory = AdapterDirectory()
+        self.names = self._directory.names
         self._live = LiveCatalog(catalog, self._directory)
         self._poll = CatalogPoll(self._live, poll_s)
         self._files = VersionFiles(store, engine.base, limits, dtype)
         self._loader = AdapterLoader(
-            engine, self._files.read_weights, self._directory.is_served, self._live.read_again
+            engine,
+            self._files.read_weights,
+            self._directory.is_served,
+            self._live.read_again,
+            self._files.is_on_disk,
         )
         self._prober = AdapterProber(engine, self._loader, probe_ids)
         self._uploader = AdapterUploader(
@@ -141,6 +148,7 @@ class AdapterService:
         self.merge, self.unmerge = states.merge, states.unmerge
         self._downloads = AdapterDownloads(self._lookup, self._files)
         self.open_file = self._downloads.open_file
+        self.loading = self._loader.loading
         changes = AdapterChanges(self._live, self._lookup, self._remover, self._views)
         self.set_alias, self.delete_alias = changes.set_alias, changes.delete_alias
         self.delete_version = changes.delete_version
@@ -171,6 +179,10 @@ class AdapterService:
         Whichever process deleted it; what runs on it may not have ended.
         """
         self._directory.on_gone.append(lambda tenant, name: forget(adapter_label(name, tenant)))
+
+    def tell(self, observer: LoadObserver) -> None:
+        """Have `observer` told where requests find their adapters, and how loads go."""
+        self._loader.observer = observer
 
     async def stop(self) -> None:
         """End background work, close catalog and store. Uploads under way are finished first."""
@@ -325,6 +337,7 @@ class AdapterService:
                 code="adapter_quarantined",
             )
         self._views.note_use(version)
+        self._loader.observer.on_hit(self._views.tier(version))
         await self._loader.load(version)
 
     def models(self, *, tenant: str = DEFAULT_TENANT, names: Names = None) -> Sequence[ModelView]:

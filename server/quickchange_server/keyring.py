@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from hmac import compare_digest
 
 from quickchange_adapters.api_keys import KeyRecord, token_hash, token_id
+from quickchange_adapters.names import DEFAULT_TENANT
 
 from quickchange_server.principal import Principal
 
@@ -28,6 +29,11 @@ class Keyring:
         self.is_open = file_hash is None
         self._file_hash = file_hash or _NOBODY
         self._keys: dict[str, KeyRecord] = {}
+
+    def tenants(self) -> frozenset[str]:
+        """Return whose keys there are, the file's included; from any thread."""
+        owners = frozenset(record.tenant for record in list(self._keys.values()))
+        return owners | {DEFAULT_TENANT} if self.has_file_key else owners
 
     def load(self, records: Sequence[KeyRecord]) -> None:
         """Forget all keys but the file's, and take these, of which revoked ones are not good."""

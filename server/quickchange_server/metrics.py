@@ -4,8 +4,6 @@ Histograms and counters are fed by method calls; gauges are read from the engine
 scrape asks (snapshot_collector.py). Label values come from registered names only.
 """
 
-import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -18,12 +16,18 @@ from prometheus_client import (
     ProcessCollector,
     disable_created_metrics,
 )
-from prometheus_client.exposition import choose_encoder
+from quickchange_adapters.store import CacheCounts
 from quickchange_adapters.version_states import Wish
 
+from quickchange_server.adapter_collector import AdapterCollector
 from quickchange_server.adapter_labels import AdapterLabels
+from quickchange_server.adapter_names import AdapterNames
+from quickchange_server.adapter_views import Tier
+from quickchange_server.cache_collector import CacheCollector
 from quickchange_server.engine.interface import EngineSnapshot
 from quickchange_server.engine.observer import StepStats
+from quickchange_server.gateway_collector import GatewayCollector
+from quickchange_server.metrics_text import MetricsText
 from quickchange_server.snapshot_collector import SnapshotCollector
 from quickchange_server.wish_collector import WishCollector
 
@@ -38,7 +42,9 @@ STEP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 
 EIGHT_SECONDS = (0.001, 0.01, 0.05, 0.25, 1.0, 5.0, 30.0)
 """Seven bounds and +Inf: eight buckets for what is counted per adapter."""
 COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, 256)
-RENDER_INTERVAL_S = 0.25
+TOKENS = tuple(4**power for power in range(10))
+TIERS: tuple[Tier, ...] = ("device", "host", "disk", "remote")
+LOADS: tuple[tuple[Tier, Tier], ...] = (("remote", "host"), ("disk", "host"), ("host", "device"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +63,10 @@ class RequestSummary:
 
 
 class ServerMetrics:
-    """All metrics of one server, in a registry of its own. Implements `EngineObserver`."""
+    """All metrics of one server, in a registry of its own.
+
+    Implements `EngineObserver` and `LoadObserver`.
+    """
 
     def __init__(self, max_adapters: int = 32) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -66,8 +75,9 @@ class ServerMetrics:
         self._make_request_metrics()
         self._make_engine_metrics()
         self._make_adapter_metrics(max_adapters)
-        self._cache: dict[str, tuple[float, bytes]] = {}
-        self._render_lock = threading.Lock()
+        self._make_load_metrics()
+        text = MetricsText(self.registry)
+        self.peek, self.render = text.peek, text.render
 
     def _make_request_metrics(self) -> None:
         self._ttft = self._histogram("time_to_first_token_seconds", "Arrival to first token.")
@@ -77,6 +87,14 @@ class ServerMetrics:
         )
         self._duration = self._histogram("request_duration_seconds", "Arrival to last token.")
         self._queue = self._histogram("request_queue_seconds", "Arrival to first schedule.")
+        self._prefill = self._histogram("prefill_seconds", "First schedule to first token.")
+        self._prompt_length = self._histogram(
+            "request_prompt_tokens", "Prompt tokens of a request.", buckets=TOKENS
+        )
+        self._answer_length = self._histogram(
+            "request_generation_tokens", "Generated tokens of a request.", buckets=TOKENS
+        )
+        self._choices = self._counter("choices_total", "Answers that ended.", "finish_reason")
         self._requests = self._counter("requests_total", "Generation requests.", "outcome")
         self._http = self._counter(
             "http_requests_total", "HTTP requests.", "route", "method", "status"
@@ -85,6 +103,8 @@ class ServerMetrics:
         self._generated_tokens = self._counter("generation_tokens_total", "Generated tokens.")
         for outcome in ("ok", "error", "cancelled", "rejected"):
             self._requests.labels(outcome)
+        for reason in ("stop", "length"):
+            self._choices.labels(reason)
 
     def _make_engine_metrics(self) -> None:
         self._step = self._histogram("step_seconds", "One engine step.", "kind", STEP_SECONDS)
@@ -123,18 +143,55 @@ class ServerMetrics:
         )
         self._labels = AdapterLabels(max_adapters, labelled)
 
+    def _make_load_metrics(self) -> None:
+        self._loads = self._histogram(
+            "adapter_load_seconds", "From one tier to another.", "from_tier", SECONDS, "to_tier"
+        )
+        self._hits = self._counter("adapter_hits_total", "Where requests found it.", "tier")
+        self._load_failures = self._counter(
+            "adapter_load_failures_total", "Loads that did not work.", "code"
+        )
+        for tier in TIERS:
+            self._hits.labels(tier)
+        for tiers in LOADS:
+            self._loads.labels(*tiers)
+
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(PREFIX + name, text, labels, registry=self.registry)
 
     def _histogram(
-        self, name: str, text: str, label: str = "", buckets: Sequence[float] = SECONDS
+        self,
+        name: str,
+        text: str,
+        label: str = "",
+        buckets: Sequence[float] = SECONDS,
+        label_2: str = "",
     ) -> Histogram:
-        labels = (label,) if label else ()
+        labels = tuple(each for each in (label, label_2) if each)
         return Histogram(PREFIX + name, text, labels, buckets=buckets, registry=self.registry)
 
     def watch(self, snapshot: Callable[[], EngineSnapshot]) -> None:
         """Show the engine's state as gauges from now on."""
         self.registry.register(SnapshotCollector(snapshot))
+
+    def watch_adapters(
+        self,
+        snapshot: Callable[[], EngineSnapshot],
+        names: AdapterNames,
+        loading: Callable[[], Sequence[str]],
+        has_tenants: Callable[[], bool],
+    ) -> None:
+        """Show from now on where adapters are, and to gateways which ones are ready."""
+        self.registry.register(AdapterCollector(snapshot, names, self._labels))
+        self.registry.register(GatewayCollector(snapshot, names, loading, has_tenants))
+
+    def show_build(self, version: str, base: str, dtype: str) -> None:
+        """Say what is running."""
+        labels = {"version": version, "base": base, "dtype": dtype}
+        text = "1, with what is running."
+        Gauge(f"{PREFIX}build_info", text, list(labels), registry=self.registry).labels(
+            **labels
+        ).set(1)
 
     def watch_catalog(self, is_up: Callable[[], bool]) -> None:
         """Show from now on whether the catalog answered when it was last asked."""
@@ -143,6 +200,10 @@ class ServerMetrics:
     def watch_store(self, is_up: Callable[[], bool]) -> None:
         """Show from now on whether the object store answered when it was last asked."""
         self._watch("store_up", "1 if the object store answered when it was last asked.", is_up)
+
+    def watch_cache(self, counts: Callable[[], CacheCounts | None]) -> None:
+        """Show from now on how the store's cache does."""
+        self.registry.register(CacheCollector(counts))
 
     def _watch(self, name: str, text: str, is_true: Callable[[], bool]) -> None:
         Gauge(PREFIX + name, text, registry=self.registry).set_function(is_true)
@@ -160,6 +221,22 @@ class ServerMetrics:
         self._preemptions.inc(stats.num_preempted)
         self._prefix_queries.inc(stats.prefix_queries)
         self._prefix_hits.inc(stats.prefix_hits)
+
+    def on_activation(self, seconds: float) -> None:
+        """Take note of an adapter's copy to the device; called on the engine thread."""
+        self._loads.labels("host", "device").observe(seconds)
+
+    def on_hit(self, tier: Tier) -> None:
+        """Count a request by where it found its adapter."""
+        self._hits.labels(tier).inc()
+
+    def on_load(self, from_tier: Tier, to_tier: Tier, seconds: float) -> None:
+        """Take note of an adapter that was brought nearer to the model."""
+        self._loads.labels(from_tier, to_tier).observe(seconds)
+
+    def on_load_failure(self, code: str) -> None:
+        """Count a load that did not work; `code` is one of the contract's."""
+        self._load_failures.labels(code).inc()
 
     def on_http(self, route: str, method: str, status: int) -> None:
         """Count one HTTP request; `route` is a template, never a path."""
@@ -180,9 +257,15 @@ class ServerMetrics:
         """Take note of the gap before one more token."""
         self._gap.observe(seconds)
 
-    def on_choice_end(self, seconds_per_token: float) -> None:
-        """Take note of the mean gap of one finished answer of two or more tokens."""
-        self._per_token.observe(seconds_per_token)
+    def on_choice_end(self, finish_reason: str, seconds_per_token: float | None) -> None:
+        """Take note of a finished answer, and of its mean gap if it has two or more tokens."""
+        self._choices.labels(finish_reason).inc()
+        if seconds_per_token is not None:
+            self._per_token.observe(seconds_per_token)
+
+    def on_prefill(self, seconds: float) -> None:
+        """Take note of how long a choice took from its first schedule to its first token."""
+        self._prefill.observe(seconds)
 
     def on_request_end(self, summary: RequestSummary) -> None:
         """Count one API request and what it used."""
@@ -193,6 +276,8 @@ class ServerMetrics:
             self._queue.observe(summary.queue_s)
         if summary.duration_s is not None:
             self._duration.observe(summary.duration_s)
+            self._prompt_length.observe(summary.num_prompt_tokens)
+            self._answer_length.observe(summary.num_generated_tokens)
         for name in summary.adapters:
             self._count_adapter(self._labels.label(name), summary)
 
@@ -210,13 +295,3 @@ class ServerMetrics:
     def forget_adapter(self, name: str) -> None:
         """Drop the series of a deleted adapter."""
         self._labels.forget(name)
-
-    def render(self, accept: str = "") -> tuple[bytes, str]:
-        """Return the text of a scrape and its content type, at most 250 ms old."""
-        encode, content_type = choose_encoder(accept)
-        with self._render_lock:
-            made_at, text = self._cache.get(content_type, (float("-inf"), b""))
-            if time.monotonic() - made_at >= RENDER_INTERVAL_S:
-                text = encode(self.registry)
-                self._cache[content_type] = (time.monotonic(), text)
-        return text, content_type

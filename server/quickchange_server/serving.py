@@ -26,6 +26,7 @@ from quickchange_adapters.limits import AdapterLimits
 from quickchange_adapters.records import Quota
 from transformers.utils.logging import disable_progress_bar
 
+from quickchange_server import __version__
 from quickchange_server.adapter_probe import PROBE_PROMPT
 from quickchange_server.adapter_service import AdapterService
 from quickchange_server.api.admin_app import create_admin_app
@@ -103,7 +104,9 @@ def build_services(config: ServerConfig, base_folder: Path, keyring: Keyring) ->
     metrics = ServerMetrics()
     metrics.watch_catalog(lambda: catalog.database.is_up)
     metrics.watch_store(lambda: store.is_up)
+    metrics.watch_cache(store.cache_counts)
     engine = EngineClient(base_folder, engine_settings(config, budget), metrics)
+    metrics.show_build(__version__, engine.base.name, str(engine.dtype).removeprefix("torch."))
     if budget.device == "cpu":
         _say(kernels_text(engine.native_refusal))
     limits = AdapterLimits(max_rank=config.max_lora_rank)

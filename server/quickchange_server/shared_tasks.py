@@ -34,6 +34,10 @@ class SharedTasks(Generic[T]):
         """Whether work runs under a key."""
         return key in self._tasks
 
+    def keys(self) -> list[str]:
+        """Return the keys under which work runs now; from any thread."""
+        return list(self._tasks)
+
     async def stop(self) -> None:
         """Cancel everything that runs, and wait for it to end."""
         tasks = list(self._tasks.values())

@@ -3,10 +3,11 @@
 import time
 from collections.abc import Callable, Iterator
 
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from quickchange_server.engine.interface import EngineSnapshot
+from quickchange_server.gateway_collector import kv_usage
 
 PREFIX = "quickchange_"
 
@@ -17,27 +18,34 @@ class SnapshotCollector(Collector):
     def __init__(self, snapshot: Callable[[], EngineSnapshot]) -> None:
         self._snapshot = snapshot
 
-    def describe(self) -> list[GaugeMetricFamily]:
+    def describe(self) -> list[Metric]:
         """Return no families: nothing is read while the collector is registered."""
         return []
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
+    def collect(self) -> Iterator[Metric]:
         """Yield the gauges of one snapshot."""
         state = self._snapshot()
         yield _gauge("requests_running", "Requests in the batch.", state.num_running)
         yield _gauge("requests_waiting", "Requests that wait.", state.num_waiting)
-        yield _gauge(
-            "kv_cache_usage_ratio",
-            "Used part of the KV blocks, 0 to 1.",
-            state.kv_blocks_used / state.kv_blocks_total if state.kv_blocks_total else 0.0,
-        )
+        yield _gauge("kv_cache_usage_ratio", "Used part of the KV blocks, 0 to 1.", kv_usage(state))
         yield _gauge(
             "engine_last_step_timestamp_seconds",
             "When the last step ended, in Unix time; 0 before the first.",
             _unix_time(state.last_step_monotonic_s),
         )
+        yield _gauge(
+            "engine_heartbeat_timestamp_seconds",
+            "When the engine last gave a sign of life, in Unix time; 0 before the first.",
+            _unix_time(state.heartbeat_monotonic_s),
+        )
         yield _labelled("memory_bytes", "Bytes by part.", "part", dict(state.memory_bytes))
         yield _labelled("adapters", "Adapters by tier.", "tier", _adapters_by_tier(state))
+        evictions = CounterMetricFamily(
+            f"{PREFIX}adapter_evictions", "Versions that made room for others.", labels=["tier"]
+        )
+        for tier, number in state.num_evictions.items():
+            evictions.add_metric([tier], number)
+        yield evictions
 
 
 def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:

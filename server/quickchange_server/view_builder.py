@@ -84,6 +84,10 @@ class ViewBuilder:
             report=report,
         )
 
+    def tier(self, record: VersionRecord) -> Tier:
+        """Return where a version's bytes are now, nearest to the model."""
+        return self._tier(record, self._engine.snapshot().adapters.get(record.digest))
+
     def _tier(self, record: VersionRecord, resident: ResidentAdapter | None) -> Tier:
         if resident is not None:
             return "device" if resident.device_bytes else "host"

@@ -7,6 +7,7 @@ from quickchange_adapters.errors import Problem
 from quickchange_adapters.store import StagedFile
 from quickchange_adapters.task import Task
 from quickchange_adapters.version_states import Wish
+from quickchange_server.adapter_names import AdapterNames
 from quickchange_server.adapter_service import AdapterService, FileName, UploadForm
 from quickchange_server.adapter_upload import form_problems, refusal
 from quickchange_server.adapter_views import (
@@ -17,6 +18,7 @@ from quickchange_server.adapter_views import (
 )
 from quickchange_server.catalog_poll import OnChange
 from quickchange_server.errors import NotFound
+from quickchange_server.load_observer import LoadObserver
 
 
 def version_view(name: str, version: int = 1) -> VersionView:
@@ -50,6 +52,8 @@ class ScriptedAdapters(AdapterService):
     def __init__(self, digests: dict[str, str] | None = None, base: str = "tiny") -> None:
         """Serve `digests`: model string -> digest; `tasks`: adapter's name -> task."""
         self.base_names = (base,)
+        self.names = AdapterNames()
+        self.loading = list[str]
         self.digests = digests or {}
         self.tasks: dict[str, Task] = {}
         self.problems: list[Problem] = []
@@ -66,6 +70,9 @@ class ScriptedAdapters(AdapterService):
 
     def on_adapter_gone(self, forget: Callable[[str], None]) -> None:
         """Do nothing: what is here stays."""
+
+    def tell(self, observer: LoadObserver) -> None:
+        """Do nothing: nothing is loaded."""
 
     def num_unmet(self) -> Mapping[Wish, int]:
         """Nothing is wished."""

@@ -156,7 +156,13 @@ def loader_of(engine: ScriptedEngine) -> AdapterLoader:
     async def read_again(version: Any) -> None:
         raise AssertionError("nothing is read again here")
 
-    return AdapterLoader(engine, lambda version: no_weights(), lambda digest: True, read_again)
+    return AdapterLoader(
+        engine,
+        lambda version: no_weights(),
+        lambda digest: True,
+        read_again,
+        lambda version: True,
+    )
 
 
 def no_weights() -> AdapterWeights:

@@ -14,7 +14,8 @@ from quickchange_adapters.limits import AdapterLimits
 from quickchange_adapters.store import LocalStore
 from quickchange_server.adapter_service import AdapterService
 from quickchange_server.api.app import AppServices, create_app
-from quickchange_server.metrics import RENDER_INTERVAL_S, ServerMetrics
+from quickchange_server.metrics import ServerMetrics
+from quickchange_server.metrics_text import MAX_AGE_S
 from quickchange_server.tokenizer import Tokenizer
 
 from tests.adapters.adapter_files import config_values, q_pairs, small_spec, weights_bytes
@@ -56,7 +57,7 @@ async def generate(client: httpx.AsyncClient, model: str) -> httpx.Response:
 
 
 async def catalog_up(client: httpx.AsyncClient) -> str:
-    await asyncio.sleep(RENDER_INTERVAL_S)
+    await asyncio.sleep(MAX_AGE_S)
     text = (await client.get("/metrics")).text
     return text.partition("\nquickchange_catalog_up ")[2].partition("\n")[0]
 

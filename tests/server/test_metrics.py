@@ -7,7 +7,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from quickchange_server.engine.interface import EngineSnapshot, ResidentAdapter
 from quickchange_server.engine.observer import StepStats
-from quickchange_server.metrics import RENDER_INTERVAL_S, RequestSummary, ServerMetrics
+from quickchange_server.metrics import RequestSummary, ServerMetrics
+from quickchange_server.metrics_text import RENDER_INTERVAL_S
 
 from tests.server.scripted_engine import ScriptedEngine
 

@@ -52,7 +52,11 @@ class Parts:
         live = LiveCatalog(self.catalog, directory)
         files = VersionFiles(self.store, spec, AdapterLimits(), torch.float32)
         loader = AdapterLoader(
-            ScriptedEngine(base=spec), files.read_weights, directory.is_served, live.read_again
+            ScriptedEngine(base=spec),
+            files.read_weights,
+            directory.is_served,
+            live.read_again,
+            files.is_on_disk,
         )
         self.remover = AdapterRemover(self.store, live, directory, loader)
         self.sweep = StoreSweep(self.store, live, self.remover, interval_s)

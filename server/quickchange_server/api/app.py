@@ -46,9 +46,7 @@ def create_app(services: AppServices) -> FastAPI:
     )
     app.state.services = services
     app.state.is_ready = False
-    services.metrics.watch(services.engine.snapshot)
-    services.metrics.watch_wishes(services.adapters.num_unmet)
-    services.adapters.on_adapter_gone(services.metrics.forget_adapter)
+    _watch(services)
     add_error_handlers(app)
     for room in (
         generation,
@@ -64,6 +62,20 @@ def create_app(services: AppServices) -> FastAPI:
     app.include_router(operations.probes)
     _add_middleware(app, services)
     return app
+
+
+def _watch(services: AppServices) -> None:
+    """Have what is behind the routes measured."""
+    metrics, adapters, keyring = services.metrics, services.adapters, services.keyring
+
+    def has_tenants() -> bool:
+        return len(adapters.names.tenants | keyring.tenants()) > 1
+
+    metrics.watch(services.engine.snapshot)
+    metrics.watch_adapters(services.engine.snapshot, adapters.names, adapters.loading, has_tenants)
+    metrics.watch_wishes(adapters.num_unmet)
+    adapters.on_adapter_gone(metrics.forget_adapter)
+    adapters.tell(metrics)
 
 
 def _add_middleware(app: FastAPI, services: AppServices) -> None:

@@ -89,6 +89,8 @@ class GenerationSession:
             clock.num_cached_tokens = output.num_cached_tokens
             clock.first_s = now
             self._metrics.on_first_token(now - self._label.arrival_s, self._label.adapters)
+            if output.ttft_s is not None and output.queue_s is not None:
+                self._metrics.on_prefill(output.ttft_s - output.queue_s)
             if self._ttft_s is None:
                 self._queue_s, self._ttft_s = output.queue_s, output.ttft_s
         elif delta.num_tokens:
@@ -96,8 +98,10 @@ class GenerationSession:
                 self._metrics.on_token_gap((now - clock.last_s) / delta.num_tokens)
         clock.num_tokens += delta.num_tokens
         clock.last_s = now
-        if delta.finish_reason is not None and clock.num_tokens > 1:
-            self._metrics.on_choice_end((now - clock.first_s) / (clock.num_tokens - 1))
+        if delta.finish_reason is not None:
+            has_gaps, seconds = clock.num_tokens > 1, now - clock.first_s
+            mean_gap_s = seconds / (clock.num_tokens - 1) if has_gaps else None
+            self._metrics.on_choice_end(delta.finish_reason, mean_gap_s)
 
     @property
     def is_complete(self) -> bool:

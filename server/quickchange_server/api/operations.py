@@ -62,7 +62,10 @@ async def version(services: Services) -> Json:
 async def metrics(request: Request, services: Services, caller: Scraper) -> Response:
     """Show the metrics in Prometheus' text format, or OpenMetrics when asked for."""
     accept = request.headers.get("accept", "")
-    text, content_type = await asyncio.to_thread(services.metrics.render, accept)
+    found = services.metrics.peek(accept)
+    if found is None:
+        found = await asyncio.to_thread(services.metrics.render, accept)
+    text, content_type = found
     return Response(text, headers={"content-type": content_type})
 
 

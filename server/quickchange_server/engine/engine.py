@@ -75,6 +75,7 @@ class Engine:
         self.snapshot = EngineSnapshot()
         self._base_bytes = runner.base.num_bytes
         self._observer = observer
+        runner.pool.on_load = self._tell_activation
         self._publish = publish
         self._on_exit = on_exit
         self._inbox = Inbox(self._refresh_snapshot)
@@ -387,6 +388,12 @@ class Engine:
         except Exception:
             log.exception("an observer of steps failed")
 
+    def _tell_activation(self, seconds: float) -> None:
+        try:
+            self._observer.on_activation(seconds)
+        except Exception:
+            log.exception("an observer of copies failed")
+
     def _refresh_snapshot(self) -> None:
         pool, storage = self.runner.pool, self.runner.storage
         block_bytes = storage.num_bytes // max(storage.num_blocks, 1)
@@ -411,6 +418,11 @@ class Engine:
             },
             adapters=self.residency.describe_all(),
             quarantined=frozenset(self.residency.quarantined),
+            num_evictions={
+                "device": pool.num_evictions,
+                "host": self.residency.num_host_evictions,
+            },
+            adapter_row_bytes=pool.row_bytes,
         )
 
 

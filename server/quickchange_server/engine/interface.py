@@ -32,7 +32,8 @@ class EngineSnapshot:
     `quarantined` are digests that produced non-finite values twice; their requests are refused.
     The heartbeat is at most about a second old while the engine thread lives, idle or not.
     `memory_bytes` has parts: base, merged, adapter_pool_used, adapter_pool_total, adapter_host,
-    kv_used, kv_total.
+    kv_used, kv_total. `num_evictions`: by tier, versions that made room for others since the start.
+    `adapter_row_bytes`: one rank of an adapter on every linear, in the pool.
     """
 
     num_running: int = 0
@@ -47,6 +48,8 @@ class EngineSnapshot:
     memory_bytes: dict[str, int] = field(default_factory=dict)
     adapters: dict[str, ResidentAdapter] = field(default_factory=dict)
     quarantined: frozenset[str] = frozenset()
+    num_evictions: dict[str, int] = field(default_factory=dict)
+    adapter_row_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""What the engine tells whoever measures it. Called on the engine thread, once a step."""
+"""What the engine tells whoever measures it. Called on the engine thread."""
 
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -28,14 +28,20 @@ class StepStats:
 
 
 class EngineObserver(Protocol):
-    """Sink of step statistics; must not block and must not raise."""
+    """Sink of measurements; must not block and must not raise."""
 
     def on_step(self, stats: StepStats) -> None:
         """Take note of one finished step."""
+
+    def on_activation(self, seconds: float) -> None:
+        """Take note of one copy of an adapter from host memory to the device."""
 
 
 class NoObserver:
     """Observer that forgets."""
 
     def on_step(self, stats: StepStats) -> None:
+        """Do nothing."""
+
+    def on_activation(self, seconds: float) -> None:
         """Do nothing."""

@@ -25,7 +25,10 @@ PIN_SHARE = 0.75
 
 
 class AdapterResidency:
-    """Host copies under a ceiling, slots in the pool, merged copies under a ceiling."""
+    """Host copies under a ceiling, slots in the pool, merged copies under a ceiling.
+
+    `host_bytes`: of all host copies. `num_host_evictions`: copies that made room for others.
+    """
 
     def __init__(self, pool: AdapterPool, host_ceiling_bytes: int, merged_ceiling: int) -> None:
         self.pool = pool
@@ -41,13 +44,8 @@ class AdapterResidency:
         self._lock = threading.RLock()
         self._described: dict[str, ResidentAdapter] = {}
         self._changed: set[str] = set()
-        self._described_generation = pool.generation
-
-    @property
-    def host_bytes(self) -> int:
-        """Bytes of all host copies."""
-        with self._lock:
-            return sum(adapter.num_bytes for adapter in self._host.values())
+        self.host_bytes = 0
+        self.num_host_evictions = 0
 
     @property
     def merged_bytes(self) -> int:
@@ -97,7 +95,9 @@ class AdapterResidency:
             if self.host_bytes + adapter.num_bytes <= self._host_ceiling_bytes:
                 break
             self._drop(digest)
+            self.num_host_evictions += 1
         self._host[adapter.digest] = adapter
+        self.host_bytes += adapter.num_bytes
         self._changed.add(adapter.digest)
 
     def claim(self, request: GenerationRequest) -> RequestFailure | None:
@@ -246,9 +246,8 @@ class AdapterResidency:
             return self._describe_changed()
 
     def _describe_changed(self) -> dict[str, ResidentAdapter]:
-        if self.pool.generation != self._described_generation:
-            self._described_generation = self.pool.generation
-            self._changed.update(self._host)
+        self._changed |= self.pool.changed
+        self.pool.changed.clear()
         for digest in self._changed:
             self._described.pop(digest, None)
             if digest in self._host:
@@ -261,7 +260,8 @@ class AdapterResidency:
         self.drop_merged(digest)
         self.pool.evict(digest)
         self.pool.pinned.discard(digest)
-        self._host.pop(digest, None)
+        gone = self._host.pop(digest, None)
+        self.host_bytes -= 0 if gone is None else gone.num_bytes
         del self._users[digest]
 
     def _release(self, slots: Iterable[Slot]) -> None:

@@ -26,6 +26,9 @@ class Recorder:
     def on_step(self, stats: StepStats) -> None:
         self.steps.append(stats)
 
+    def on_activation(self, seconds: float) -> None:
+        pass
+
 
 @dataclass
 class Answer:
