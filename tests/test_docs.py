@@ -22,6 +22,7 @@ from quickchange_server.api.field_policy import (
     NEUTRAL_IN_COMPLETIONS,
 )
 from quickchange_server.api.schemas import ChatBody, CompletionBody
+from quickchange_server.cli import app as server_app
 from quickchange_server.config import OPTIONS, UNAVAILABLE, load_config
 
 from tests.clients.real_server import real_server
@@ -163,6 +164,8 @@ def known_options() -> dict[str, set[str]]:
     known["serve"] = flags | switches | refused | {"--config", "--help"}
     known["keys"] = set().union(*map(options_of, group.commands["keys"].commands.values()))
     known["fsck"] = {"--store", "--catalog", "--repair", "--json", "--config", "--help"}
+    server: Any = typer.main.get_command(server_app)
+    known["train"] = options_of(server.commands["train"])
     known["base"] = {"--model", "--revision", "--config", "--help"}
     return known
 

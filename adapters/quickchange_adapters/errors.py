@@ -5,6 +5,9 @@ AdapterError
 ├── JsonRefused, PatternRefused, HeaderRefused
 │                       one part cannot be read; becomes a Problem (in the part's own module)
 ├── CannotCheck         there is no process that could check an upload
+├── CannotTrain         a training run cannot begin, or not go on
+│   ├── RecipeInvalid   the recipe (or sweep) is wrong: unknown keys, values out of range
+│   └── DataInvalid     rows that cannot be trained on, each with file, line and field
 ├── StoreUnavailable    the place where bytes or rows live did not answer
 │   ├── StoreFull       it has no room for more
 │   ├── StoreRefused    it does not exist, or is not ours: no waiting helps
@@ -59,6 +62,35 @@ class AdapterRefused(AdapterError):
 
 class CannotCheck(AdapterError):
     """No process could be started that would check an upload."""
+
+
+class CannotTrain(AdapterError):
+    """A training run cannot begin, or cannot go on."""
+
+    exit_code = 1
+
+
+class RecipeInvalid(CannotTrain):
+    """A recipe cannot be followed as it is written; `problems` has a sentence for each reason."""
+
+    exit_code = 2
+
+    def __init__(self, file: str, problems: list[str]) -> None:
+        super().__init__(
+            "\n  ".join([f"{file}:", *problems]) if len(problems) > 1 else f"{file}: {problems[0]}"
+        )
+        self.problems = problems
+
+
+class DataInvalid(CannotTrain):
+    """Rows cannot be trained on; `problems` has file, line and field of each, as far as shown."""
+
+    exit_code = 2
+
+    def __init__(self, problems: list[str], num_more: int = 0) -> None:
+        more = [f"and {num_more} more"] if num_more else []
+        super().__init__("\n  ".join(["the data cannot be used:", *problems, *more]))
+        self.problems = problems
 
 
 class StoreUnavailable(AdapterError):

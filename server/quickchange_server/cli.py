@@ -1,4 +1,4 @@
-"""The command line: `serve`, `base path` and `fsck`. Knows how settings look, not what they do.
+"""The command line of the server. Knows how settings look, not what they do.
 
 The options of `serve` are made from the settings in config.py, so that a flag, a variable and a
 TOML key cannot drift apart. Nothing heavy is imported before a command runs.
@@ -16,6 +16,7 @@ from quickchange_server.config import OPTIONS, UNAVAILABLE, load_config, unknown
 from quickchange_server.errors import CannotStart, ConfigInvalid, QuickchangeError
 from quickchange_server.fsck_command import fsck
 from quickchange_server.option import Option
+from quickchange_server.train_command import train
 
 app = typer.Typer(
     name="quickchange-server",
@@ -156,6 +157,7 @@ def _annotation(each: Option) -> Any:
 serve.__signature__ = inspect.Signature(list(_serve_parameters()))  # type: ignore[attr-defined]
 app.command("serve")(serve)
 app.command("fsck")(fsck)
+app.command("train")(train)
 
 if __name__ == "__main__":
     main()

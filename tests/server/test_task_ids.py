@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from quickchange_adapters.task import Task
+from quickchange_adapters.training.prompt_form import PromptForm
 from quickchange_server.api.app import AppServices, create_app
 from quickchange_server.tokenizer import Tokenizer
 from transformers import AutoTokenizer
@@ -51,7 +52,8 @@ async def test_training_and_serving_build_identical_token_ids(
     app = create_app(replace(services, tokenizer=Tokenizer(server)))
     async for client in serve_in_process(app):
         for review in REVIEWS:
-            trained = CHAT_FORM.prompt_ids(trainer, review, TASKS[name])
+            trained = PromptForm(trainer, TASKS[name], "chat", ()).prompt_ids(review)
+            assert trained == CHAT_FORM.prompt_ids(trainer, review, TASKS[name])
             body: dict[str, Any] = {
                 "model": "ada",
                 "messages": [{"role": "user", "content": review}],
@@ -62,3 +64,21 @@ async def test_training_and_serving_build_identical_token_ids(
             assert answer.json()["usage"]["prompt_tokens"] == len(trained)
             tokenized = await client.post("/tokenize", json=body)
             assert tokenized.json()["tokens"] == trained
+
+
+async def test_a_completion_has_the_ids_that_it_was_trained_on(
+    tiny_base: Path,
+    services: AppServices,
+    adapters: ScriptedAdapters,
+    scripted_engine: ScriptedEngine,
+) -> None:
+    trainer, server = (AutoTokenizer.from_pretrained(str(tiny_base)) for _ in range(2))
+    task = adapters.tasks["ada"] = Task("Review: {input}\nVerdict:")
+    form = PromptForm(trainer, task, "completion", ())
+    async for client in serve_in_process(
+        create_app(replace(services, tokenizer=Tokenizer(server)))
+    ):
+        for review in REVIEWS:
+            body = {"model": "ada", "prompt": review}
+            assert (await client.post("/v1/completions", json=body)).status_code == 200
+            assert list(scripted_engine.requests[-1].prompt_ids) == form.prompt_ids(review)

@@ -1,0 +1,83 @@
+"""The command `train`: what it says, what it exits with, and where it writes."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from quickchange_server.cli import app
+from typer.testing import CliRunner, Result
+
+from tests.adapters.training.training_world import ROWS, write_rows
+
+runner = CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"})
+
+RECIPE = """\
+base = "{base}"
+[data]
+train = "train.jsonl"
+[task]
+prompt = "<{{input}}>"
+max_tokens = 4
+[training]
+batch_rows = 4
+max_steps = 2
+compute = "float32"
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tiny_base: Path) -> Path:
+    """Return a recipe that can be followed in seconds."""
+    write_rows(tmp_path / "train.jsonl", ROWS)
+    file = tmp_path / "recipe.toml"
+    file.write_text(RECIPE.format(base=tiny_base))
+    return file
+
+
+def train(recipe: Path, *words: str, env: Mapping[str, str] | None = None) -> Result:
+    return runner.invoke(app, ["train", str(recipe), *words], env=env)
+
+
+def test_it_says_how_much_is_trained_and_what_was_written(recipe: Path) -> None:
+    done = train(recipe, env={"LORA_RANK": "4"})
+    assert done.exit_code == 0, done.stderr
+    assert "18 rows to train on, 2 to validate" in done.stderr
+    assert "8,192 of 106,624 parameters are trained (7.68 %)" in done.stderr
+    folder = recipe.parent / "adapter"
+    assert {file.name for file in folder.iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "task.json",
+    }
+    assert json.loads((folder / "adapter_config.json").read_text())["r"] == 4
+
+
+def test_check_writes_nothing(recipe: Path) -> None:
+    before = set(recipe.parent.iterdir())
+    assert train(recipe, "--check").exit_code == 0
+    assert set(recipe.parent.iterdir()) == before
+
+
+def test_bad_rows_and_rows_that_are_too_long_end_it_before_it_begins(recipe: Path) -> None:
+    file = recipe.parent / "train.jsonl"
+    write_rows(file, [*ROWS, {"input": "a"}])
+    done = train(recipe)
+    assert done.exit_code == 2
+    assert f"{file}, line {len(ROWS) + 1}: the field 'answer' is missing" in done.stderr
+    write_rows(file, [*ROWS, {"input": "the fox " * 600, "answer": "positive"}])
+    done = train(recipe)
+    assert done.exit_code == 2
+    assert f"{file}, line {len(ROWS) + 1}: the row has " in done.stderr
+    assert not (recipe.parent / "adapter").exists()
+
+
+def test_what_could_not_be_served_is_refused_at_once(recipe: Path) -> None:
+    recipe.write_text(recipe.read_text() + '[adapter]\nmethod = "vera"\n')
+    done = train(recipe)
+    assert done.exit_code == 2
+    assert "could not be served: peft_type 'VERA' is not served" in done.stderr
+
+
+def test_help_has_examples() -> None:
+    assert "quickchange train recipe.toml --check" in runner.invoke(app, ["train", "--help"]).output
