@@ -42,7 +42,7 @@ def parsed_options() -> argparse.Namespace:
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=64, help="tokens out per row")
     parser.add_argument("--prefill-tokens", type=int, default=1000, help="0: no prefill runs")
-    parser.add_argument("--max-step-tokens", type=int, default=256)
+    parser.add_argument("--max-step-tokens", type=int, default=128)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--kv-cache-mib", type=int, default=1024)

@@ -160,10 +160,11 @@ class ServerConfig:
     max_batch_rows: int = option(
         32, o.read_count(1, 4096), "Most requests in one step.", LIMITS, metavar="N"
     )
-    max_step_tokens: int = option(
-        256,
+    max_step_tokens: int | None = option(
+        None,
         o.read_count(1),
-        "Most tokens in one step; longer prompts are prefilled in chunks.",
+        "Most tokens in one step; longer prompts are prefilled in chunks. Default: 4 for each of "
+        "--max-batch-rows, at least 128 on a CPU and 2048 on a GPU.",
         LIMITS,
         metavar="TOKENS",
     )

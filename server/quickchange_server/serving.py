@@ -43,6 +43,7 @@ from quickchange_server.memory_budget import MemoryBudget, resolve_budget
 from quickchange_server.memory_limit import device_memory, host_memory
 from quickchange_server.metrics import ServerMetrics
 from quickchange_server.option import StaticAdapter
+from quickchange_server.step_size import default_step_tokens
 from quickchange_server.storage import open_storage
 from quickchange_server.thread_affinity import restore_affinity
 from quickchange_server.tokenizer import Tokenizer
@@ -176,7 +177,8 @@ def engine_settings(config: ServerConfig, budget: MemoryBudget) -> EngineSetting
         kv_cache_bytes=budget.kv_cache_bytes,
         max_model_len=config.max_model_len,
         max_batch_rows=config.max_batch_rows,
-        max_step_tokens=config.max_step_tokens,
+        max_step_tokens=config.max_step_tokens
+        or default_step_tokens(budget.device, config.max_batch_rows),
         max_queue=config.max_queue,
         adapter_device_bytes=budget.adapter_device_bytes,
         adapter_host_bytes=budget.adapter_host_bytes,

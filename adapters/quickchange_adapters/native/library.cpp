@@ -43,7 +43,7 @@ void unpack(const Number* packed, int num_outputs, int num_inputs, Number* weigh
 void product(const bf16* x, int num_tokens, const Linear& linear, int num_outputs, int num_inputs, bf16* y,
              Team& team, bf16* unpacked) {
   const Linear matrix{linear.weight, nullptr, linear.scales};
-  team.share(0, (num_outputs + kPanel - 1) / kPanel, [&](int panel) {
+  team.share(0, (num_outputs + kPanel - 1) / kPanel, 1, [&](int panel) {
     const int num_columns = std::min(kPanel, num_outputs - panel * kPanel);
     for_tiles(num_tokens, [&](int first, int count) {
       Tile tile;

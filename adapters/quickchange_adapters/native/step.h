@@ -81,6 +81,8 @@ class StepRun {
 
   static constexpr int kStagesOfLayer = 12;
   static constexpr int kFewTokens = 4;
+  static constexpr int kRunsOfThread = 4;  // or more, so that threads end together
+  static constexpr int kLongestRun = 16;
 
   static void prepare_threads(const Model& model, const Step& step, Scratch& scratch) {
     int last = 0;
@@ -142,8 +144,11 @@ class StepRun {
     last_ = now;
   }
 
+  // How many units of a few microseconds or less a thread takes in a row.
+  int run_of(int num_units) const { return std::clamp(num_units / (kRunsOfThread * num_threads_), 1, kLongestRun); }
+
   void norm(int stage, const bf16* weight) {
-    team_.share(stage, step_.num_tokens, [&](int token) {
+    team_.share(stage, step_.num_tokens, run_of(step_.num_tokens), [&](int token) {
       const std::int64_t at = static_cast<std::int64_t>(token) * model_.width;
       normalise(step_.hidden + at, model_.width, weight, model_.epsilon, scratch_.normed.data() + at);
     });
@@ -153,7 +158,7 @@ class StepRun {
   void shrink(int stage, Group group, int layer, const bf16* x, std::int64_t stride) {
     GroupDeltas& deltas = scratch_.deltas[group];
     if (deltas.num_units() == 0) return;
-    team_.share(stage, deltas.num_units(), [&](int unit) { deltas.shrink(unit, layer, x, stride); });
+    team_.share(stage, deltas.num_units(), 1, [&](int unit) { deltas.shrink(unit, layer, x, stride); });
     end(stage);
   }
 
@@ -166,7 +171,7 @@ class StepRun {
 
   void project_qkv(int stage, const Layer& layer, int index) {
     const int num_outputs = model_.arenas[kQkv].num_outputs;
-    team_.share(stage, num_outputs / kPanel, [&](int panel) {
+    team_.share(stage, num_outputs / kPanel, 1, [&](int panel) {
       for_tiles(step_.num_tokens, [&](int first, int count) {
         Tile tile;
         compute(kQkv, layer.qkv, index, panel, scratch_.normed.data(), model_.width, first, count, &tile, buffer(0));
@@ -180,9 +185,10 @@ class StepRun {
     end(stage);
   }
 
+  // Neighbours' keys lie in the same cache lines, another reason to take tokens in runs.
   void store(int stage, const Layer& layer) {
     const int num_outputs = model_.arenas[kQkv].num_outputs;
-    team_.share(stage, step_.num_tokens, [&](int token) {
+    team_.share(stage, step_.num_tokens, run_of(step_.num_tokens), [&](int token) {
       attention_.store(layer, token, scratch_.qkv.data() + static_cast<std::int64_t>(token) * num_outputs);
     });
     end(stage);
@@ -195,7 +201,8 @@ class StepRun {
     const int together = step_.num_tokens < kFewTokens ? 1 : std::min(groups, kMaxHeads);
     const int units_of_group = (groups + together - 1) / together;
     const int units_of_token = model_.num_kv_heads * units_of_group;
-    team_.share(stage, step_.num_tokens * units_of_token, [&](int unit) {
+    const int num_units = step_.num_tokens * units_of_token;
+    team_.share(stage, num_units, run_of(num_units), [&](int unit) {
       const int token = unit / units_of_token, place = unit % units_of_token;
       const int within = place % units_of_group * together;
       const int head = place / units_of_group * groups + within;
@@ -208,7 +215,7 @@ class StepRun {
   }
 
   void add_to_hidden(int stage, Group group, const Linear& linear, int index, const bf16* x, int num_inputs) {
-    team_.share(stage, model_.width / kPanel, [&](int panel) {
+    team_.share(stage, model_.width / kPanel, 1, [&](int panel) {
       for_tiles(step_.num_tokens, [&](int first, int count) {
         Tile tile;
         compute(group, linear, index, panel, x, num_inputs, first, count, &tile, buffer(0));
@@ -224,7 +231,7 @@ class StepRun {
 
   void activate(int stage, const Layer& layer, int index) {
     const int half = model_.intermediate / kPanel;
-    team_.share(stage, half, [&](int panel) {
+    team_.share(stage, half, 1, [&](int panel) {
       for_tiles(step_.num_tokens, [&](int first, int count) {
         Tile gate, up;
         const bf16* x = scratch_.normed.data();
@@ -256,7 +263,7 @@ class StepRun {
 
   void run_head() {
     const int stage = model_.num_layers * kStagesOfLayer;
-    team_.share(stage, step_.num_wanted, [&](int i) {
+    team_.share(stage, step_.num_wanted, 1, [&](int i) {
       const bf16* hidden = step_.hidden + static_cast<std::int64_t>(step_.wanted[i]) * model_.width;
       bf16* out = step_.wanted_hidden + static_cast<std::int64_t>(i) * model_.width;
       normalise(hidden, model_.width, model_.final_norm, model_.epsilon, out);
@@ -264,7 +271,7 @@ class StepRun {
     end(stage);
     const int num_panels = (model_.vocabulary + kPanel - 1) / kPanel;
     constexpr int kChunk = 4;
-    team_.share(stage + 1, (num_panels + kChunk - 1) / kChunk, [&](int chunk) {
+    team_.share(stage + 1, (num_panels + kChunk - 1) / kChunk, 1, [&](int chunk) {
       for (int panel = chunk * kChunk; panel < std::min(num_panels, (chunk + 1) * kChunk); ++panel) head_panel(panel);
     });
     end(stage + 1);
