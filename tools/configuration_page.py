@@ -8,6 +8,7 @@ from pathlib import Path
 
 from quickchange_server.config import CLIENT_VARIABLES, CONFIG_VARIABLE, OPTIONS, UNAVAILABLE
 from quickchange_server.option import ENV_PREFIX, Option
+from quickchange_server.vllm_flags import VLLM_FLAGS, VllmFlag
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 
@@ -54,6 +55,14 @@ The same in a file:
 {EXAMPLE}```
 """
 
+VLLM = """\
+## vLLM's flags
+
+A command line written for vLLM starts this server too. These are flags alone, and not shown by
+`--help`; `--model`, `--host` and the like, and those of the table above, mean the same in both.
+
+"""
+
 TAIL = f"""\
 ## Not available in this version
 
@@ -73,7 +82,7 @@ def render() -> str:
     for option in OPTIONS.values():
         groups.setdefault(option.group, []).append(option)
     sections = [_section(name, options) for name, options in groups.items()]
-    return "\n".join([HEAD, *sections, TAIL])
+    return "\n".join([HEAD, *sections, _vllm_section(), TAIL])
 
 
 def _section(name: str, options: Iterable[Option]) -> str:
@@ -85,6 +94,21 @@ def _section(name: str, options: Iterable[Option]) -> str:
         *(_row(option) for option in options),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _vllm_section() -> str:
+    rows = [f"| `{each.flag}` | {_escaped(_meaning(each))} |" for each in VLLM_FLAGS]
+    return VLLM + "\n".join(["| flag of vLLM's | here |", "|---|---|", *rows]) + "\n"
+
+
+def _meaning(each: VllmFlag) -> str:
+    """Return what becomes of one flag of vLLM's."""
+    if each.ours is not None:
+        return f"is `--{each.ours.replace('_', '-')}`"
+    if not each.note:
+        return f"refused: {each.instead}"
+    other = f"; other values are refused: {each.instead}" if each.instead else ""
+    return f"no effect: {each.note}{'' if each.instead == each.note else other}"
 
 
 def _row(option: Option) -> str:

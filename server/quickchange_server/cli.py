@@ -5,6 +5,7 @@ TOML key cannot drift apart. Nothing heavy is imported before a command runs.
 """
 
 import inspect
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from quickchange_server.errors import CannotStart, ConfigInvalid, QuickchangeErr
 from quickchange_server.fsck_command import fsck
 from quickchange_server.option import Option
 from quickchange_server.train_command import train
+from quickchange_server.vllm_flags import VLLM_FLAGS, VllmFlag, translate, unread_variables
 
 app = typer.Typer(
     name="quickchange-server",
@@ -49,8 +51,9 @@ def serve(**flags: Any) -> None:
     QUICKCHANGE_MAX_QUEUE=64 quickchange serve --config serve.toml
     """
     with _exit_on_error():
-        config = load_config(_with_bare_modules(flags))
-        for sentence in unknown_variables():
+        meant, notes = translate(_with_bare_modules(flags))
+        config = load_config(meant)
+        for sentence in (*unknown_variables(), *unread_variables(os.environ), *notes):
             _say(f"warning: {sentence}")
         from quickchange_server.startup_keys import open_keyring
 
@@ -137,6 +140,8 @@ def _serve_parameters() -> Iterator[inspect.Parameter]:
         is_switch = name == "auto_merge"
         shape = bool | None if is_switch else str | None
         yield _parameter(name, Annotated[shape, typer.Option(flag, hidden=True)])
+    for vllm_flag in VLLM_FLAGS:
+        yield _parameter(vllm_flag.name, _vllm_annotation(vllm_flag))
     modules = typer.Argument(hidden=True, metavar="NAME=FOLDER")
     yield _parameter("bare_modules", Annotated[list[str] | None, modules])
 
@@ -152,6 +157,13 @@ def _annotation(each: Option) -> Any:
     metavar = None if each.kind == "switch" else each.metavar
     help, panel = each.help_with_default, each.group
     return Annotated[shape, typer.Option(flag, metavar=metavar, help=help, rich_help_panel=panel)]
+
+
+def _vllm_annotation(each: VllmFlag) -> Any:
+    """Return a flag that is read and not shown: --help is about our own."""
+    spelling = f"{each.flag}/--no-{each.flag[2:]}" if each.is_switch else each.flag
+    shape = bool | None if each.is_switch else str | None
+    return Annotated[shape, typer.Option(spelling, hidden=True)]
 
 
 serve.__signature__ = inspect.Signature(list(_serve_parameters()))  # type: ignore[attr-defined]

@@ -105,6 +105,15 @@ class ServerConfig:
         metavar="NAME=FOLDER",
         kind="list",
     )
+    lora_root: tuple[Path, ...] = option(
+        (),
+        o.read_folders,
+        "Let callers load adapters by path from this folder (vLLM's /v1/load_lora_adapter); may be "
+        "repeated.",
+        ADAPTERS,
+        metavar="FOLDER",
+        kind="list",
+    )
     store: Path | str | None = option(
         None,
         o.read_store,

@@ -223,6 +223,11 @@ def read_list(value: object) -> tuple[str, ...]:
     return tuple(read_text(part) for part in parts)
 
 
+def read_folders(value: object) -> tuple[Path, ...]:
+    """Read folders: a list, or one text with commas between."""
+    return tuple(Path(folder).expanduser() for folder in read_list(value))
+
+
 def read_adapters(value: object) -> tuple[StaticAdapter, ...]:
     """Read adapters: `NAME=FOLDER`, several of them, a TOML table, or vLLM's JSON objects."""
     if isinstance(value, dict):

@@ -39,6 +39,7 @@ from quickchange_server.errors import CannotStart, ConfigInvalid, QuickchangeErr
 from quickchange_server.key_service import KeyService
 from quickchange_server.keyring import Keyring
 from quickchange_server.listeners import ApiServer, bind, listening_beside, url_of
+from quickchange_server.lora_roots import LoraRoots
 from quickchange_server.memory_budget import MemoryBudget, resolve_budget
 from quickchange_server.memory_limit import device_memory, host_memory
 from quickchange_server.metrics import ServerMetrics
@@ -65,6 +66,7 @@ def run_server(config: ServerConfig, base_folder: Path, keyring: Keyring) -> Non
     restore_affinity()
     disable_progress_bar()
     check_adapter_folders(config.static_adapters)
+    check_lora_roots(config.lora_root)
     with bind(config.host, config.port) as listener, _bind_admin(config) as admin_listener:
         app = create_app(build_services(config, base_folder, keyring))
         restore_affinity()
@@ -90,6 +92,16 @@ def check_adapter_folders(adapters: Iterable[StaticAdapter]) -> None:
                 f"{_spelling(each)}: there is no adapter_config.json in that folder; "
                 "give one that PEFT's save_pretrained wrote"
             )
+
+
+def check_lora_roots(roots: Iterable[Path]) -> None:
+    """Refuse roots that are no folders: a wrong name would make every load a 404.
+
+    Raises: CannotStart.
+    """
+    for root in roots:
+        if not root.is_dir():
+            raise CannotStart(f"--lora-root {root}: there is no such folder")
 
 
 def build_services(config: ServerConfig, base_folder: Path, keyring: Keyring) -> AppServices:
@@ -133,6 +145,7 @@ def build_services(config: ServerConfig, base_folder: Path, keyring: Keyring) ->
             Quota(config.tenant_max_versions, config.tenant_max_bytes),
             config.tenant_uploads_per_minute,
         ),
+        lora_roots=LoraRoots(config.lora_root),
         is_loopback_only=not config.is_public,
         cors_origins=config.cors_origin,
     )

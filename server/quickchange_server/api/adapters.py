@@ -41,7 +41,7 @@ async def upload(
 
     With `dry_run=true` nothing is kept, and the report lists every problem.
     """
-    reader = UploadReader(services.adapters, caller.tenant, _terms(services, caller))
+    reader = UploadReader(services.adapters, caller.tenant, upload_terms(services, caller))
     try:
         _admit(request, services, caller, dry_run)
         form = await reader.read(request, services.limits.upload_pace)
@@ -50,14 +50,14 @@ async def upload(
             return JSONResponse(await services.adapters.check(form))
         result = await services.adapters.upload(form)
     except QuickchangeError as error:
-        _note_refusal(error, services)
+        note_refusal(error, services)
         raise
     finally:
         await reader.discard()
     return JSONResponse(result.version.to_json(), 201 if result.created else 200)
 
 
-def _terms(services: AppServices, caller: Principal) -> UploadTerms:
+def upload_terms(services: AppServices, caller: Principal) -> UploadTerms:
     """Return what holds for an upload: once there are keys, a new name is its tenant's alone."""
     visibility = "public" if services.keyring.is_open else "private"
     return UploadTerms(caller.actor, visibility, services.quotas.quota)
@@ -75,7 +75,7 @@ def _admit(request: Request, services: AppServices, caller: Principal, dry_run: 
         services.quotas.check_announced(caller.tenant, owned, int(announced))
 
 
-def _note_refusal(error: QuickchangeError, services: AppServices) -> None:
+def note_refusal(error: QuickchangeError, services: AppServices) -> None:
     """Count what the caller can mend, and list its reason as any other refusal's."""
     if error.status < 500:
         services.metrics.on_upload_refused(error.code)

@@ -15,6 +15,7 @@ from quickchange_server.api import (
     generate,
     generation,
     keys,
+    lora_path,
     models,
     operations,
 )
@@ -29,6 +30,12 @@ from quickchange_server.api.middleware import (
 from quickchange_server.api.services import AppServices, BodyLimits
 
 UPLOAD_PATH = "/v1/adapters"
+
+ROOMS = (
+    *(generation, generate, models),
+    *(adapters, adapter_states, lora_path, keys),
+    *(operations, documentation),
+)
 
 __all__ = ["AppServices", "BodyLimits", "create_app"]
 
@@ -48,16 +55,7 @@ def create_app(services: AppServices) -> FastAPI:
     app.state.is_ready = False
     _watch(services)
     add_error_handlers(app)
-    for room in (
-        generation,
-        generate,
-        adapters,
-        adapter_states,
-        models,
-        keys,
-        operations,
-        documentation,
-    ):
+    for room in ROOMS:
         app.include_router(room.router)
     app.include_router(operations.probes)
     _add_middleware(app, services)

@@ -87,6 +87,9 @@ NEUTRAL_IN_GENERATE: Mapping[str, tuple[Any, ...]] = {
 }
 """The same for `parameters` of `POST /generate`."""
 
+NEUTRAL_IN_LORA_PATH: Mapping[str, tuple[Any, ...]] = {"is_3d_lora_weight": (False,)}
+"""The same for `POST /v1/load_lora_adapter`."""
+
 IGNORED_HEADER = "x-quickchange-ignored-fields"
 MAX_NAMED_FIELDS = 20
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")

@@ -211,6 +211,21 @@ class CompatGenerateBody(GenerateBody):
     stream: bool | None = None
 
 
+class LoadLoraBody(OpenModel):
+    """Body of vLLM's `POST /v1/load_lora_adapter`."""
+
+    lora_name: Annotated[Text, Field(max_length=256)] | None = None
+    lora_path: Annotated[Text, Field(max_length=4096)] | None = None
+    load_inplace: bool = False
+
+
+class UnloadLoraBody(OpenModel):
+    """Body of vLLM's `POST /v1/unload_lora_adapter`."""
+
+    lora_name: Annotated[Text, Field(max_length=256)] | None = None
+    lora_int_id: int | None = None
+
+
 class TokenizeBody(OpenModel):
     """Body of `POST /tokenize`: `prompt` or `messages`."""
 

@@ -11,6 +11,7 @@ from quickchange_server.api.upload_pace import UploadPace
 from quickchange_server.engine.interface import GenerationEngine
 from quickchange_server.key_service import KeyService
 from quickchange_server.keyring import Keyring
+from quickchange_server.lora_roots import LoraRoots
 from quickchange_server.metrics import ServerMetrics
 from quickchange_server.tokenizer import Tokenizer
 from quickchange_server.upload_quotas import UploadQuotas
@@ -38,6 +39,7 @@ class AppServices:
         keyring: the keys that are good now; while it is open, nobody is asked for one.
         keys: makes and revokes keys, and tells the keyring; None: there is no place to keep them.
         quotas: how much a tenant may upload.
+        lora_roots: folders from which adapters may be loaded by path; none: nobody may.
         is_loopback_only: only this machine reaches the server, and may call while there is no key.
         cors_origins: origins whose pages may call nevertheless.
         ping_s: silence after which a stream gets a comment line.
@@ -53,6 +55,7 @@ class AppServices:
     keyring: Keyring = field(default_factory=Keyring)
     keys: KeyService | None = None
     quotas: UploadQuotas = field(default_factory=UploadQuotas)
+    lora_roots: LoraRoots = field(default_factory=LoraRoots)
     is_loopback_only: bool = True
     cors_origins: tuple[str, ...] = ()
     limits: BodyLimits = field(default_factory=BodyLimits)
