@@ -132,4 +132,5 @@ def _shared_request(
         ignore_eos=bool(body.ignore_eos),
         cache_scope=f"{tenant}/{body.cache_salt or ''}",
         prompt_logprobs=logprobs if has_echo else None,
+        tenant=tenant,
     )

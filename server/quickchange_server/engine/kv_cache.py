@@ -46,6 +46,10 @@ class BlockManager:
         """Blocks for so many tokens."""
         return -(-num_tokens // self.block_size)
 
+    def num_held_alone(self, sequence: Sequence) -> int:
+        """Blocks that would become free if a sequence gave its own back."""
+        return sum(self._references[block] == 1 for block in sequence.blocks)
+
     def adopt_prefix(self, sequence: Sequence) -> None:
         """Take over blocks whose KV equals the head of the sequence's tokens.
 

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from quickchange_adapters.names import DEFAULT_TENANT
+
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
@@ -50,6 +52,7 @@ class GenerationRequest:
         cache_scope: KV is shared only between equal scopes (tenant and salt).
         choice: index among the `n` choices; part of the sampler's key.
         prompt_logprobs: None, or how many alternatives to report for each prompt token.
+        tenant: who asks; tenants share rows and KV blocks fairly. Never part of the answer.
     """
 
     request_id: str
@@ -63,6 +66,7 @@ class GenerationRequest:
     cache_scope: str = ""
     choice: int = 0
     prompt_logprobs: int | None = None
+    tenant: str = DEFAULT_TENANT
 
 
 @dataclass(frozen=True, slots=True)

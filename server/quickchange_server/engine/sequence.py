@@ -29,7 +29,7 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     block_keys: list[bytes] = field(default_factory=list)
     slots: tuple[Slot, ...] = ()
-    num_passed_over: int = 0
+    passed_since: int | None = None
     last_step: int = 0
     arrival_s: float = field(default_factory=time.monotonic)
     scheduled_s: float | None = None

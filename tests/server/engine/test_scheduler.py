@@ -1,81 +1,16 @@
 """The scheduler and its blocks, driven by hand and by random traffic, without a model."""
 
-import itertools
 from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from quickchange_adapters.pool import Slot
-from quickchange_server.engine.kv_cache import BlockManager, kv_root_key
-from quickchange_server.engine.request import AdapterRef, GenerationRequest
+from quickchange_server.engine.kv_cache import kv_root_key
+from quickchange_server.engine.request import AdapterRef
 from quickchange_server.engine.scheduler import Scheduler
 from quickchange_server.engine.sequence import Sequence
-from quickchange_server.engine.step_budget import StepBudget
 
-BLOCK = 4
-_ids = itertools.count()
-
-
-def sequence_of(
-    length: int,
-    adapters: tuple[str, ...] = (),
-    max_tokens: int = 4,
-    scope: str = "",
-    first: int = 0,
-) -> Sequence:
-    refs = tuple(AdapterRef(digest) for digest in adapters)
-    prompt = tuple(range(first, first + length))
-    request = GenerationRequest(
-        f"r{next(_ids)}", prompt, refs, max_tokens=max_tokens, cache_scope=scope
-    )
-    return Sequence.from_request(request, 0, frozenset())
-
-
-class Slots:
-    """At most `limit` distinct adapters at a time, counted like the pool's."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.counts: dict[str, int] = {}
-
-    def take(self, sequence: Sequence) -> tuple[Slot, ...] | None:
-        digests = [adapter.digest for adapter in sequence.request.adapters]
-        live = {d for d, count in self.counts.items() if count}
-        if len(live | set(digests)) > self.limit:
-            return None
-        for digest in digests:
-            self.counts[digest] = self.counts.get(digest, 0) + 1
-        return tuple(Slot(digest, {}, 0) for digest in digests)
-
-    def give(self, sequence: Sequence) -> None:
-        for slot in sequence.slots:
-            self.counts[slot.digest] -= 1
-            assert self.counts[slot.digest] >= 0
-        sequence.slots = ()
-
-
-def scheduler_of(
-    num_blocks: int = 64, max_rows: int = 8, max_step_tokens: int = 16, num_slots: int = 2
-) -> tuple[Scheduler, Slots]:
-    slots = Slots(num_slots)
-    blocks = BlockManager(num_blocks + 1, BLOCK, "base")
-    return Scheduler(blocks, max_rows, StepBudget(max_step_tokens), slots.take, slots.give), slots
-
-
-def advance(scheduler: Scheduler) -> list[str]:
-    """Run one step as the engine would, with token 1 for everybody; return ended ids."""
-    ended = []
-    for row in scheduler.schedule().rows:
-        scheduler.note_computed(row)
-        sequence = row.sequence
-        if row.end == len(sequence.token_ids):
-            sequence.token_ids.append(1)
-            if sequence.num_generated >= sequence.request.max_tokens:
-                scheduler.remove(sequence)
-                ended.append(sequence.request_id)
-    scheduler.check_integrity()
-    return ended
+from tests.server.engine.scheduler_run import advance, scheduler_of, sequence_of
 
 
 def test_long_prompts_are_chunked_beside_decodes() -> None:
@@ -189,6 +124,7 @@ ARRIVALS = st.lists(
         st.integers(0, 3),  # steps before the next arrival
         st.one_of(st.none(), st.integers(0, 25)),  # cancelled after so many steps
         st.sampled_from([0, 100]),  # shared prefix or not
+        st.sampled_from(["x", "x", "y", "z"]),  # whose it is
     ),
     max_size=25,
 )
@@ -203,7 +139,7 @@ ARRIVALS = st.lists(
     st.integers(2, 3),
 )
 def test_every_request_ends_and_nothing_leaks(
-    arrivals: list[tuple[int, int, tuple[str, ...], int, int | None, int]],
+    arrivals: list[tuple[int, int, tuple[str, ...], int, int | None, int, str]],
     num_blocks: int,
     max_rows: int,
     max_step_tokens: int,
@@ -211,8 +147,8 @@ def test_every_request_ends_and_nothing_leaks(
 ) -> None:
     scheduler, slots = scheduler_of(num_blocks, max_rows, max_step_tokens, num_slots)
     live: dict[str, tuple[Sequence, int | None]] = {}
-    for length, max_tokens, adapters, pause, cancel_after, first in arrivals:
-        sequence = sequence_of(length, adapters, max_tokens, first=first)
+    for length, max_tokens, adapters, pause, cancel_after, first, tenant in arrivals:
+        sequence = sequence_of(length, adapters, max_tokens, first=first, tenant=tenant)
         scheduler.add(sequence)
         live[sequence.request_id] = (sequence, cancel_after)
         _run_steps(scheduler, live, pause)
