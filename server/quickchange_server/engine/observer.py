@@ -12,7 +12,7 @@ class StepStats:
     """One step: how long, how much, and on which weights.
 
     `num_rows` counts requests, `num_tokens` tokens through the model, `num_adapters` distinct
-    adapters (the base is none), `num_preempted` requests sent back for want of blocks;
+    adapters (the base is none), `num_preempted` requests sent back to wait;
     `prefix_queries`/`prefix_hits` count prompt tokens looked up and found when rows were admitted.
     """
 
