@@ -16,7 +16,8 @@ ActionName = Literal["load", "unload", "pin", "unpin", "merge", "unmerge", "disa
 class VersionView:
     """One immutable upload: `adapter.version`.
 
-    Times are seconds since 1970. `report` is the report of its upload; in lists it is None.
+    Times are seconds since 1970. `num_requests` and `last_used_at` are this process's. `report` is
+    the report of its upload; in lists it is None.
     """
 
     name: str
@@ -37,6 +38,7 @@ class VersionView:
     base: str
     created_at: int
     last_used_at: int | None
+    num_requests: int
     report: Json | None
 
     def to_json(self) -> Json:
@@ -63,6 +65,7 @@ class VersionView:
             "base": self.base,
             "created_at": self.created_at,
             "last_used_at": self.last_used_at,
+            "requests": self.num_requests,
             "report": self.report,
         }
 

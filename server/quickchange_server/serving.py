@@ -206,7 +206,7 @@ async def _serve(
     """Run the app's lifespan around the servers. Signals end them with exit code 0."""
     services: AppServices = app.state.services
     async with app.router.lifespan_context(app):
-        await _add_static(services.adapters, config.static_adapters)
+        await add_static_adapters(services.adapters, config.static_adapters)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, _note_signal)  # uvicorn raises them again when it is done
         announcement = asyncio.create_task(
@@ -219,7 +219,11 @@ async def _serve(
     _say("stopped")
 
 
-async def _add_static(service: AdapterService, adapters: Iterable[StaticAdapter]) -> None:
+async def add_static_adapters(service: AdapterService, adapters: Iterable[StaticAdapter]) -> None:
+    """Serve the adapters that were given at start.
+
+    Raises: CannotStart.
+    """
     for each in adapters:
         try:
             await service.add_static(each.name, each.folder)

@@ -4,6 +4,7 @@ import asyncio
 import platform
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
 from quickchange_adapters.records import AdapterRecord, EventRecord, VersionRecord
 
@@ -27,8 +28,19 @@ SETTLE_POLL_S = 0.005
 Reports = Mapping[int, Json]
 
 
+@dataclass(frozen=True, slots=True)
+class VersionUse:
+    """How many requests ran on a version in this process, and when the last one came."""
+
+    num_requests: int = 0
+    last_at: int | None = None
+
+
+NEVER_USED = VersionUse()
+
+
 class ViewBuilder:
-    """Builds views; remembers when each version was last used in this process.
+    """Builds views; remembers how each version was used in this process.
 
     `is_pinned`: whether a version is to be kept loaded. `is_on_disk`: whether its files are on this
     machine; neither waits.
@@ -43,22 +55,25 @@ class ViewBuilder:
         self._engine = engine
         self._is_pinned = is_pinned
         self._is_on_disk = is_on_disk
-        self._last_used: dict[tuple[str, str, int], int] = {}
+        self._uses: dict[tuple[str, str, int], VersionUse] = {}
         self._started = int(time.time())
 
     def note_use(self, version: VersionRecord) -> None:
-        """Remember that a version was asked for."""
-        self._last_used[_key(version)] = int(time.time())
+        """Remember that a request runs on a version."""
+        key = _key(version)
+        count = self._uses.get(key, NEVER_USED).num_requests + 1
+        self._uses[key] = VersionUse(count, int(time.time()))
 
     def forget(self, versions: Iterable[VersionRecord]) -> None:
         """Drop what is remembered of versions that go."""
         for version in versions:
-            self._last_used.pop(_key(version), None)
+            self._uses.pop(_key(version), None)
 
     def version(self, record: VersionRecord, report: Json | None) -> VersionView:
         """Return one version's view."""
         snapshot = self._engine.snapshot()
         resident = snapshot.adapters.get(record.digest)
+        use = self._uses.get(_key(record), NEVER_USED)
         state: VersionState = record.state
         if state == "ready" and record.digest in snapshot.quarantined:
             state = "quarantined"
@@ -80,7 +95,8 @@ class ViewBuilder:
             merged=bool(resident and resident.merged_bytes),
             base=record.base_name,
             created_at=record.created_at,
-            last_used_at=self._last_used.get(_key(record)),
+            last_used_at=use.last_at,
+            num_requests=use.num_requests,
             report=report,
         )
 

@@ -36,6 +36,8 @@ class StoredAdapter:
     versions: dict[int, Json] = field(default_factory=dict)
     files: dict[tuple[int, str], bytes] = field(default_factory=dict)
     aliases: dict[str, int] = field(default_factory=dict)
+    tags: list[str] = field(default_factory=list)
+    events: list[Json] = field(default_factory=list)
 
     @property
     def etag(self) -> str:
@@ -50,7 +52,7 @@ class StoredAdapter:
             "visibility": "public",
             "aliases": self.aliases,
             "versions": list(self.versions.values()),
-            "tags": [],
+            "tags": self.tags,
             "created_at": 1_760_000_000,
         }
 
@@ -65,6 +67,7 @@ class FakeServer:
         self.scopes: list[str] = []
         self.next_answers: deque[Response] = deque()
         self.api_key: str | None = None
+        self.refuses_to_delete: set[int] = set()
         adapter = "/v1/adapters/{name}"
         self.app = Starlette(
             routes=[
@@ -78,6 +81,7 @@ class FakeServer:
                 Route("/v1/adapters", self._guarded(self._list)),
                 Route(adapter, self._guarded(self._get)),
                 Route(adapter, self._guarded(self._delete), methods=["DELETE"]),
+                Route(adapter + "/events", self._guarded(self._events)),
                 Route(adapter + "/versions/{version:int}", self._guarded(self._get_version)),
                 Route(
                     adapter + "/versions/{version:int}/files/{file}",
@@ -255,6 +259,11 @@ class FakeServer:
         stored = self.adapters.get(request.path_params["name"])
         return _adapter_not_found(request) if stored is None else _adapter_answer(stored)
 
+    async def _events(self, request: Request) -> Response:
+        events = self.adapters[request.path_params["name"]].events
+        numbered = [{"id": str(n), "at": n, **event} for n, event in enumerate(events, 1)]
+        return JSONResponse({"object": "list", "data": numbered, "has_more": False})
+
     async def _get_version(self, request: Request) -> Response:
         stored = self.adapters.get(request.path_params["name"])
         number = request.path_params["version"]
@@ -289,7 +298,7 @@ class FakeServer:
         await self._body(request)
         stored = self.adapters[request.path_params["name"]]
         number = request.path_params["version"]
-        if number in stored.aliases.values():
+        if number in {*stored.aliases.values(), *self.refuses_to_delete}:
             return refusal(409, "alias_in_use", "an alias points at it; move the alias first")
         stored.versions.pop(number)
         answer = {"object": "adapter.version.deleted", "name": stored.name, "version": number}
@@ -461,5 +470,6 @@ def _version(name: str, number: int, digest: str, num_bytes: int) -> Json:
         "base": BASE,
         "created_at": 1_760_000_000,
         "last_used_at": None,
+        "requests": 0,
         "report": _report(),
     }

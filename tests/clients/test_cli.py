@@ -17,10 +17,10 @@ from tests.clients.fake_server import BASE, WORDS, FakeServer, refusal
 
 SAID = "".join(WORDS)
 COMMANDS = sorted(str(command.name) for command in app.registered_commands)
-HEADINGS = ["NAME", "ALIASES", "VERSIONS", "TIER", "RANK", "BYTES", "LAST USED"]
+HEADINGS = ["NAME", "ALIASES", "VERSIONS", "TIER", "RANK", "BYTES", "LAST USED", "REQUESTS"]
 OWN = sorted(
-    ("alias", "disable", "enable", "generate", "list", "load", "memory", "merge", "pin", "pull")
-    + ("push", "rm", "rollback", "show", "unload", "unmerge", "unpin", "validate")
+    ("alias", "compare", "disable", "enable", "generate", "list", "load", "memory", "merge", "pin")
+    + ("prune", "pull", "push", "rm", "rollback", "show", "unload", "unmerge", "unpin", "validate")
 )
 
 

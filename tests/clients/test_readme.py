@@ -23,9 +23,10 @@ def blocks(language: str) -> list[str]:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, make_adapter: MakeAdapter) -> Path:
-    """Return a folder that holds what the README calls ./my-adapter."""
+def folder(tmp_path: Path, make_adapter: MakeAdapter, tiny_base: Path) -> Path:
+    """Return a folder that holds what the README calls ./my-adapter and ./my-base."""
     (tmp_path / "my-adapter").symlink_to(make_adapter())
+    (tmp_path / "my-base").symlink_to(tiny_base)
     return tmp_path
 
 

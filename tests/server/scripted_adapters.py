@@ -42,6 +42,7 @@ def version_view(name: str, version: int = 1) -> VersionView:
         base="tiny",
         created_at=1,
         last_used_at=None,
+        num_requests=0,
         report={},
     )
 

@@ -31,7 +31,7 @@ from tests.server.service_world import SPEC, SlowEngine, World, chunks, seen
 VERSION_KEYS = {
     *("object", "name", "version", "digest", "state", "peft_type", "rank", "ranks"),
     *("target_modules", "task", "bytes", "tier", "pinned", "merged", "base", "created_at"),
-    *("last_used_at", "report"),
+    *("last_used_at", "requests", "report"),
 }
 ADAPTER_KEYS = {
     *("object", "name", "tenant", "visibility", "aliases", "versions", "tags", "created_at"),
@@ -66,11 +66,14 @@ async def test_an_upload_is_served_at_once(world: World) -> None:
     resolved = world.service.resolve("sentiment")
     assert (resolved.kind, resolved.served_name, resolved.version) == ("adapter", "sentiment", 1)
     assert resolved.digest == result.version.digest
+    assert (shown["requests"], shown["last_used_at"]) == (0, None)
     await world.service.acquire(resolved)
     assert world.engine.loaded[resolved.digest].pairs.keys() == {
         m for m in SPEC.modules if m.endswith("q_proj")
     }
+    await world.service.acquire(resolved)
     view = await world.service.get_version("sentiment")
+    assert view.to_json()["requests"] == 2
     assert (view.tier, view.host_bytes > 0, view.last_used_at is not None) == ("device", True, True)
     assert world.incoming() == []
 

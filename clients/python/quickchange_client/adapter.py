@@ -70,7 +70,10 @@ class VersionBytes(Part):
 
 
 class AdapterVersion(Answer):
-    """One immutable upload: `adapter.version`. Times are seconds since 1970."""
+    """One immutable upload: `adapter.version`. Times are seconds since 1970.
+
+    `requests` and `last_used_at` are the answering server's own, since it started.
+    """
 
     object: str = "adapter.version"
     name: str
@@ -89,7 +92,17 @@ class AdapterVersion(Answer):
     base: str | None = None
     created_at: int | None = None
     last_used_at: int | None = None
+    requests: int | None = None
     report: AdapterReport | None = None
+
+
+class AdapterConfig(Answer):
+    """The adapter_config.json of a version, as it was uploaded."""
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """All of its fields."""
+        return dict(self.model_extra or {})
 
 
 class Adapter(Answer):

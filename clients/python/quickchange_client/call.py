@@ -8,13 +8,14 @@ from urllib.parse import quote
 from quickchange_client.adapter import (
     Adapter,
     AdapterAction,
+    AdapterConfig,
     AdapterDeletion,
     AdapterPage,
     AdapterReport,
     AdapterVersion,
     EventPage,
 )
-from quickchange_client.adapter_folder import AdapterFolder
+from quickchange_client.adapter_folder import CONFIG_FILE, AdapterFolder
 from quickchange_client.answer import Answer, AnswerT
 from quickchange_client.errors import ArgumentInvalid
 from quickchange_client.multipart import FilePart, MultipartBody, Progress
@@ -52,7 +53,8 @@ class UploadOptions:
 
     `alias` is pointed at the version in the same transaction. `allow_noop` accepts an adapter that
     changes nothing; `strict_base` refuses one whose config names another base. `visibility` None:
-    as it is, and for a new name what the server takes.
+    as it is, and for a new name what the server takes. `tags` take the place of the adapter's own;
+    None leaves those.
     """
 
     name: str
@@ -60,13 +62,18 @@ class UploadOptions:
     allow_noop: bool = False
     strict_base: bool = False
     visibility: Visibility | None = None
+    tags: tuple[str, ...] | None = None
 
     def fields(self) -> dict[str, str]:
-        """Return the form's text fields; what is at its default is left out."""
+        """Return the form's text fields; what is at its default is left out.
+
+        Raises: ArgumentInvalid if a tag holds a comma.
+        """
         texts = {
             "name": self.name,
             "alias": self.alias,
             "visibility": self.visibility,
+            "tags": None if self.tags is None else _joined(self.tags),
             "allow_noop": "true" if self.allow_noop else None,
             "strict_base": "true" if self.strict_base else None,
         }
@@ -123,6 +130,12 @@ def get_version(name: str, version: int) -> Call[AdapterVersion]:
 def get_file(name: str, version: int, file: str) -> Call[Answer]:
     """Download one file of a version; its answer is to be read as a stream of bytes."""
     return Call("GET", _adapter_path(name, "versions", str(version), "files", file), Answer)
+
+
+def get_config(name: str, version: int) -> Call[AdapterConfig]:
+    """Get a version's adapter_config.json."""
+    path = _adapter_path(name, "versions", str(version), "files", CONFIG_FILE)
+    return Call("GET", path, AdapterConfig)
 
 
 def delete_adapter(
@@ -200,6 +213,13 @@ def _upload_form(
         files.append(FilePart("task", folder.task, JSON_TYPE))
     files.append(FilePart("adapter_model", folder.weights, WEIGHTS_TYPE))
     return MultipartBody(options.fields(), tuple(files), progress)
+
+
+def _joined(tags: tuple[str, ...]) -> str:
+    for tag in tags:
+        if "," in tag or not tag.strip():
+            raise ArgumentInvalid(f"{tag!r} is no tag: leave out commas, and say something")
+    return ",".join(tags)
 
 
 def _if_match(etag: str | None) -> dict[str, str]:

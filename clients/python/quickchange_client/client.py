@@ -11,6 +11,7 @@ from quickchange_client import call
 from quickchange_client.adapter import (
     Adapter,
     AdapterAction,
+    AdapterConfig,
     AdapterDeletion,
     AdapterEvent,
     AdapterPage,
@@ -141,6 +142,7 @@ class Adapters:
         name: str,
         alias: str | None = None,
         visibility: Visibility | None = None,
+        tags: Sequence[str] | None = None,
         allow_noop: bool = False,
         strict_base: bool = False,
         progress: Progress | None = None,
@@ -149,11 +151,12 @@ class Adapters:
 
         The first version of a name goes live at once, later ones when an alias is moved to them:
         `alias="default"` does so in the same transaction. `visibility` says whether other tenants
-        may use it. `progress(sent_bytes, total_bytes)`.
+        may use it. `tags` take the place of the adapter's. `progress(sent_bytes, total_bytes)`.
 
         Raises: FolderInvalid, before anything is sent; UploadRefused, with all problems.
         """
-        options = UploadOptions(name, alias, allow_noop, strict_base, visibility)
+        labels = None if tags is None else tuple(tags)
+        options = UploadOptions(name, alias, allow_noop, strict_base, visibility, labels)
         return self._connection.send(call.upload(AdapterFolder.find(folder), options, progress))
 
     def dry_run(
@@ -188,6 +191,10 @@ class Adapters:
     def get_version(self, name: str, version: int) -> AdapterVersion:
         """Return one version with the report of its upload."""
         return self._connection.send(call.get_version(name, version))
+
+    def get_config(self, name: str, version: int) -> AdapterConfig:
+        """Return a version's adapter_config.json, as it was uploaded."""
+        return self._connection.send(call.get_config(name, version))
 
     def download(
         self, name: str, version: int, folder: str | Path, *, progress: Progress | None = None

@@ -7,6 +7,7 @@ QuickchangeError
 ├── ArgumentInvalid                  a setting, name or option cannot be sent as it is
 │   └── FolderInvalid                a folder does not hold an adapter that can be uploaded
 ├── FolderNotWritten                 a folder to download into cannot be written
+├── HubFetchFailed                   a repository of the Hub was not fetched
 ├── ConnectionFailed                 no answer: refused, unreachable, broken off
 │   └── RequestTimedOut              no answer in time
 ├── StreamInterrupted                a stream ended before its end was announced
@@ -49,6 +50,10 @@ class FolderInvalid(ArgumentInvalid):
 
 class FolderNotWritten(QuickchangeError):
     """The disk did not take what was downloaded; nothing of it is left."""
+
+
+class HubFetchFailed(QuickchangeError):
+    """The Hub is away, has no such thing, or what it has cannot be uploaded; nothing was sent."""
 
 
 class ConnectionFailed(QuickchangeError):

@@ -1,4 +1,7 @@
-"""Where the server is and which key to show it. The only reader of the environment."""
+"""Where the server is and which key to show it, and the same of the Hub.
+
+The only reader of the environment.
+"""
 
 import os
 from collections.abc import Mapping
@@ -10,6 +13,9 @@ from quickchange_client.errors import ArgumentInvalid
 DEFAULT_URL = "http://127.0.0.1:8000"
 URL_VARIABLE = "QUICKCHANGE_URL"
 API_KEY_VARIABLE = "QUICKCHANGE_API_KEY"
+DEFAULT_HUB = "https://huggingface.co"
+HUB_VARIABLE = "HF_ENDPOINT"
+HUB_TOKEN_VARIABLE = "HF_TOKEN"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +44,33 @@ class Settings:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class HubSettings:
+    """The Hub's address without a trailing slash, and the token to show it, if there is one."""
+
+    url: str = DEFAULT_HUB
+    token: str | None = field(default=None, repr=False)
+
+    @classmethod
+    def read(cls, environ: Mapping[str, str] | None = None) -> "HubSettings":
+        """Take the environment, then the default.
+
+        Raises: ArgumentInvalid if the address is not an http(s) one.
+        """
+        variables = os.environ if environ is None else environ
+        url = (variables.get(HUB_VARIABLE) or DEFAULT_HUB).strip().rstrip("/")
+        if not _is_http(url):
+            raise ArgumentInvalid(f"{HUB_VARIABLE} is {url!r}; give an address like {DEFAULT_HUB}")
+        return cls(url, variables.get(HUB_TOKEN_VARIABLE) or None)
+
+
+def _is_http(url: str) -> bool:
+    parts = urlsplit(url)
+    return parts.scheme in ("http", "https") and bool(parts.netloc)
+
+
 def _clean_url(url: str) -> str:
-    parts = urlsplit(url.strip())
-    if parts.scheme not in ("http", "https") or not parts.netloc:
+    if not _is_http(url.strip()):
         raise ArgumentInvalid(
             f"the server's address {url!r} is not a URL; give one such as {DEFAULT_URL}, "
             f"with --url or {URL_VARIABLE}"

@@ -1,6 +1,6 @@
 """Commands about adapters: what is there, what its names mean, and where its bytes are."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, get_args
 
@@ -8,6 +8,12 @@ import typer
 
 from quickchange_client.call import UploadOptions, Visibility
 from quickchange_client.cli.adapter_reference import AdapterReference
+from quickchange_client.cli.adapter_source import (
+    AdapterSource,
+    SourceArgument,
+    adapter_source,
+    tags_with,
+)
 from quickchange_client.cli.adapter_tables import (
     print_adapter,
     print_adapters,
@@ -20,18 +26,14 @@ from quickchange_client.cli.session import JsonOption, UrlOption, say, session
 from quickchange_client.client import Quickchange
 from quickchange_client.errors import ArgumentInvalid, Forbidden
 
-FOLDER_HELP = "What save_pretrained() of a PEFT model wrote."
 REFERENCE_HELP = "NAME, NAME:3, NAME@ALIAS or NAME@sha256:DIGEST."
 
-FolderArgument = Annotated[
-    Path, typer.Argument(metavar="DIR", exists=True, file_okay=False, help=FOLDER_HELP)
-]
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="The adapter's name.")]
 ReferenceArgument = Annotated[str, typer.Argument(metavar="ADAPTER", help=REFERENCE_HELP)]
 
 
 def push(
-    folder: FolderArgument,
+    source: SourceArgument,
     name: Annotated[str, typer.Option("--name", "-n", metavar="N", help="Name to serve it under.")],
     alias: Annotated[
         str | None, typer.Option("--alias", metavar="A", help="Point this alias at it.")
@@ -57,6 +59,9 @@ def push(
     The first version of a name is live at once; a later one when an alias is
     moved to it. The same bytes under the same name: the version that is there.
 
+    hf:ORG/NAME@REVISION is fetched from the Hugging Face Hub to this machine
+    first (HF_ENDPOINT, HF_TOKEN), and its commit becomes a tag of the adapter.
+
     Examples:
         quickchange push ./my-adapter --name sentiment
 
@@ -65,19 +70,27 @@ def push(
         quickchange push ./my-adapter --name sentiment --visibility public
 
         quickchange push ./my-adapter --name sentiment --dry-run
+
+        quickchange push hf:some-org/some-lora@main --name from-the-hub
     """
     checks = {"allow_noop": allow_noop, "strict_base": strict_base}
-    with session(url, as_json) as client:
+    with (
+        session(url, as_json) as client,
+        adapter_source(source, is_shown=not as_json) as found,
+    ):
         seen_by = _visibility(visibility)
         if dry_run:
-            check_folder(client, folder, name, checks, as_json)
+            check_folder(client, found.folder, name, checks, as_json)
         else:
             options = UploadOptions(name, alias, allow_noop, strict_base, seen_by)
-            _upload(client, folder, options, as_json)
+            _upload(client, found, options, as_json)
 
 
 def list_adapters(url: UrlOption = None, as_json: JsonOption = False) -> None:
-    """List adapters with their versions, aliases, tiers and bytes.
+    """List adapters with their versions, aliases, tiers, bytes and use.
+
+    Tier, rank and bytes are those of what the bare name means. Requests and
+    last use are those of the server that answers, since it started.
 
     Examples:
         quickchange list
@@ -218,10 +231,13 @@ def _visibility(text: str | None) -> Visibility | None:
     return known.get(text)
 
 
-def _upload(client: Quickchange, folder: Path, options: UploadOptions, as_json: bool) -> None:
+def _upload(
+    client: Quickchange, source: AdapterSource, options: UploadOptions, as_json: bool
+) -> None:
     name = options.name
+    options = replace(options, tags=tags_with(client, name, source.tag))
     with byte_progress("uploading", "checking", is_shown=not as_json) as progress:
-        version = client.adapters.upload(folder, progress=progress, **asdict(options))
+        version = client.adapters.upload(source.folder, progress=progress, **asdict(options))
     if as_json:
         print_json(version)
         return

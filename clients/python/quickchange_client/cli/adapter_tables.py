@@ -1,9 +1,15 @@
 """Adapters, versions and reports as tables."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from quickchange_client.adapter import Adapter, AdapterAction, AdapterReport, AdapterVersion
+from quickchange_client.adapter import (
+    Adapter,
+    AdapterAction,
+    AdapterReport,
+    AdapterVersion,
+    ModuleReport,
+)
 from quickchange_client.cli.output import format_bytes, format_time, print_pairs, print_table
 
 DIGEST_CHARS = 12
@@ -12,7 +18,7 @@ MAX_NAMES = 5
 
 def print_adapters(adapters: Sequence[Adapter]) -> None:
     """Print a row for each adapter; tier, rank and bytes are those of its default version."""
-    headings = ("NAME", "ALIASES", ">VERSIONS", "TIER", ">RANK", ">BYTES", "LAST USED")
+    headings = ("NAME", "ALIASES", ">VERSIONS", "TIER", ">RANK", ">BYTES", "LAST USED", ">REQUESTS")
     print_table(headings, [_adapter_row(adapter) for adapter in adapters])
 
 
@@ -27,18 +33,22 @@ def print_adapter(adapter: Adapter) -> None:
         ]
     )
     print()
-    headings = (">VERSION", "ALIASES", "STATE", "TIER", "MERGED", ">RANK", ">BYTES", "DIGEST")
-    print_table(headings, [_version_row(adapter, version) for version in adapter.versions])
+    headings = (">VERSION", "ALIASES", "STATE", "TIER", "MERGED", ">RANK", ">BYTES")
+    more = (">REQUESTS", "DIGEST")
+    rows = [_version_row(adapter, version) for version in adapter.versions]
+    print_table((*headings, *more), rows)
 
 
 def print_version(version: AdapterVersion) -> None:
     """Print one version, and the report of its upload."""
     print_pairs([*_version_pairs(version), *_report_pairs(version.report)])
+    _print_targets(version.report)
 
 
 def print_report(report: AdapterReport) -> None:
     """Print what the server found in an upload."""
     print_pairs(_report_pairs(report))
+    _print_targets(report)
 
 
 def print_action(action: AdapterAction) -> None:
@@ -71,6 +81,8 @@ def _version_pairs(version: AdapterVersion) -> list[tuple[str, object]]:
         ("host", format_bytes(held.host) if held.host else None),
         ("device", format_bytes(held.device) if held.device else None),
         ("created", format_time(version.created_at)),
+        ("last used", format_time(version.last_used_at) if version.last_used_at else None),
+        ("requests", version.requests),
         *((f"task {key}", _task_value(value)) for key, value in (version.task or {}).items()),
     ]
 
@@ -91,7 +103,6 @@ def _report_pairs(report: AdapterReport | None) -> list[tuple[str, object]]:
         ("matched", f"{len(modules.matched)} modules"),
         ("missed", _names(modules.missed)),
         ("unexpected", _names(modules.unexpected)),
-        ("update norm", _norm_range(report)),
         ("probe", _probe_text(report)),
         ("no effect", "yes: it changes nothing" if report.no_effect else None),
         *(("warning", warning) for warning in report.warnings),
@@ -101,14 +112,16 @@ def _report_pairs(report: AdapterReport | None) -> list[tuple[str, object]]:
 def _adapter_row(adapter: Adapter) -> tuple[object, ...]:
     aliases = ", ".join(f"{alias}={number}" for alias, number in sorted(adapter.aliases.items()))
     default = _default_version(adapter)
-    cells = ("-", "-", "-", "-") if default is None else _default_cells(default)
-    return (adapter.name, aliases, len(adapter.versions), *cells)
+    cells = ("-", "-", "-") if default is None else _default_cells(default)
+    used = max((each.last_used_at or 0 for each in adapter.versions), default=0)
+    requests = [each.requests for each in adapter.versions if each.requests is not None]
+    use = (format_time(used or None), sum(requests) if requests else "-")
+    return (adapter.name, aliases, len(adapter.versions), *cells, *use)
 
 
 def _default_cells(version: AdapterVersion) -> tuple[object, ...]:
     tier = f"{version.tier} (merged)" if version.merged else version.tier
-    size = format_bytes(version.bytes.file)
-    return tier, version.rank, size, format_time(version.last_used_at)
+    return tier, version.rank, format_bytes(version.bytes.file)
 
 
 def _default_version(adapter: Adapter) -> AdapterVersion | None:
@@ -126,6 +139,7 @@ def _version_row(adapter: Adapter, version: AdapterVersion) -> tuple[object, ...
         "yes" if version.merged else "no",
         version.rank,
         format_bytes(version.bytes.file),
+        "-" if version.requests is None else version.requests,
         short_digest(version.digest),
     )
 
@@ -152,6 +166,44 @@ def _probe_text(report: AdapterReport) -> str | None:
     )
 
 
-def _norm_range(report: AdapterReport) -> str | None:
-    norms = [m.update_norm for m in report.modules.matched if m.update_norm is not None]
-    return f"{min(norms):.4g} to {max(norms):.4g}" if norms else None
+def _print_targets(report: AdapterReport | None) -> None:
+    """Print a row for the modules of each name: what they are, and how strong their updates."""
+    if report is None or not report.modules.matched:
+        return
+    groups: dict[str, list[ModuleReport]] = {}
+    for module in report.modules.matched:
+        groups.setdefault(target_of(module), []).append(module)
+    print()
+    headings = ("TARGET", ">MODULES", ">RANK", ">SCALING", "LORA_A", "LORA_B", "UPDATE NORM")
+    print_table(headings, [_target_row(name, groups[name]) for name in sorted(groups)])
+
+
+def target_of(module: ModuleReport) -> str:
+    """Return the last part of a module's name, which is what configs target."""
+    return module.module.rpartition(".")[2]
+
+
+def _target_row(name: str, modules: Sequence[ModuleReport]) -> tuple[object, ...]:
+    norms = [module.update_norm for module in modules if module.update_norm is not None]
+    return (
+        name,
+        len(modules),
+        _spread(module.rank for module in modules),
+        _spread(module.scaling for module in modules),
+        _all_of("×".join(map(str, module.lora_a)) for module in modules),
+        _all_of("×".join(map(str, module.lora_b)) for module in modules),
+        _spread(norms),
+    )
+
+
+def _spread(values: Iterable[float]) -> str:
+    """Return the smallest and the largest value, or the one that all have."""
+    found = sorted(set(values))
+    if not found:
+        return "-"
+    low, high = f"{found[0]:.4g}", f"{found[-1]:.4g}"
+    return low if low == high else f"{low} to {high}"
+
+
+def _all_of(texts: Iterable[str]) -> str:
+    return ", ".join(sorted(set(texts)))

@@ -8,10 +8,12 @@ import typer
 from quickchange_client.cli import (
     action_commands,
     adapter_commands,
+    compare_command,
     folder_commands,
     generate_command,
     key_commands,
     memory_command,
+    prune_command,
 )
 from quickchange_client.cli.plugins import add_plugins
 
@@ -39,6 +41,8 @@ app.command("show", rich_help_panel=ADAPTERS)(adapter_commands.show)
 app.command("pull", rich_help_panel=ADAPTERS)(folder_commands.pull)
 app.command("alias", rich_help_panel=ADAPTERS)(adapter_commands.alias)
 app.command("rollback", rich_help_panel=ADAPTERS)(adapter_commands.rollback)
+app.command("compare", rich_help_panel=ADAPTERS)(compare_command.compare)
+app.command("prune", rich_help_panel=ADAPTERS)(prune_command.prune)
 app.command("rm", rich_help_panel=ADAPTERS)(adapter_commands.rm)
 app.command("load", rich_help_panel=ADAPTERS)(action_commands.load)
 app.command("unload", rich_help_panel=ADAPTERS)(action_commands.unload)

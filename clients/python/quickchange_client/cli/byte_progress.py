@@ -1,10 +1,17 @@
-"""A progress bar for files on their way, beside the output, when someone is looking."""
+"""A progress bar for long work, beside the output, when someone is looking."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TransferSpeedColumn,
+)
 
 from quickchange_client.multipart import Progress as ProgressCallback
 
@@ -31,3 +38,16 @@ def byte_progress(
             bar.update(task, completed=done_bytes, total=total_bytes, description=description)
 
         yield advance
+
+
+@contextmanager
+def count_progress(doing: str, *, is_shown: bool) -> Iterator[ProgressCallback | None]:
+    """Give a callback for `(done, total)` things; None when stderr is no terminal."""
+    console = Console(stderr=True)
+    if not is_shown or not console.is_terminal:
+        yield None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(doing, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -5,8 +5,9 @@ from typing import Annotated
 
 import typer
 
-from quickchange_client.cli.adapter_commands import FolderArgument, ReferenceArgument, check_folder
+from quickchange_client.cli.adapter_commands import ReferenceArgument, check_folder
 from quickchange_client.cli.adapter_reference import AdapterReference
+from quickchange_client.cli.adapter_source import SourceArgument, adapter_source
 from quickchange_client.cli.byte_progress import byte_progress
 from quickchange_client.cli.output import format_bytes, print_json
 from quickchange_client.cli.session import JsonOption, UrlOption, session
@@ -18,7 +19,7 @@ NAME_OF_NOBODY = "to-be-named"
 
 
 def validate(
-    folder: FolderArgument,
+    source: SourceArgument,
     name: Annotated[
         str, typer.Option("--name", "-n", metavar="N", help="Also ask whether it may be called so.")
     ] = NAME_OF_NOBODY,
@@ -39,10 +40,15 @@ def validate(
         quickchange validate ./my-adapter
 
         quickchange validate ./my-adapter --name sentiment --json
+
+        quickchange validate hf:some-org/some-lora@v1.0
     """
     checks = {"allow_noop": allow_noop, "strict_base": strict_base}
-    with session(url, as_json) as client:
-        check_folder(client, folder, name, checks, as_json)
+    with (
+        session(url, as_json) as client,
+        adapter_source(source, is_shown=not as_json) as found,
+    ):
+        check_folder(client, found.folder, name, checks, as_json)
 
 
 def pull(

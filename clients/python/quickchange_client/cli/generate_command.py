@@ -14,41 +14,51 @@ from quickchange_client.generation import ChatChunk, Completion, GenerationOptio
 from quickchange_client.stream import Stream
 
 MODEL_HELP = "The base, or an adapter: NAME, NAME:3, NAME@ALIAS or NAME@sha256:DIGEST."
-
-
 MIX_HELP = "Mix adapters on the base, as in a=0.7,b=-0.3; MODEL may then be left out."
+
+ModelArgument = Annotated[str | None, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
+PromptArgument = Annotated[
+    str | None, typer.Argument(metavar="PROMPT", help="The prompt; - reads standard input.")
+]
+AdaptersOption = Annotated[
+    str | None, typer.Option("--adapters", metavar="NAME=WEIGHT,…", help=MIX_HELP)
+]
+RawOption = Annotated[
+    bool, typer.Option("--raw", help="Continue the prompt as plain text, without a chat.")
+]
+RawPromptOption = Annotated[
+    bool, typer.Option("--raw-prompt", help="Leave the adapter's task.json aside.")
+]
+SystemOption = Annotated[
+    str | None, typer.Option("--system", metavar="TEXT", help="A system message.")
+]
+MaxTokensOption = Annotated[
+    int | None, typer.Option("--max-tokens", metavar="N", help="Most tokens to generate.")
+]
+TemperatureOption = Annotated[
+    float | None, typer.Option("--temperature", metavar="T", help="0 is greedy.")
+]
+TopPOption = Annotated[float | None, typer.Option("--top-p", metavar="P", help="Nucleus.")]
+SeedOption = Annotated[
+    int | None, typer.Option("--seed", metavar="N", help="Makes sampling repeatable.")
+]
+StopOption = Annotated[
+    list[str] | None, typer.Option("--stop", metavar="TEXT", help="End here; repeatable.")
+]
 
 
 def generate(
-    model: Annotated[str | None, typer.Argument(metavar="MODEL", help=MODEL_HELP)] = None,
-    prompt: Annotated[
-        str | None, typer.Argument(metavar="PROMPT", help="The prompt; - reads standard input.")
-    ] = None,
-    adapters: Annotated[
-        str | None, typer.Option("--adapters", metavar="NAME=WEIGHT,…", help=MIX_HELP)
-    ] = None,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="Continue the prompt as plain text, without a chat.")
-    ] = False,
-    raw_prompt: Annotated[
-        bool, typer.Option("--raw-prompt", help="Leave the adapter's task.json aside.")
-    ] = False,
-    system: Annotated[
-        str | None, typer.Option("--system", metavar="TEXT", help="A system message.")
-    ] = None,
-    max_tokens: Annotated[
-        int | None, typer.Option("--max-tokens", metavar="N", help="Most tokens to generate.")
-    ] = None,
-    temperature: Annotated[
-        float | None, typer.Option("--temperature", metavar="T", help="0 is greedy.")
-    ] = None,
-    top_p: Annotated[float | None, typer.Option("--top-p", metavar="P", help="Nucleus.")] = None,
-    seed: Annotated[
-        int | None, typer.Option("--seed", metavar="N", help="Makes sampling repeatable.")
-    ] = None,
-    stop: Annotated[
-        list[str] | None, typer.Option("--stop", metavar="TEXT", help="End here; repeatable.")
-    ] = None,
+    model: ModelArgument = None,
+    prompt: PromptArgument = None,
+    adapters: AdaptersOption = None,
+    raw: RawOption = False,
+    raw_prompt: RawPromptOption = False,
+    system: SystemOption = None,
+    max_tokens: MaxTokensOption = None,
+    temperature: TemperatureOption = None,
+    top_p: TopPOption = None,
+    seed: SeedOption = None,
+    stop: StopOption = None,
     url: UrlOption = None,
     as_json: JsonOption = False,
 ) -> None:

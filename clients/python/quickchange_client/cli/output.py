@@ -25,15 +25,28 @@ def without_controls(text: str) -> str:
 
 def print_json(value: BaseModel | Sequence[BaseModel]) -> None:
     """Print what the server sent, no more and no less, as indented JSON."""
-    shown = _sent(value) if isinstance(value, BaseModel) else [_sent(each) for each in value]
-    print(json.dumps(shown, indent=2, ensure_ascii=False))
+    print_json_value(
+        _sent(value) if isinstance(value, BaseModel) else [_sent(each) for each in value]
+    )
+
+
+def print_json_value(value: Any) -> None:
+    """Print a value as indented JSON."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 def print_table(
-    headings: Sequence[str], rows: Iterable[Sequence[object]], *, to_stderr: bool = False
+    headings: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    *,
+    to_stderr: bool = False,
+    is_spaced: bool = False,
 ) -> None:
-    """Print rows under headings; a heading that begins with `>` is for a column of numbers."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    """Print rows under headings; a heading that begins with `>` is for a column of numbers.
+
+    `is_spaced`: an empty line between rows, for cells of several lines.
+    """
+    table = Table(box=None, pad_edge=False, header_style="bold", leading=int(is_spaced))
     for heading in headings:
         is_number = heading.startswith(">")
         table.add_column(heading.lstrip(">"), justify="right" if is_number else "left")
