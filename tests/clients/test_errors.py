@@ -100,7 +100,7 @@ def test_an_answer_of_something_in_between_keeps_its_status(
     assert text[:5] in str(error)
 
 
-@pytest.mark.parametrize("status", [302, 405, 418, 502])
+@pytest.mark.parametrize("status", [302, 406, 418, 502])
 def test_a_status_without_a_name_is_an_api_error(status: int) -> None:
     error = ask(httpx.Response(status, text="?"))
     assert type(error) is ApiError

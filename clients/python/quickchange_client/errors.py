@@ -20,6 +20,7 @@ QuickchangeError
     ├── Forbidden                    403 forbidden, quota_exceeded
     │   └── ScopeMissing             403 scope_missing
     ├── NotFound                     404 model_not_found, adapter_not_found, …
+    ├── MethodNotAllowed             405 method_not_allowed
     ├── TooSlow                      408 upload_too_slow
     ├── Conflict                     409 conflict, alias_in_use, merge_budget, …
     ├── PreconditionFailed           412 the ETag has changed
@@ -150,6 +151,10 @@ class NotFound(ApiError):
     """404: no such thing, or none that this key may see."""
 
 
+class MethodNotAllowed(ApiError):
+    """405: the path is there, and does not do this."""
+
+
 class TooSlow(ApiError):
     """408: the body came too slowly, so the server did not wait for the rest."""
 
@@ -205,6 +210,7 @@ _BY_STATUS: dict[int, type[ApiError]] = {
     401: InvalidApiKey,
     403: Forbidden,
     404: NotFound,
+    405: MethodNotAllowed,
     408: TooSlow,
     409: Conflict,
     412: PreconditionFailed,
