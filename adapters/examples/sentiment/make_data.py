@@ -5,18 +5,20 @@ one of any split is dropped; a handwritten one too close to a held-out one is an
 """
 
 import argparse
-import json
 import re
+import sys
 import tomllib
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
 
 HERE = Path(__file__).parent
+sys.path.append(str(HERE.parent))
+
+from near_duplicates import Row, Seen, read_rows, write_rows  # noqa: E402
+
 OPPOSITE = {"positive": "negative", "negative": "positive"}
-MAX_SIMILARITY = 0.5
 HELD_OUT = ("valid.jsonl", "test.jsonl")
 
 
@@ -217,19 +219,7 @@ def as_typed(rng: Random, text: str, label: str) -> str:
     return capitalised(text)
 
 
-def shingles(text: str) -> frozenset[str]:
-    """Return the text's word triples (or its words, where it has fewer than four)."""
-    words = re.findall(r"[a-z0-9']+", text.lower())
-    size = 3 if len(words) > 3 else 1
-    return frozenset(" ".join(words[i : i + size]) for i in range(len(words) - size + 1))
-
-
-def similarity(a: frozenset[str], b: frozenset[str]) -> float:
-    """Return the Jaccard overlap of two sets of shingles."""
-    return len(a & b) / max(1, len(a | b))
-
-
-def candidates(rng: Random, phrases: dict[str, Any]) -> Iterator[dict[str, str]]:
+def candidates(rng: Random, phrases: dict[str, Any]) -> Iterator[Row]:
     """Yield reviews without end, labels in turn."""
     forms, weights = zip(*FORMS, strict=True)
     while True:
@@ -240,47 +230,20 @@ def candidates(rng: Random, phrases: dict[str, Any]) -> Iterator[dict[str, str]]
             yield {"text": text, "label": label, "topic": topic, "kind": "composed"}
 
 
-def read_jsonl(path: Path) -> list[dict[str, str]]:
-    """Return the rows of a JSON lines file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-class Seen:
-    """The reviews met so far, found by the shingles they share with a new one."""
-
-    def __init__(self, texts: Iterable[str]) -> None:
-        self._reviews: list[frozenset[str]] = []
-        self._holders: defaultdict[str, set[int]] = defaultdict(set)
-        for text in texts:
-            self.add(text)
-
-    def add(self, text: str) -> None:
-        marks = shingles(text)
-        for shingle in marks:
-            self._holders[shingle].add(len(self._reviews))
-        self._reviews.append(marks)
-
-    def has_close(self, text: str) -> bool:
-        """Return whether a review nearly repeats one that was seen."""
-        marks = shingles(text)
-        near = set().union(*(self._holders.get(shingle, ()) for shingle in marks))
-        return any(similarity(marks, self._reviews[i]) >= MAX_SIMILARITY for i in near)
-
-
-def handwritten_rows(seen: Seen) -> list[dict[str, str]]:
+def handwritten_rows(seen: Seen) -> list[Row]:
     """Return the handwritten training reviews; end with a message if one repeats a held-out one."""
-    rows = [row | {"kind": "handwritten"} for row in read_jsonl(HERE / "handwritten.jsonl")]
+    rows = [row | {"kind": "handwritten"} for row in read_rows(HERE / "handwritten.jsonl")]
     repeated = [row["text"] for row in rows if seen.has_close(row["text"])]
     if repeated:
         raise SystemExit(f"handwritten.jsonl repeats held-out reviews: {repeated}")
     return rows
 
 
-def make_train(num_composed: int, seed: int) -> list[dict[str, str]]:
+def make_train(num_composed: int, seed: int) -> list[Row]:
     """Return the handwritten training reviews and `num_composed` new ones, shuffled."""
     rng = Random(seed)
     phrases = tomllib.loads((HERE / "phrases.toml").read_text(encoding="utf-8"))
-    seen = Seen(row["text"] for name in HELD_OUT for row in read_jsonl(HERE / name))
+    seen = Seen(row["text"] for name in HELD_OUT for row in read_rows(HERE / name))
     rows = handwritten_rows(seen)
     num_rows = len(rows) + num_composed
     for row in rows:
@@ -297,13 +260,12 @@ def make_train(num_composed: int, seed: int) -> list[dict[str, str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--composed", type=int, default=1500)
+    parser.add_argument("--composed", type=int, default=900)
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--output", type=Path, default=HERE / "train.jsonl")
     options = parser.parse_args()
     rows = make_train(options.composed, options.seed)
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    options.output.write_text("".join(lines), encoding="utf-8")
+    write_rows(options.output, rows)
     print(f"{len(rows)} reviews in {options.output.name}")
 
 
