@@ -16,20 +16,20 @@ import typer
 from quickchange_adapters.errors import AdapterError, CannotTrain
 
 from quickchange_server.config import load_config
-from quickchange_server.errors import CannotStart, ConfigInvalid, QuickchangeError
+from quickchange_server.errors import CannotStart, QuickchangeError
 
 if TYPE_CHECKING:
+    from quickchange_adapters.training.prepared import Prepared
     from quickchange_adapters.training.recipe import Recipe
     from quickchange_adapters.training.run import RunResult
+    from quickchange_adapters.training.tracking import Tracker
 
 HUB_NAMES = {"builtin:smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 """Under which name other tools find a built-in base."""
 
-RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A TOML file.")]
-
 
 def train(
-    recipe: RecipeArgument,
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A TOML file.")],
     output: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="Where files go. Default: beside the recipe."),
@@ -40,12 +40,25 @@ def train(
     restart: Annotated[
         bool, typer.Option("--restart", help="Forget an unfinished run and begin at step 1.")
     ] = False,
+    evaluate: Annotated[
+        bool | None,
+        typer.Option(
+            "--evaluate/--no-evaluate",
+            help="Write EVAL.md at the end. Default: if the recipe names test rows.",
+        ),
+    ] = None,
+    evaluate_only: Annotated[
+        bool, typer.Option("--evaluate-only", help="Write EVAL.md for the adapter that is there.")
+    ] = False,
+    track: Annotated[
+        str | None, typer.Option(metavar="TRACKER", help="Also log to a tracker: mlflow.")
+    ] = None,
     push: Annotated[
         str | None, typer.Option(metavar="URL", help="Upload the adapter to this server.")
     ] = None,
     name: Annotated[
         str | None,
-        typer.Option(metavar="N", help="Name to serve it under. Default: the recipe's folder."),
+        typer.Option(metavar="N", help="Name to serve it under. Default: the output's folder."),
     ] = None,
     alias: Annotated[
         str | None, typer.Option(metavar="A", help="Point this alias at the upload.")
@@ -53,64 +66,163 @@ def train(
 ) -> None:
     """Train an adapter as a recipe says, and write what serving and PEFT load.
 
+    A run that was ended in any way goes on where it was when the same command is
+    given again. LORA_RANK and LORA_ALPHA in the environment override the recipe.
+
+    Writes, beside the recipe: adapter/ (two files of PEFT and task.json),
+    train_log.jsonl, loss.png, and EVAL.md if the recipe names test rows.
+
     For example:
 
-    quickchange train recipe.toml
-
     quickchange train recipe.toml --check
+
+    quickchange train recipe.toml
 
     LORA_RANK=16 quickchange train recipe.toml --output runs/rank-16
 
     quickchange train recipe.toml --push http://127.0.0.1:8000 --name verdict
     """
-    with _exit_on_error():
-        followed = _read(recipe, output)
-        result = _follow(followed, restart, check)
-        if result is None:
+    with exit_on_error():
+        followed = read_with_base_name(recipe, output)
+        prepared = _prepare(followed)
+        if check:
             return
-        _say_result(followed, result)
+        if not evaluate_only:
+            _train(prepared, restart, track)
+        has_test = prepared.test is not None if evaluate is None else evaluate
+        if has_test or evaluate_only:
+            _evaluate(prepared)
     if push is not None:
-        _push(result.adapter_folder, push, name or followed.output.resolve().name, alias)
+        _push(adapter_folder(followed), push, name or followed.output.resolve().name, alias)
 
 
-def _read(file: Path, output: Path | None) -> "Recipe":
+def read_with_base_name(file: Path, output: Path | None) -> "Recipe":
+    """Read a recipe; name the base in the adapter's config as other tools know it."""
     from quickchange_adapters.training.recipe import read_recipe, with_output
 
     recipe = with_output(read_recipe(file), output)
-    base_name = recipe.adapter.base_name or HUB_NAMES.get(recipe.base, recipe.base)
+    known_as = HUB_NAMES.get(recipe.base, recipe.base)
+    base_name = recipe.adapter.base_name or known_as
     return replace(recipe, adapter=replace(recipe.adapter, base_name=base_name))
 
 
-def _follow(recipe: "Recipe", restart: bool, check: bool) -> "RunResult | None":
-    from quickchange_adapters.training.checkpoint import drop_checkpoint
+def adapter_folder(recipe: "Recipe") -> Path:
+    """Return where the adapter's files go."""
+    from quickchange_adapters.training.run import ADAPTER_FOLDER
+
+    return recipe.output / ADAPTER_FOLDER
+
+
+def _prepare(recipe: "Recipe") -> "Prepared":
     from quickchange_adapters.training.prepared import prepare
-    from quickchange_adapters.training.run import TrainingRun
 
-    prepared = prepare(recipe, _base_folder(recipe), _say)
-    _say(
-        f"{len(prepared.train.rows)} rows to train on, {len(prepared.validation.rows)} to validate"
-        + (f", {len(prepared.test.rows)} to test" if prepared.test else "")
-    )
-    if check:
-        return None
-    if restart:
-        drop_checkpoint(recipe.output)
-    with _progress() as on_step:
-        return TrainingRun(prepared, _say, on_step).run()
+    _hush()
+    prepared = prepare(recipe, base_folder(recipe), say)
+    counts = [f"{len(prepared.train.rows)} rows to train on"]
+    counts.append(f"{len(prepared.validation.rows)} to validate")
+    if prepared.test is not None:
+        counts.append(f"{len(prepared.test.rows)} to test")
+    say(", ".join(counts))
+    return prepared
 
 
-def _base_folder(recipe: "Recipe") -> Path:
+def _hush() -> None:
+    """Keep libraries from drawing bars of their own, and from warnings that no user can act on."""
+    import warnings
+
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+
+def base_folder(recipe: "Recipe") -> Path:
+    """Return the folder of the base: beside the recipe, built in, or from the Hub.
+
+    Raises: BaseUnavailable.
+    """
     from quickchange_server.base_folder import resolve_base
 
-    settings = load_config({"model": recipe.base})
     folder = recipe.file.parent / recipe.base
     if folder.is_dir():
         return folder.resolve()
+    settings = load_config({"model": recipe.base})
     return resolve_base(settings.model, None, settings.cache_folder)
 
 
+def _train(prepared: "Prepared", restart: bool, track: str | None) -> None:
+    from quickchange_adapters.training.checkpoint import drop_checkpoint
+    from quickchange_adapters.training.run import TrainingRun
+    from quickchange_adapters.training.tracking import tracker_of
+
+    recipe = prepared.recipe
+    tracker = tracker_of(track, recipe)
+    if restart:
+        drop_checkpoint(recipe.output)
+    with _step_bar(tracker) as on_step:
+        result = TrainingRun(prepared, say, on_step).run()
+    say(
+        f"best validation loss {result.best_loss:.4f} at step {result.best_step} of "
+        f"{result.steps}; {result.seconds:.0f} s"
+    )
+    say(f"written: {result.adapter_folder} ({result.adapter_bytes / 1e6:.2f} MB)")
+    log = _draw(recipe)
+    tracker.finish(_figures(result), [log, *sorted(result.adapter_folder.iterdir())])
+
+
+def _figures(result: "RunResult") -> dict[str, float]:
+    return {
+        "best_validation_loss": result.best_loss,
+        "best_step": float(result.best_step),
+        "trainable_parameters": float(result.parameters.trainable),
+    }
+
+
+def _draw(recipe: "Recipe") -> Path:
+    """Draw the losses, if that can be done here; return the log."""
+    from quickchange_adapters.training import loss_plot, run_log
+
+    log, picture = recipe.output / run_log.NAME, recipe.output / loss_plot.NAME
+    try:
+        loss_plot.write_loss_plot(run_log.read_log(log), picture)
+    except ImportError:
+        say(f'no {picture.name}: it needs matplotlib; pip install "quickchange-server[train]"')
+    else:
+        say(f"written: {log.name}, {picture.name}")
+    return log
+
+
+def _evaluate(prepared: "Prepared") -> None:
+    from quickchange_adapters.training.evaluation import evaluate
+    from quickchange_adapters.training.evaluation_page import NAME, evaluation_page
+
+    found = evaluate(prepared, adapter_folder(prepared.recipe), row_bar)
+    page = evaluation_page(prepared.recipe, found)
+    file = prepared.recipe.output / NAME
+    file.write_text(page, encoding="utf-8")
+    say(page.split("\n\n")[2].replace("**", ""))
+    say(f"written: {file}")
+
+
+def row_bar(title: str, num_rows: int) -> Any:
+    """Return what shows how many rows were answered."""
+    from tqdm import tqdm
+
+    is_seen = sys.stderr.isatty()
+    if not is_seen:
+        say(f"asking {title}: {num_rows} rows")
+    bar = tqdm(total=num_rows, desc=f"asking {title}", unit="row", disable=not is_seen)
+
+    def advance(num_done: int) -> None:
+        bar.update(num_done)
+        if bar.n >= num_rows:
+            bar.close()
+
+    return advance
+
+
 @contextmanager
-def _progress() -> Iterator[Any]:
+def _step_bar(tracker: "Tracker") -> Iterator[Any]:
     """Give what shows each step: a bar for people, else a line at each look at validation."""
     from tqdm import tqdm
 
@@ -122,18 +234,11 @@ def _progress() -> Iterator[Any]:
         shown = {key: values[key] for key in ("loss", "validation_loss") if key in values}
         bar.set_postfix(shown)
         if bar.disable and "validation_loss" in values:
-            _say(f"step {step} of {num_steps}: " + ", ".join(f"{k} {v}" for k, v in shown.items()))
+            say(f"step {step} of {num_steps}: " + ", ".join(f"{k} {v}" for k, v in shown.items()))
+        tracker.log(step, values)
 
     with bar:
         yield show
-
-
-def _say_result(recipe: "Recipe", result: "RunResult") -> None:
-    _say(
-        f"best validation loss {result.best_loss:.4f} at step {result.best_step} of "
-        f"{result.steps}; {result.seconds:.0f} s"
-    )
-    _say(f"written: {result.adapter_folder} ({result.adapter_bytes / 1e6:.2f} MB)")
 
 
 def _push(folder: Path, url: str, name: str, alias: str | None) -> None:
@@ -141,7 +246,7 @@ def _push(folder: Path, url: str, name: str, alias: str | None) -> None:
     beside = Path(sys.executable).with_name("quickchange")
     command = str(beside) if beside.exists() else shutil.which("quickchange")
     if command is None:
-        _say("error: uploading needs the client; get it with: pip install quickchange-client")
+        say("error: uploading needs the client; get it with: pip install quickchange-client")
         raise typer.Exit(1)
     words = [command, "push", str(folder), "--name", name, "--url", url]
     done = subprocess.run([*words, *(["--alias", alias] if alias else [])])
@@ -150,17 +255,20 @@ def _push(folder: Path, url: str, name: str, alias: str | None) -> None:
 
 
 @contextmanager
-def _exit_on_error() -> Iterator[None]:
+def exit_on_error() -> Iterator[None]:
     """Print what a user can cause as one sentence, and exit with 1, or 2 for wrong input."""
     try:
         yield
+    except (CannotTrain, CannotStart) as error:
+        say(f"error: {error}")
+        raise typer.Exit(error.exit_code) from error
     except (AdapterError, QuickchangeError, OSError) as error:
-        _say(f"error: {error}")
-        is_usage = isinstance(error, CannotTrain | CannotStart | ConfigInvalid)
-        raise typer.Exit(error.exit_code if is_usage else 1) from error  # type: ignore[union-attr]
+        say(f"error: {error}")
+        raise typer.Exit(1) from error
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
 
 
-def _say(sentence: str) -> None:
+def say(sentence: str) -> None:
+    """Print a sentence beside the output."""
     print(sentence, file=sys.stderr, flush=True)

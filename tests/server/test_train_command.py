@@ -1,6 +1,10 @@
 """The command `train`: what it says, what it exits with, and where it writes."""
 
+import importlib.util
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -51,6 +55,49 @@ def test_it_says_how_much_is_trained_and_what_was_written(recipe: Path) -> None:
         "task.json",
     }
     assert json.loads((folder / "adapter_config.json").read_text())["r"] == 4
+
+
+def test_test_rows_make_it_evaluate_and_losses_are_drawn(recipe: Path) -> None:
+    text = recipe.read_text().replace("[data]", '[data]\ntest = "train.jsonl"')
+    recipe.write_text(text + '[evaluation]\nmetric = "accuracy"\nmax_rows = 4\n')
+    done = train(recipe)
+    assert done.exit_code == 0, done.stderr
+    assert "warning: 18 of 20 test rows have an input that is trained on too" in done.stderr
+    assert "Exactly right: " in done.stderr
+    page = recipe.parent / "EVAL.md"
+    first = page.read_text()
+    assert (recipe.parent / "loss.png").read_bytes().startswith(b"\x89PNG")
+    page.unlink()
+    assert train(recipe, "--evaluate-only").exit_code == 0
+    assert page.read_text() == first
+    page.unlink()
+    assert train(recipe, "--no-evaluate").exit_code == 0
+    assert not page.exists()
+
+
+def test_without_matplotlib_it_says_so_and_goes_on(recipe: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken" / "matplotlib"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text("raise ImportError('not here')\n")
+    path = os.pathsep.join([str(broken.parent), os.environ.get("PYTHONPATH", "")])
+    words = [sys.executable, "-m", "quickchange_server.cli", "train", str(recipe)]
+    done = subprocess.run(
+        words, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert (
+        'no loss.png: it needs matplotlib; pip install "quickchange-server[train]"' in done.stderr
+    )
+    assert (recipe.parent / "adapter" / "task.json").exists()
+
+
+def test_a_tracker_that_is_not_there_is_named_before_anything_is_trained(recipe: Path) -> None:
+    done = train(recipe, "--track", "wandb")
+    assert done.exit_code == 1
+    assert "--track 'wandb' is not known; use mlflow" in done.stderr
+    if importlib.util.find_spec("mlflow") is None:
+        assert "needs mlflow: pip install mlflow" in train(recipe, "--track", "mlflow").stderr
+    assert not (recipe.parent / "adapter").exists()
 
 
 def test_check_writes_nothing(recipe: Path) -> None:

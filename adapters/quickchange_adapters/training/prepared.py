@@ -14,6 +14,7 @@ from quickchange_adapters.errors import CannotTrain, DataInvalid, RecipeInvalid
 from quickchange_adapters.training.adapter_model import unserved
 from quickchange_adapters.training.base_model import context_length
 from quickchange_adapters.training.examples import Example, read_examples
+from quickchange_adapters.training.metrics import metric_of
 from quickchange_adapters.training.prompt_form import (
     PromptForm,
     TokenRow,
@@ -53,6 +54,8 @@ def prepare(recipe: Recipe, base_folder: Path, say: Say) -> Prepared:
     Raises: CannotTrain.
     """
     _refuse_unserved(recipe, say)
+    if recipe.data.test is not None:
+        metric_of(recipe)
     config, tokenizer = _read_base(base_folder)
     form = PromptForm(tokenizer, recipe.task, recipe.form, end_ids_of(base_folder))
     train, validation, test = _read_splits(recipe)
