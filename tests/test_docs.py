@@ -23,7 +23,7 @@ from quickchange_server.api.field_policy import (
 )
 from quickchange_server.api.schemas import ChatBody, CompletionBody
 from quickchange_server.cli import app as server_app
-from quickchange_server.config import OPTIONS, UNAVAILABLE, load_config
+from quickchange_server.config import OPTIONS, load_config
 from quickchange_server.vllm_flags import VLLM_FLAGS
 
 from tests.clients.real_server import real_server
@@ -161,9 +161,8 @@ def known_options() -> dict[str, set[str]]:
     known = {name: options_of(command) for name, command in group.commands.items()}
     flags = {option.flag for option in OPTIONS.values()}
     switches = {f"--no-{o.flag[2:]}" for o in OPTIONS.values() if o.kind == "switch"}
-    refused = {"--" + name.replace("_", "-") for name in UNAVAILABLE}
     theirs = {flag.flag for flag in VLLM_FLAGS}
-    known["serve"] = flags | switches | refused | theirs | {"--config", "--help"}
+    known["serve"] = flags | switches | theirs | {"--config", "--help"}
     known["keys"] = set().union(*map(options_of, group.commands["keys"].commands.values()))
     known["fsck"] = {"--store", "--catalog", "--repair", "--json", "--config", "--help"}
     server: Any = typer.main.get_command(server_app)

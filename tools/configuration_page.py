@@ -6,7 +6,7 @@ A test compares the page with what this script would write, so it cannot fall be
 from collections.abc import Iterable
 from pathlib import Path
 
-from quickchange_server.config import CLIENT_VARIABLES, CONFIG_VARIABLE, OPTIONS, UNAVAILABLE
+from quickchange_server.config import CLIENT_VARIABLES, CONFIG_VARIABLE, OPTIONS
 from quickchange_server.option import ENV_PREFIX, Option
 from quickchange_server.vllm_flags import VLLM_FLAGS, VllmFlag
 
@@ -64,11 +64,6 @@ A command line written for vLLM starts this server too. These are flags alone, a
 """
 
 TAIL = f"""\
-## Not available in this version
-
-These belong to the public contract and are refused by name, in all three spellings, rather than
-silently ignored: {", ".join(_code("--" + name.replace("_", "-") for name in UNAVAILABLE))}.
-
 ## The client
 
 The command line client and the Python client read {" and ".join(_code(CLIENT_VARIABLES))};

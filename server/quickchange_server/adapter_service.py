@@ -51,6 +51,7 @@ from quickchange_server.adapter_views import (
     VersionView,
     adapter_label,
 )
+from quickchange_server.auto_merge import AutoMerge, TrafficSource
 from quickchange_server.catalog_poll import POLL_S, CatalogPoll, OnChange
 from quickchange_server.desired_state import DesiredState
 from quickchange_server.engine.interface import GenerationEngine
@@ -136,7 +137,12 @@ class AdapterService:
         self._static = StaticAdapters(
             self._uploader, self._directory, self._files, engine.base, limits
         )
+        self._auto_merge: AutoMerge | None = None
         self._bind_actions()
+
+    def merge_by_traffic(self, source: TrafficSource) -> None:
+        """Merge and unmerge what traffic asks for, from `start` on."""
+        self._auto_merge = AutoMerge(self._directory, self._wishes, self._desired, source)
 
     def _bind_actions(self) -> None:
         """Offer what other classes do as methods of this one."""
@@ -164,6 +170,8 @@ class AdapterService:
         await self._poll.look()
         self._poll.start()
         self._desired.start()
+        if self._auto_merge is not None:
+            self._auto_merge.start()
 
     def on_catalog_change(self, renew: OnChange) -> None:
         """Have `renew` called soon after any process changed the catalog, and once at the start.
@@ -188,6 +196,8 @@ class AdapterService:
         """End background work, close catalog and store. Uploads under way are finished first."""
         await self._poll.stop()
         await self._sweep.stop()
+        if self._auto_merge is not None:
+            await self._auto_merge.stop()
         await self._desired.stop()
         await self._uploader.stop()
         await self._prober.stop()

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from quickchange_server.config import OPTIONS, UNAVAILABLE, load_config, unknown_variables
+from quickchange_server.config import OPTIONS, load_config, unknown_variables
 from quickchange_server.errors import CannotStart, ConfigInvalid, QuickchangeError
 from quickchange_server.fsck_command import fsck
 from quickchange_server.option import Option
@@ -123,7 +123,7 @@ def _say(sentence: str) -> None:
 def _with_bare_modules(flags: dict[str, Any]) -> dict[str, Any]:
     """Accept vLLM's `--lora-modules a=x b=y`, whose second pair arrives as an argument."""
     bare = flags.pop("bare_modules", None)
-    if not bare or any(flags[name] is not None for name in UNAVAILABLE):
+    if not bare:
         return flags
     if not flags["lora_modules"]:
         raise ConfigInvalid(f"unexpected argument {bare[0]!r}; see `quickchange serve --help`")
@@ -135,11 +135,6 @@ def _serve_parameters() -> Iterator[inspect.Parameter]:
     yield _parameter("config", ConfigFile)
     for each in OPTIONS.values():
         yield _parameter(each.name, _annotation(each))
-    for name in UNAVAILABLE:
-        flag = "--" + name.replace("_", "-")
-        is_switch = name == "auto_merge"
-        shape = bool | None if is_switch else str | None
-        yield _parameter(name, Annotated[shape, typer.Option(flag, hidden=True)])
     for vllm_flag in VLLM_FLAGS:
         yield _parameter(vllm_flag.name, _vllm_annotation(vllm_flag))
     modules = typer.Argument(hidden=True, metavar="NAME=FOLDER")

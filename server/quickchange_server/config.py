@@ -166,6 +166,13 @@ class ServerConfig:
         MEMORY,
         **_BYTES_LOOK,
     )
+    auto_merge: bool = option(
+        False,
+        o.read_switch,
+        "Merge adapters by themselves while their traffic makes a copy pay, under --merged-bytes.",
+        ADAPTERS,
+        kind="switch",
+    )
     max_batch_rows: int = option(
         32, o.read_count(1, 4096), "Most requests in one step.", LIMITS, metavar="N"
     )
@@ -319,8 +326,6 @@ class ServerConfig:
 
 
 OPTIONS: dict[str, Option] = o.options_of(ServerConfig)
-UNAVAILABLE = ("auto_merge",)
-"""Settings of the public contract that this version does not do, refused by name."""
 CLIENT_VARIABLES = ("QUICKCHANGE_URL", "QUICKCHANGE_API_KEY")
 CONFIG_VARIABLE = "QUICKCHANGE_CONFIG"
 
@@ -345,7 +350,6 @@ def load_config(
 def unknown_variables(environ: Mapping[str, str] = os.environ) -> list[str]:
     """Return a sentence for each `QUICKCHANGE_*` variable that means nothing to this server."""
     known = {each.variable for each in OPTIONS.values()} | {CONFIG_VARIABLE, *CLIENT_VARIABLES}
-    known |= {o.ENV_PREFIX + name.upper() for name in UNAVAILABLE}
     return [
         f"the variable {name} is not known{_nearest(name, known)}"
         for name, value in environ.items()
@@ -360,7 +364,7 @@ def _values_from_file(file: Path) -> dict[str, Any]:
         raise ConfigInvalid(f"--config {file}: cannot be read: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigInvalid(f"--config {file}: is not TOML: {error}") from error
-    unknown = [key for key in table if key not in OPTIONS and key not in UNAVAILABLE]
+    unknown = [key for key in table if key not in OPTIONS]
     if unknown:
         found = "; ".join(f"{key!r}{_nearest(key, OPTIONS)}" for key in unknown)
         raise ConfigInvalid(f"--config {file}: unknown key {found}")
@@ -370,7 +374,7 @@ def _values_from_file(file: Path) -> dict[str, Any]:
 def _values_from_environ(environ: Mapping[str, str]) -> dict[str, Any]:
     """Read the variables; an empty one counts as not set."""
     values = {}
-    for name in (*OPTIONS, *UNAVAILABLE):
+    for name in OPTIONS:
         variable = o.ENV_PREFIX + name.upper()
         text = environ.get(variable, "").strip()
         if text and not _is_service_link(variable, text):
@@ -379,8 +383,6 @@ def _values_from_environ(environ: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _read(name: str, value: object, spelling: str) -> Any:
-    if name in UNAVAILABLE:
-        raise ConfigInvalid(f"{spelling} is not available in this version; leave it out")
     try:
         return OPTIONS[name].read(value)
     except ValueError as error:

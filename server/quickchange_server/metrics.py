@@ -122,6 +122,9 @@ class ServerMetrics:
         )
         for weights in ("base", "unmerged", "merged"):
             self._steps.labels(weights)
+        self._auto_merges = self._counter(
+            "auto_merges_total", "What --auto-merge did, and why.", "action", "reason"
+        )
 
     def _make_adapter_metrics(self, max_adapters: int) -> None:
         self._adapter_requests = self._counter(
@@ -237,6 +240,10 @@ class ServerMetrics:
     def on_load_failure(self, code: str) -> None:
         """Count a load that did not work; `code` is one of the contract's."""
         self._load_failures.labels(code).inc()
+
+    def on_auto_merge(self, action: str, reason: str) -> None:
+        """Count one thing that traffic had merged, unmerged, or refused for want of room."""
+        self._auto_merges.labels(action, reason).inc()
 
     def on_http(self, route: str, method: str, status: int) -> None:
         """Count one HTTP request; `route` is a template, never a path."""

@@ -31,6 +31,7 @@ from quickchange_server.adapter_probe import PROBE_PROMPT
 from quickchange_server.adapter_service import AdapterService
 from quickchange_server.api.admin_app import create_admin_app
 from quickchange_server.api.app import AppServices, create_app
+from quickchange_server.auto_merge import TrafficSource
 from quickchange_server.base_footprint import read_footprint
 from quickchange_server.config import ServerConfig
 from quickchange_server.engine.client import EngineClient
@@ -133,6 +134,9 @@ def build_services(config: ServerConfig, base_folder: Path, keyring: Keyring) ->
         checker,
         probe_ids=tokenizer.encode(PROBE_PROMPT),
     )
+    if config.auto_merge:
+        source = TrafficSource(engine.take_demand, metrics.on_auto_merge, _say)
+        adapters.merge_by_traffic(source)
     return AppServices(
         engine=engine,
         adapters=adapters,
@@ -153,6 +157,7 @@ def build_services(config: ServerConfig, base_folder: Path, keyring: Keyring) ->
 
 def _budget(config: ServerConfig, base_folder: Path) -> MemoryBudget:
     device = pick_device(config.device)
+    check_auto_merge(config, device)
     if device.startswith("cuda"):
         _say(CUDA_WARNING)
     footprint = read_footprint(base_folder, config.dtype)
@@ -178,6 +183,15 @@ def pick_device(device: str) -> str:
     return f"cuda:{index}"
 
 
+def check_auto_merge(config: ServerConfig, device: str) -> None:
+    """Refuse to merge by traffic where a copy may make steps slower. Raises: ConfigInvalid."""
+    if config.auto_merge and device != "cpu":
+        raise ConfigInvalid(
+            "--auto-merge is for CPUs: on a GPU, steps on a merged copy are not replayed from "
+            "graphs and may be slower; leave it out, and merge by hand where it pays"
+        )
+
+
 def engine_settings(config: ServerConfig, budget: MemoryBudget) -> EngineSettings:
     """Translate the settings and the resolved budget for the engine."""
     return EngineSettings(
@@ -197,6 +211,7 @@ def engine_settings(config: ServerConfig, budget: MemoryBudget) -> EngineSetting
         adapter_host_bytes=budget.adapter_host_bytes,
         merged_bytes=budget.merged_bytes,
         max_lora_rank=config.max_lora_rank,
+        auto_merge=config.auto_merge,
     )
 
 

@@ -75,7 +75,9 @@ class StateActions:
         freed = FreedBytes()
         if is_wished:
             await self._grant(wish, record, actor, is_here_only)
+            self._wishes.note_word(wish, record.digest)
         else:
+            self._wishes.note_word(wish, record.digest)
             freed = await self._take_back(wish, record, actor, is_here_only)
         return await self._shown(action, record, started, freed)
 

@@ -34,6 +34,8 @@ class Wishes:
         self._here: dict[tuple[Wish, str], WishHere] = {}
         self._generation = -1
         self._wished: dict[Wish, dict[str, VersionRecord]] = {"pin": {}, "merge": {}}
+        self._words: set[tuple[Wish, str]] = set()
+        self._seen: dict[Wish, frozenset[str]] = {}
 
     def wished(self, wish: Wish) -> Wished:
         """Return all that is wished now."""
@@ -47,6 +49,15 @@ class Wishes:
         if version.state != "ready":
             return version.wants_pin if wish == "pin" else version.wants_merge
         return version.digest in self.wished(wish)
+
+    def note_word(self, wish: Wish, digest: str) -> None:
+        """Take note that somebody has asked for it, or against it, by name."""
+        self._words.add((wish, digest))
+
+    def has_word(self, wish: Wish, digest: str) -> bool:
+        """Whether somebody has said how it is to be: here, or in the catalog while this one ran."""
+        self.wished(wish)
+        return (wish, digest) in self._words
 
     def get_here(self, wish: Wish, digest: str) -> WishHere | None:
         """Return what this process alone wishes."""
@@ -68,6 +79,7 @@ class Wishes:
 
     def _renew(self) -> None:
         wished = self._of_catalog()
+        self._note_changes(wished)
         for (wish, digest), here in list(self._here.items()):
             is_old = (digest in wished[wish]) != here.was_wished
             if is_old or not self._directory.is_served(digest):
@@ -77,6 +89,15 @@ class Wishes:
             else:
                 wished[wish].pop(digest, None)
         self._wished = wished
+
+    def _note_changes(self, wished: Mapping[Wish, Mapping[str, VersionRecord]]) -> None:
+        """What came into the catalog's wishes or left them was somebody's word."""
+        for wish, versions in wished.items():
+            digests = frozenset(versions)
+            changed = digests ^ self._seen.get(wish, frozenset())
+            self._words.update((wish, digest) for digest in changed)
+            self._seen[wish] = digests
+        self._words = {word for word in self._words if self._directory.is_served(word[1])}
 
     def _of_catalog(self) -> dict[Wish, dict[str, VersionRecord]]:
         wished: dict[Wish, dict[str, VersionRecord]] = {"pin": {}, "merge": {}}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from quickchange_server.cli import app
-from quickchange_server.config import OPTIONS, UNAVAILABLE
+from quickchange_server.config import OPTIONS
 from typer.testing import CliRunner
 
 runner = CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"})
@@ -18,21 +18,6 @@ def test_help_of_serve_shows_every_option_and_examples() -> None:
     assert [option.flag for option in OPTIONS.values() if option.flag not in result.output] == []
     assert "--config" in result.output
     assert "quickchange serve --model" in result.output
-
-
-def test_help_hides_what_this_version_does_not_do() -> None:
-    output = runner.invoke(app, ["serve", "--help"]).output
-    assert [name for name in UNAVAILABLE if name.replace("_", "-") in output] == []
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [["--auto-merge"], ["--auto-merge", "4"]],
-)
-def test_unavailable_option_is_refused_by_name(arguments: list[str]) -> None:
-    result = runner.invoke(app, ["serve", *arguments])
-    assert result.exit_code == 2
-    assert f"{arguments[0]} is not available in this version" in result.stderr
 
 
 @pytest.mark.parametrize(

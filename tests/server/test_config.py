@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from quickchange_server.config import (
     OPTIONS,
-    UNAVAILABLE,
     ServerConfig,
     load_config,
     unknown_variables,
@@ -144,17 +143,6 @@ SERVICE_LINKS = {
 def test_service_links_of_kubernetes_are_neither_read_nor_warned_about() -> None:
     assert load_config({}, SERVICE_LINKS) == ServerConfig()
     assert unknown_variables(SERVICE_LINKS) == []
-
-
-@pytest.mark.parametrize("name", UNAVAILABLE)
-def test_what_this_version_does_not_do_is_refused_by_name(name: str, tmp_path: Path) -> None:
-    flag = "--" + name.replace("_", "-")
-    with pytest.raises(ConfigInvalid, match=f"{flag} is not available in this version"):
-        load_config({name: "1"}, {})
-    with pytest.raises(ConfigInvalid, match="is not available in this version"):
-        load_config({}, {f"QUICKCHANGE_{name.upper()}": "1"})
-    with pytest.raises(ConfigInvalid, match=f"{name} in .* is not available"):
-        load_config({"config": write_toml(tmp_path, f"{name} = 1")}, {})
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,9 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from quickchange_server.config import load_config
 from quickchange_server.errors import ConfigInvalid
-from quickchange_server.serving import kernels_text, pick_device, ready_text
+from quickchange_server.serving import check_auto_merge, kernels_text, pick_device, ready_text
 
 from tests.conftest import MakeAdapter, save_tiny_base
 from tests.server.server_process import START_S, Server
@@ -189,3 +190,11 @@ def test_what_the_ready_text_says_to_run_is_valid_json() -> None:
     body = re.search(r"-d '(.*)'", text)
     assert body is not None
     assert json.loads(body[1])["messages"][0]["role"] == "user"
+
+
+def test_auto_merge_is_for_cpus() -> None:
+    config = load_config({"auto_merge": True}, {})
+    check_auto_merge(config, "cpu")
+    check_auto_merge(load_config({}, {}), "cuda:0")
+    with pytest.raises(ConfigInvalid, match="--auto-merge is for CPUs"):
+        check_auto_merge(config, "cuda:0")

@@ -19,6 +19,7 @@ from quickchange_adapters.pool import AdapterPool
 from quickchange_adapters.weights import AdapterWeights
 
 from quickchange_server.engine.base_model import check_config, end_token_ids, load_base
+from quickchange_server.engine.copy_demand import Demand
 from quickchange_server.engine.engine import Engine
 from quickchange_server.engine.interface import EngineSnapshot, MergeResult, ResidentAdapter
 from quickchange_server.engine.model_runner import ModelRunner
@@ -199,6 +200,11 @@ class EngineClient:
     async def base_checksum(self) -> str:
         """Compute sha256 over the resident base weights, between two steps."""
         return await self._on_engine(self._base_model.checksum)
+
+    def take_demand(self) -> Demand:
+        """Return what merged copies would have brought since the last call; from any thread."""
+        demand = self._engine.demand
+        return Demand() if demand is None else demand.take()
 
     def snapshot(self) -> EngineSnapshot:
         """Return the state after the last step."""

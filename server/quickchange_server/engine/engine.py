@@ -16,11 +16,12 @@ from typing import TypeVar
 import torch
 from quickchange_adapters.pool import Slot
 
+from quickchange_server.engine.copy_demand import CopyDemand
 from quickchange_server.engine.inbox import EngineStopped, Inbox
 from quickchange_server.engine.interface import EngineSnapshot, ResidentAdapter
 from quickchange_server.engine.kv_cache import BlockManager
 from quickchange_server.engine.model_runner import ModelRunner
-from quickchange_server.engine.observer import EngineObserver, StepKind, StepStats, StepWeights
+from quickchange_server.engine.observer import EngineObserver, StepStats, StepWeights
 from quickchange_server.engine.request import (
     FinishReason,
     GenerationRequest,
@@ -33,6 +34,8 @@ from quickchange_server.engine.scheduler import ScheduledRow, ScheduledStep, Sch
 from quickchange_server.engine.sequence import Sequence
 from quickchange_server.engine.settings import EngineSettings
 from quickchange_server.engine.step_budget import StepBudget, is_out_of_memory
+from quickchange_server.engine.step_groups import StepGroup, StepGroups
+from quickchange_server.engine.step_results import kind_of, token_output
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -64,6 +67,10 @@ class Engine:
             settings.adapter_host_bytes,
             runner.base.num_bytes if merged_bytes is None else merged_bytes,
         )
+        # on a GPU steps are replayed from graphs and merged ones are not: costs would mislead
+        is_cpu = runner.base.device.type == "cpu"
+        self.groups = StepGroups(self.residency.merged, is_on=is_cpu and settings.group_merged)
+        self.demand = CopyDemand(self.groups) if settings.auto_merge else None
         self._budget = StepBudget(settings.max_step_tokens)
         self.scheduler = Scheduler(
             self.blocks,
@@ -147,19 +154,36 @@ class Engine:
             self._can_admit = bool(step.rows)
             self._give_up_unplaced(outputs)
             if step.rows:
-                self._run_step(step, outputs)
+                self._run_groups(step, outputs)
         finally:
-            if outputs:
-                self._refresh_snapshot()
-                self._publish(outputs)
+            self._hand_out(outputs)
 
-    def _run_step(self, step: ScheduledStep, outputs: list[TokenOutput]) -> None:
-        started = time.monotonic()
+    def _run_groups(self, step: ScheduledStep, outputs: list[TokenOutput]) -> None:
+        """Run what was scheduled: in one step, or merged adapters' rows in steps of their own."""
         step.rows.sort(key=lambda row: row.num_tokens > 1)
-        merged = self.residency.merged_for(row.sequence for row in step.rows)
+        rows, seconds = step.rows, 0.0
+        for group in self.groups.split(rows):
+            self._hand_out(outputs)
+            # what came before may have ended a row of these, when memory ran out
+            step.rows = [row for row in group.rows if row.sequence in self.scheduler.running]
+            if step.rows:
+                seconds += self._run_step(step, group, outputs)
+            step = ScheduledStep()
+        if self.demand is not None:
+            self.demand.note(rows, seconds)
+
+    def _hand_out(self, outputs: list[TokenOutput]) -> None:
+        if outputs:
+            self._refresh_snapshot()
+            self._publish(list(outputs))
+            outputs.clear()
+
+    def _run_step(self, step: ScheduledStep, group: StepGroup, outputs: list[TokenOutput]) -> float:
+        """Run one step and return its seconds."""
+        started = time.monotonic()
         try:
             self.runner.prepare_blocks(step.fresh_blocks)
-            samples = self.runner.run(step.rows, merged)
+            samples = self.runner.run(step.rows, group.copy)
         except Exception as error:
             self._recover(step, error, outputs)
         else:
@@ -168,7 +192,11 @@ class Engine:
             for row, sample in zip(step.rows, samples, strict=True):
                 self._advance(row, sample, outputs, damaged)
             self.residency.note_damage(damaged)
-        self._note_step(step, time.monotonic() - started, is_merged=merged is not None)
+            if self.demand is not None or self.residency.merged:
+                self.groups.costs.observe(group.load, time.monotonic() - started)
+        seconds = time.monotonic() - started
+        self._note_step(step, seconds, is_merged=group.copy is not None)
+        return seconds
 
     def _run(self) -> None:
         if self.settings.num_threads is not None:
@@ -273,7 +301,7 @@ class Engine:
         if is_first:
             sequence.first_token_s = time.monotonic()
         sequence.token_ids.append(sample.token_id)
-        output = self._token_output(sequence, sample, is_first=is_first)
+        output = token_output(sequence, sample, is_first=is_first)
         outputs.append(output)
         if output.finish_reason is not None:
             self._release(sequence)
@@ -287,30 +315,6 @@ class Engine:
             damaged.add(adapters[0].digest)
         failure = RequestFailure("non_finite", "the model produced non-finite values")
         return self._end(sequence, "error", failure=failure, is_damaged=True)
-
-    def _token_output(self, sequence: Sequence, sample: Sample, *, is_first: bool) -> TokenOutput:
-        token_id = sample.token_id
-        assert token_id is not None
-        reason: FinishReason | None = None
-        if token_id in sequence.end_ids:
-            reason = "stop"
-        elif sequence.num_generated >= sequence.request.max_tokens:
-            reason = "length"
-        first, arrival = sequence.first_token_s, sequence.arrival_s
-        assert first is not None
-        assert sequence.scheduled_s is not None
-        has_prompt_logprobs = is_first and sequence.request.prompt_logprobs is not None
-        return TokenOutput(
-            sequence.request_id,
-            (token_id,),
-            reason,
-            stop_token_id=token_id if reason == "stop" else None,
-            logprobs=None if sample.logprobs is None else (sample.logprobs,),
-            prompt_logprobs=tuple(sequence.prompt_logprobs) if has_prompt_logprobs else None,
-            num_cached_tokens=sequence.num_cached,
-            queue_s=sequence.scheduled_s - arrival if is_first else None,
-            ttft_s=first - arrival if is_first else None,
-        )
 
     def _recover(self, step: ScheduledStep, error: Exception, outputs: list[TokenOutput]) -> None:
         """A failed step: out of memory is tried again smaller; else all its rows fail."""
@@ -370,7 +374,7 @@ class Engine:
         weights: StepWeights = "merged" if is_merged else "unmerged" if digests else "base"
         self._tell(
             StepStats(
-                _kind_of(step),
+                kind_of(step),
                 weights,
                 seconds,
                 len(step.rows),
@@ -424,10 +428,3 @@ class Engine:
             },
             adapter_row_bytes=pool.row_bytes,
         )
-
-
-def _kind_of(step: ScheduledStep) -> StepKind:
-    num_decode = sum(row.num_tokens == 1 for row in step.rows)
-    if num_decode == len(step.rows):
-        return "decode"
-    return "mixed" if num_decode else "prefill"

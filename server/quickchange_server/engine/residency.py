@@ -217,16 +217,6 @@ class AdapterResidency:
             self._leaving.discard(digest)
         return state
 
-    def merged_for(self, sequences: Iterable[Sequence]) -> MergedCopy | None:
-        """Return the merged copy that all these requests use alone at weight 1, if there is one."""
-        if not self.merged:
-            return None
-        mixes = {sequence.request.adapters for sequence in sequences}
-        if len(mixes) != 1:
-            return None
-        mix = mixes.pop()
-        return self.merged.get(mix[0].digest) if len(mix) == 1 and mix[0].weight == 1 else None
-
     def describe(self, digest: str) -> ResidentAdapter:
         """Where one loaded version's bytes are."""
         slot = self.pool.get(digest)

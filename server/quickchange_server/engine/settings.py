@@ -29,6 +29,8 @@ class EngineSettings:
             a CPU where it can run the base, else plain ones.
         quantize: `int8`: the base's matrices in int8, with a scale for each output.
         native_folder: where the native library is kept; None: in the user's cache.
+        group_merged: whether a merged adapter's rows may run in steps of their own (on a CPU).
+        auto_merge: whether it is counted what merged copies would bring.
         cuda_graphs: whether decode steps are captured and replayed, where Triton's kernels run.
     """
 
@@ -49,4 +51,6 @@ class EngineSettings:
     kernels: str = "auto"
     quantize: str | None = None
     native_folder: Path | None = None
+    group_merged: bool = True
+    auto_merge: bool = False
     cuda_graphs: bool = True
