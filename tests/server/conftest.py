@@ -11,6 +11,7 @@ from quickchange_server.api.app import AppServices, create_app
 from quickchange_server.metrics import ServerMetrics
 from quickchange_server.tokenizer import Tokenizer
 
+from tests.server.documented import DocumentedAnswers
 from tests.server.scripted_adapters import ScriptedAdapters
 from tests.server.scripted_engine import ScriptedEngine
 
@@ -80,11 +81,15 @@ async def client(services: AppServices) -> AsyncIterator[httpx.AsyncClient]:
 
 
 async def serve_in_process(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
-    """Start an app's lifespan, and yield a client that calls it without a socket."""
+    """Start an app's lifespan, and yield a client that calls it without a socket.
+
+    What it answers must be what its OpenAPI says.
+    """
+    hooks = {"response": [DocumentedAnswers(app).check]}
     transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
     async with (
         app.router.lifespan_context(app),
-        httpx.AsyncClient(transport=transport, base_url=BASE_URL) as client,
+        httpx.AsyncClient(transport=transport, base_url=BASE_URL, event_hooks=hooks) as client,
     ):
         yield client
 

@@ -43,7 +43,7 @@ async def test_nothing_else_is_there(api: FastAPI, admin: httpx.AsyncClient) -> 
     for route in routes_of(api):
         if route.template not in SHOWN:
             answer = await admin.request(route.method, route.path)
-            assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
+            assert (answer.status_code, '"code": "not_found"' in answer.text) == (404, True)
     assert (await admin.post("/metrics", content=b"x")).status_code == 405
 
 

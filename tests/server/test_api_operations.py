@@ -1,3 +1,4 @@
+import re
 import time
 from dataclasses import replace
 from typing import Any
@@ -5,6 +6,7 @@ from typing import Any
 import httpx
 import pytest
 from quickchange_server.api.app import AppServices, create_app
+from quickchange_server.api.route_answers import REFUSALS
 from quickchange_server.engine.interface import EngineSnapshot
 
 from tests.server.conftest import BASE_URL, serve_in_process
@@ -164,15 +166,27 @@ async def test_openapi_shows_the_upload_s_form(client: httpx.AsyncClient) -> Non
 
 async def test_openapi_shows_the_errors_that_are_answered(client: httpx.AsyncClient) -> None:
     schema = (await client.get("/openapi.json")).json()
-    assert not {"HTTPValidationError", "ValidationError"} & set(schema["components"]["schemas"])
-    operations = [each for path in schema["paths"].values() for each in path.values()]
-    assert all("4XX" in each["responses"] for each in operations)
-    assert not any("422" in each["responses"] for each in operations)
-    upload = schema["paths"]["/v1/adapters"]["post"]["responses"]
-    assert {"200", "201"} <= set(upload)
-    refused = upload["4XX"]["content"]["application/json"]["schema"]
+    schemas = schema["components"]["schemas"]
+    assert not {"HTTPValidationError", "ValidationError"} & set(schemas)
+    operations = {
+        f"{method.upper()} {path}": each
+        for path, methods in schema["paths"].items()
+        for method, each in methods.items()
+    }
+    assert set(operations) == set(REFUSALS)
+    for route, operation in operations.items():
+        assert all(re.fullmatch(r"\d{3}", status) for status in operation["responses"]), route
+        assert ("401" in operation["responses"]) == ("security" in operation), route
+    upload = operations["POST /v1/adapters"]["responses"]
+    assert {"200", "201", "507"} <= set(upload)
+    shape = upload["400"]["content"]["application/json"]["schema"]["$ref"]
+    assert shape == "#/components/schemas/Error"
     answer = await client.get("/v1/adapters?limit=0")
-    assert set(refused["properties"]["error"]["properties"]) == set(answer.json()["error"])
+    assert set(schemas["Error"]["properties"]["error"]["properties"]) == set(answer.json()["error"])
+    other = operations["POST /generate"]["responses"]["422"]["content"]["application/json"]
+    assert other["schema"]["$ref"] == "#/components/schemas/GenerateError"
+    answer = await client.post("/generate", json={})
+    assert set(schemas["GenerateError"]["properties"]) == set(answer.json())
 
 
 async def test_openapi_shows_which_key_a_route_needs(client: httpx.AsyncClient) -> None:

@@ -1,5 +1,6 @@
 """Who may call which route: every route, without a key, with a wrong one, with a foreign one."""
 
+import re
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
@@ -115,6 +116,21 @@ async def test_the_scope_alone_is_enough(
         headers = keys.make(*([each.scope] if each.scope else ["generate"]))
         status = (await keyed.request(each.method, each.path, headers=headers)).status_code
         assert status not in (401, 403), each
+
+
+async def test_what_the_guards_refuse_is_counted_under_the_route_it_asked_for(
+    keyed: httpx.AsyncClient, keys: Keys, routes: list[FoundRoute]
+) -> None:
+    for each in routes:
+        await keyed.request(each.method, each.path)
+    await keyed.get("/nothing/here")
+    text = (await keyed.get("/metrics", headers=keys.make("metrics"))).text
+    counted = dict(re.findall(r"http_requests_total\{(.*)\} ([0-9.]+)", text))
+    for each in routes:
+        if each.needs_key:
+            label = f'method="{each.method}",route="{each.template}",status="401"'
+            assert counted[label] == "1.0", each
+    assert counted['method="GET",route="_unmatched",status="401"'] == "1.0"
 
 
 @pytest.mark.parametrize("path", ["/", "/nothing/here", "/v1", "/livez/", "/redoc", "//livez"])

@@ -21,7 +21,7 @@ from quickchange_server.keyring import Keyring
 def create_admin_app(api: FastAPI) -> FastAPI:
     """Return an app that shares the state of the API's."""
     services: AppServices = api.state.services
-    app = FastAPI(title="Quickchange", openapi_url=None, redirect_slashes=False)
+    app = FastAPI(title="Quickchange, for operators", openapi_url=None, redirect_slashes=False)
     app.state = api.state
     add_error_handlers(app)
     app.include_router(operations.probes)
@@ -30,6 +30,6 @@ def create_admin_app(api: FastAPI) -> FastAPI:
     app.add_middleware(KeyGuard, keyring=nobody_s)
     if services.is_loopback_only:
         app.add_middleware(LoopbackGuard, cors_origins=(), keyring=nobody_s)
-    app.add_middleware(HttpMetrics, metrics=services.metrics)
+    app.add_middleware(HttpMetrics, metrics=services.metrics, routes=operations.probes.routes)
     app.add_middleware(RequestContext)
     return app

@@ -48,7 +48,7 @@ def create_app(services: AppServices) -> FastAPI:
         version=__version__,
         lifespan=_lifespan,
         redirect_slashes=False,
-        responses=documentation.REFUSALS,
+        responses=documentation.NO_FRAMEWORK_ERRORS,
         openapi_url=None,  # what FastAPI would add itself knows nothing of keys
     )
     app.state.services = services
@@ -97,7 +97,9 @@ def _add_middleware(app: FastAPI, services: AppServices) -> None:
             allow_headers=["*"],
             expose_headers=["*"],
         )
-    app.add_middleware(HttpMetrics, metrics=services.metrics)
+    routers = (*(room.router for room in ROOMS), operations.probes)
+    routes = [route for router in routers for route in router.routes]
+    app.add_middleware(HttpMetrics, metrics=services.metrics, routes=routes)
     app.add_middleware(RequestContext)
 
 

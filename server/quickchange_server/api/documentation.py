@@ -7,32 +7,30 @@ from fastapi.openapi.docs import get_swagger_ui_html
 from starlette.responses import HTMLResponse
 
 from quickchange_server.api.auth import AnyKey
+from quickchange_server.api.route_answers import SCHEMAS, complete
 from quickchange_server.api.scoped_route import ScopedRoute
 
 OPENAPI_PATH = "/openapi.json"
-_TEXT, _TEXT_OR_NULL = {"type": "string"}, {"type": ["string", "null"]}
-_ERROR = {
-    "type": "object",
-    "required": ["message", "type", "param", "code"],
-    "properties": {"message": _TEXT, "type": _TEXT, "param": _TEXT_OR_NULL, "code": _TEXT},
-}
-_ERROR_BODY = {"type": "object", "required": ["error"], "properties": {"error": _ERROR}}
-# With "4XX" FastAPI does not add the 422 and the body of its own, which nothing here answers.
-REFUSALS: dict[int | str, dict[str, Any]] = {
-    "4XX": {
-        "description": "Refused, with the reason",
-        "content": {"application/json": {"schema": _ERROR_BODY}},
-    }
-}
+# With it FastAPI does not add the 422 and the body of its own, which nothing here answers.
+NO_FRAMEWORK_ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"description": "Refused"}}
 
 router = APIRouter(include_in_schema=False, route_class=ScopedRoute)
+
+
+def describe(app: FastAPI) -> dict[str, Any]:
+    """Return OpenAPI's description of an app, with every answer of every route; made once."""
+    if app.openapi_schema is None:
+        schema = app.openapi()
+        complete(schema["paths"])
+        schema.setdefault("components", {}).setdefault("schemas", {}).update(SCHEMAS)
+    assert app.openapi_schema is not None
+    return app.openapi_schema
 
 
 @router.get(OPENAPI_PATH)
 async def openapi(request: Request, caller: AnyKey) -> dict[str, Any]:
     """Describe every route."""
-    app: FastAPI = request.app
-    return app.openapi()
+    return describe(request.app)
 
 
 @router.get("/docs")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from quickchange_adapters.fault_points import reach
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from quickchange_server.api.auth import OPEN_PATHS, authenticate, check_loopback
@@ -50,11 +51,15 @@ class RequestContext:
 
 
 class HttpMetrics:
-    """Count requests by route template, method and status."""
+    """Count requests by route template, method and status.
 
-    def __init__(self, app: ASGIApp, metrics: ServerMetrics) -> None:
+    `routes` say what a request asked for that a guard answered before it was routed.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: ServerMetrics, routes: Sequence[BaseRoute]) -> None:
         self._app = app
         self._metrics = metrics
+        self._routes = routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on and count it when it is over."""
@@ -71,9 +76,13 @@ class HttpMetrics:
         try:
             await self._app(scope, receive, send_and_note)
         finally:
-            route = getattr(scope.get("route"), "path", UNMATCHED)
+            route = getattr(scope.get("route") or self._asked(scope), "path", UNMATCHED)
             method = scope["method"] if scope["method"] in _METHODS else "_other"
             self._metrics.on_http(route, method, status)
+
+    def _asked(self, scope: Scope) -> BaseRoute | None:
+        found = (route for route in self._routes if route.matches(scope)[0] is Match.FULL)
+        return next(found, None)
 
 
 class LoopbackGuard:
