@@ -190,8 +190,15 @@ class GpuEngine:
         refusal = self._engine.residency.claim(request)
         if refusal is not None:
             raise RuntimeError(f"{name} was refused: {refusal.message}")
+        self._activate(adapters)
         self._engine.add(request)
         return name
+
+    def _activate(self, adapters: Sequence[AdapterRef]) -> None:
+        """Bring adapters to the device now, so that all rows begin in one step."""
+        copies = (self._engine.residency.host_copy(adapter.digest) for adapter in adapters)
+        for slot in self.pool.acquire(*(copy for copy in copies if copy is not None)) or ():
+            self.pool.release(slot)
 
     def _answer(self, name: str) -> Answer:
         outputs = [output for output in self._outputs if output.request_id == name]

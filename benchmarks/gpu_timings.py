@@ -11,11 +11,12 @@ from statistics import median
 from typing import Any
 
 import torch
+from quickchange_adapters.arena import RowRange
 from quickchange_adapters.layout import AdapterLayout, GroupShape
 from quickchange_adapters.ops.deltas import add_block, add_window
 from quickchange_adapters.ops.triton_deltas import TritonDeltas
 from quickchange_adapters.plan import RowBlock, Term, build_plan
-from quickchange_adapters.pool import AdapterPool, RowRange, Slot
+from quickchange_adapters.pool import AdapterPool, Slot
 from quickchange_server.engine.attention import KvShape, KvStorage, Rule
 from quickchange_server.engine.attention_tiles import KvRow
 from quickchange_server.engine.settings import EngineSettings

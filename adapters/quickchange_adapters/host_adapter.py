@@ -8,6 +8,7 @@ from torch import Tensor
 
 from quickchange_adapters.layout import AdapterLayout, GroupShape, Place, round_up_rows
 from quickchange_adapters.weights import AdapterWeights, LoraPair
+from quickchange_adapters.zero_memory import lazy_zeros
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,8 +136,10 @@ def _pack_group(shape: GroupShape, entries: _Entries, dtype: torch.dtype) -> Hos
     has_bias = bool(entries.biases)
     rank = max((pair.rank for _, pair in entries.pairs), default=0)
     rows = round_up_rows(rank + int(has_bias))
-    lora_a = torch.zeros(shape.num_layers, rows, shape.num_parts, shape.in_features, dtype=dtype)
-    lora_b = torch.zeros(shape.num_layers, rows, shape.out_features, dtype=dtype)
+    # Not from the heap, which would keep the memory when the version is unloaded.
+    a_shape = (shape.num_layers, rows, shape.num_parts, shape.in_features)
+    lora_a = lazy_zeros(a_shape, dtype)
+    lora_b = lazy_zeros((shape.num_layers, rows, shape.out_features), dtype)
     for place, pair in entries.pairs:
         lora_a[place.layer, : pair.rank, place.part] = pair.lora_a.to(dtype)
         columns = shape.part_slices[place.part]

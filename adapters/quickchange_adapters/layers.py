@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from quickchange_adapters.arena import Arena
 from quickchange_adapters.layout import GroupShape
 from quickchange_adapters.ops.deltas import add_deltas, add_head
 from quickchange_adapters.ops.linear_weight import LinearWeight
 from quickchange_adapters.plan import StepPlan
-from quickchange_adapters.pool import Arena
 
 
 @dataclass(slots=True)

@@ -7,8 +7,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from quickchange_adapters.arena import Arena
 from quickchange_adapters.merge import MergedCopy
-from quickchange_adapters.pool import AdapterPool, Arena, Slot
+from quickchange_adapters.pool import AdapterPool, Slot
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,24 +1,45 @@
 """Large tensors of zeros that take memory only where something was written."""
 
 import contextlib
+import ctypes
 import math
 import mmap
 
 import torch
 from torch import Tensor
 
+_libc = ctypes.CDLL(None) if hasattr(mmap, "MADV_HUGEPAGE") else None
 
-def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+
+def lazy_zeros(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | None = None
+) -> Tensor:
     """Return zeros. On a CPU their pages come with the first write, as huge ones where there are.
 
     Touching a gigabyte takes seconds, and a cache or pool may never be full. The system gives pages
     of zeros, and takes all of them back when the tensor goes.
     """
     num_bytes = math.prod(shape) * dtype.itemsize
-    if device.type != "cpu" or not num_bytes or not hasattr(mmap, "MADV_HUGEPAGE"):
+    is_cpu = device is None or device.type == "cpu"
+    if not is_cpu or not num_bytes or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(shape, dtype=dtype, device=device)
     # Private: shared memory gets huge pages almost nowhere, and a fork would write to ours.
     memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # a system without huge pages refuses
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
+def give_back(part: Tensor) -> None:
+    """Let the system have the memory of a contiguous part of lazy zeros: it reads as zeros again.
+
+    Only whole pages go; what else is on the first and last one stays as it is. On a device, and
+    where there are no lazy zeros, nothing happens.
+    """
+    if _libc is None or part.device.type != "cpu" or not part.is_contiguous():
+        return
+    start = -(-part.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (part.data_ptr() + part.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if end > start:
+        # A refusal leaves the memory as it was: taken, and free for the next one.
+        _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)

@@ -3,6 +3,7 @@
 import struct
 
 import torch
+from quickchange_adapters.arena import RowRange
 from quickchange_adapters.ops.delta_tables import (
     BLOCK_INTS,
     HEADER_INTS,
@@ -13,7 +14,7 @@ from quickchange_adapters.ops.delta_tables import (
     output_tiles,
 )
 from quickchange_adapters.plan import RowBlock, Term
-from quickchange_adapters.pool import RowRange, Slot
+from quickchange_adapters.pool import Slot
 
 CPU = torch.device("cpu")
 

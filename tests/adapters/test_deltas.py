@@ -81,6 +81,32 @@ def test_a_neighbours_overflow_in_the_shared_product_stays_alone() -> None:
     assert y[3].abs().max() > 0
 
 
+@pytest.mark.parametrize("is_exact", [False, True])
+def test_rows_that_are_being_written_reach_nobody(is_exact: bool) -> None:
+    """A step reads whole windows while another thread writes into a hole between live rows."""
+    pool = pool_of(64)
+    slots = slots_of(pool, [8, 24, 8])
+    first, gone, last = slots
+    pool.release(gone)
+    pool.evict(gone.digest)
+    filling = only(pool.reserve(adapter_of("coming", 24)))
+    assert first.ranges["qkv"].end == filling.ranges["qkv"].start
+    assert filling.ranges["qkv"].end == last.ranges["qkv"].start
+    plan = build_plan(
+        blocks_of([first, last], is_mixed=False, lengths=[1, 1]), 4, pool, is_exact=is_exact
+    )
+    x = torch.randn(4, QKV.in_features)
+    arena = pool.arenas["qkv"]
+    answers = []
+    for value in (0.0, torch.finfo(torch.float32).max):
+        half = slice(filling.ranges["qkv"].start, filling.ranges["qkv"].start + 12)
+        arena.lora_a[:, half] = arena.lora_b[:, half] = value
+        answers.append(torch.zeros(4, QKV.out_features))
+        add_deltas(answers[-1], x, arena, 1, plan)
+    assert answers[0][1].abs().max() > 0
+    assert torch.equal(answers[0], answers[1])
+
+
 def test_an_exact_row_does_not_depend_on_the_length_of_its_block() -> None:
     pool = pool_of(64)
     slots = slots_of(pool, [12])

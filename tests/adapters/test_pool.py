@@ -2,6 +2,7 @@
 
 import zlib
 
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
@@ -127,6 +128,40 @@ def test_several_adapters_come_together_or_not_at_all() -> None:
     assert twice[0] is twice[1]
     assert twice[0].num_references == 3
     pool.check_integrity()
+
+
+WIDE = GroupShape("wide", 8192, (8192,), 2)
+WIDE_LAYOUT = AdapterLayout({"wide": WIDE}, {f"layers.{n}": Place("wide", n, 0) for n in range(2)})
+MIB = 1 << 20
+
+
+def test_what_leaves_gives_its_memory_back_to_the_system() -> None:
+    """64 MiB in host memory and as much in the pool, by the process's own count."""
+    process = psutil.Process()
+
+    def grown_mib() -> float:
+        return (process.memory_info().rss - before) / MIB
+
+    pool = AdapterPool(WIDE_LAYOUT, 256 * MIB, torch.float32, torch.device("cpu"))
+    before = process.memory_info().rss
+    pair = LoraPair(torch.ones(1, 8192).expand(512, 8192), torch.ones(8192, 1).expand(8192, 512))
+    weights = AdapterWeights("wide", dict.fromkeys(WIDE_LAYOUT.places, pair))
+    adapter = pack_adapter(weights, WIDE_LAYOUT, torch.float32)
+    assert adapter.num_bytes == 64 * MIB
+    assert grown_mib() > 60
+    slot = only(pool.acquire(adapter))
+    assert slot.num_bytes == pool.used_bytes == 64 * MIB
+    assert grown_mib() > 120
+    del adapter
+    assert grown_mib() < 90
+    pool.release(slot)
+    assert pool.retire("wide") is slot
+    assert pool.used_bytes == 64 * MIB
+    pool.empty(slot)
+    pool.forget(slot)
+    assert pool.used_bytes == 0
+    assert grown_mib() < 25
+    assert not pool.arenas["wide"].lora_a.any()
 
 
 OPERATIONS = st.lists(

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from quickchange_adapters.arena import Arena, RowRange
 from quickchange_adapters.plan import DenseWindow, RowBlock, StepPlan
-from quickchange_adapters.pool import Arena, RowRange
 from quickchange_adapters.weights import LoraPair
 
 EXACT_TILE_ROWS = 16

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quickchange_adapters.arena import Arena
 from quickchange_adapters.ops.delta_tables import (
     BLOCK_INTS,
     HEADER_INTS,
@@ -28,7 +29,7 @@ from quickchange_adapters.ops.delta_tables import (
     output_tiles,
 )
 from quickchange_adapters.plan import RowBlock
-from quickchange_adapters.pool import AdapterPool, Arena
+from quickchange_adapters.pool import AdapterPool
 
 ITEMS_PER_BLOCK = 16
 MAX_INPUT_TILE, OUTPUT_TILE = 128, 128

@@ -6,7 +6,7 @@ One `call_soon_threadsafe` a step brings the tokens of all requests over to the 
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -140,11 +140,12 @@ class EngineClient:
         adapter = await self._in_loader(lambda: self._pack(weights))
         engine = self._engine
         try:
-            return await self._on_engine(
-                lambda: engine.is_idle and engine.residency.add_guest(adapter)
+            coming = await self._on_engine(
+                lambda: engine.residency.add_guest(adapter) if engine.is_idle else None
             )
         except MemoryError:
             return False
+        return coming is not None and await asyncio.wrap_future(coming)
 
     async def unload_adapter(self, digest: str, timeout_s: float = 30.0) -> ResidentAdapter | None:
         """Drain and free a version. Raises: TimeoutError; it then goes when its requests end."""
@@ -165,13 +166,13 @@ class EngineClient:
         await self._on_engine(lambda: self._engine.residency.unpin(digest))
 
     async def activate(self, digest: str) -> bool:
-        """Bring a version to the device between two steps. Raises: NotFound."""
+        """Bring a version to the device while steps run. Raises: NotFound."""
 
-        def activate() -> bool:
+        def activate() -> Future[bool]:
             self._loaded(digest)
             return self._engine.residency.activate(digest)
 
-        return await self._on_engine(activate)
+        return await asyncio.wrap_future(await self._on_engine(activate))
 
     async def merge(self, digest: str) -> MergeResult:
         """Compute a merged copy on the loader thread. Raises: MergeBudgetExceeded."""

@@ -5,12 +5,15 @@ through an inbox of calls that run between steps.
 """
 
 import logging
+import math
 import random
 import threading
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
+from functools import partial
+from itertools import islice
 from typing import TypeVar
 
 import torch
@@ -41,6 +44,9 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 Publish = Callable[[list[TokenOutput]], None]
 IDLE_WAIT_S = 0.02
+MAX_MOVED_BYTES = 8 << 20
+"""Of adapters' rows that are moved between two steps of running requests."""
+NUM_LOOKED_AHEAD = 16
 
 
 class Engine:
@@ -86,7 +92,10 @@ class Engine:
         self._publish = publish
         self._on_exit = on_exit
         self._inbox = Inbox(self._refresh_snapshot)
+        self.residency.loader.wake = lambda: self._inbox.call(lambda: None)
+        self.residency.loader.refresh = self._refresh_snapshot
         self._leaving: dict[str, list[Future[ResidentAdapter | None]]] = {}
+        self._retiring: list[list[Future[ResidentAdapter | None]]] = []
         self._unplaced: list[tuple[Sequence, Exception]] = []
         self._num_steps = 0
         self._last_step_s = time.monotonic()
@@ -150,13 +159,20 @@ class Engine:
         """Advance every request that can run by one step; what was gained is published, always."""
         outputs: list[TokenOutput] = []
         try:
+            self._prepare_adapters()
             step = self.scheduler.schedule()
             self._can_admit = bool(step.rows)
             self._give_up_unplaced(outputs)
+            self.residency.prefetch(islice(self.scheduler.waiting, NUM_LOOKED_AHEAD))
             if step.rows:
                 self._run_groups(step, outputs)
         finally:
             self._hand_out(outputs)
+
+    def _prepare_adapters(self) -> None:
+        """Publish what was loaded meanwhile, and move rows, a little while requests run."""
+        self.residency.loader.publish()
+        self.runner.pool.tidy(MAX_MOVED_BYTES if self.scheduler.running else math.inf)
 
     def _run_groups(self, step: ScheduledStep, outputs: list[TokenOutput]) -> None:
         """Run what was scheduled: in one step, or merged adapters' rows in steps of their own."""
@@ -225,14 +241,16 @@ class Engine:
         outputs = [self._end(sequence, "abort") for sequence in self._live_sequences()]
         self._refresh_snapshot()
         self._publish(outputs)
-        for waiting in self._leaving.values():
+        stopped = EngineStopped("the engine has stopped")
+        self.residency.loader.stop(stopped)
+        for waiting in (*self._leaving.values(), *self._retiring):
             for done in waiting:
-                done.set_exception(EngineStopped("the engine has stopped"))
+                done.set_exception(stopped)
         self._on_exit()
 
     def _handle_inbox(self) -> None:
         """Run all waiting calls; sleep here while there is nothing to compute."""
-        if not self.scheduler.running and not self._can_admit:
+        if not self.scheduler.running and not self._can_admit and not self.runner.pool.is_untidy:
             self._inbox.run_next(IDLE_WAIT_S if self.scheduler.waiting else 1.0)
         self._inbox.run_waiting()
 
@@ -360,12 +378,17 @@ class Engine:
             log.exception("could not clear %d KV blocks", len(blocks))
 
     def _finish_leaving(self) -> None:
-        for digest in [d for d in self._leaving if not self.residency.num_users(d)]:
-            freed = self.residency.finish_leaving(digest)
-            self.runner.pool.compact()
-            self._refresh_snapshot()
-            for done in self._leaving.pop(digest):
-                done.set_result(freed)
+        for digest in [d for d in self._leaving if self.residency.can_leave(d)]:
+            waiting = self._leaving.pop(digest)
+            self._retiring.append(waiting)
+            self.residency.finish_leaving(digest, partial(self._end_leaving, waiting))
+
+    def _end_leaving(
+        self, waiting: list["Future[ResidentAdapter | None]"], freed: ResidentAdapter | None
+    ) -> None:
+        self._retiring = [each for each in self._retiring if each is not waiting]
+        for done in waiting:
+            done.set_result(freed)
 
     def _note_step(self, step: ScheduledStep, seconds: float, *, is_merged: bool) -> None:
         self._num_steps += 1

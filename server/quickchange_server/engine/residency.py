@@ -3,12 +3,14 @@
 Lives on the engine thread, but for `claim` and `start_leaving`, which the event loop calls: a
 request claims its versions before it is submitted, so what it uses is neither evicted nor unloaded
 before it ends. A lock guards what both threads touch (users, leaving, host copies). Packing and
-merging are computed elsewhere and handed in finished.
+merging are computed elsewhere and handed in finished; slots are filled and emptied by a
+`SlotLoader`.
 """
 
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 
 from quickchange_adapters.errors import MergeBudgetExceeded, PinBudgetExceeded
 from quickchange_adapters.host_adapter import HostAdapter
@@ -18,6 +20,7 @@ from quickchange_adapters.pool import AdapterPool, Slot
 from quickchange_server.engine.interface import ResidentAdapter
 from quickchange_server.engine.request import GenerationRequest, RequestFailure
 from quickchange_server.engine.sequence import Sequence
+from quickchange_server.engine.slot_loader import SlotLoader
 
 MAX_DAMAGED = 2
 PIN_SHARE = 0.75
@@ -32,6 +35,7 @@ class AdapterResidency:
 
     def __init__(self, pool: AdapterPool, host_ceiling_bytes: int, merged_ceiling: int) -> None:
         self.pool = pool
+        self.loader = SlotLoader(pool, self.num_users)
         self.merged: dict[str, MergedCopy] = {}
         self.merged_ceiling_bytes = merged_ceiling
         self._host: OrderedDict[str, HostAdapter] = OrderedDict()
@@ -69,12 +73,12 @@ class AdapterResidency:
         with self._lock:
             self._add_host(adapter)
 
-    def add_guest(self, adapter: HostAdapter) -> bool:
+    def add_guest(self, adapter: HostAdapter) -> "Future[bool] | None":
         """Keep a host copy and bring it to the device, if there is room that nobody has."""
         with self._lock:
             is_free = self.host_bytes + adapter.num_bytes <= self._host_ceiling_bytes
             if not is_free or not self.pool.has_free_room(adapter):
-                return False
+                return None
             self._add_host(adapter)
             return self.activate(adapter.digest)
 
@@ -84,7 +88,7 @@ class AdapterResidency:
         if adapter.digest in self._host:
             return
         kept = self.merged.keys() | self.pool.pinned
-        idle = [d for d in self._host if not self._users[d] and d not in kept]
+        idle = [d for d in self._host if d not in kept and self._is_idle(d)]
         in_use = self.host_bytes - sum(self._host[digest].num_bytes for digest in idle)
         if in_use + adapter.num_bytes > self._host_ceiling_bytes:
             raise MemoryError(
@@ -116,6 +120,7 @@ class AdapterResidency:
     def leave(self, request: GenerationRequest) -> None:
         """Forget an ended request."""
         with self._lock:
+            self.loader.leave(request.request_id)
             for adapter in request.adapters:
                 self._users[adapter.digest] -= 1
                 self._changed.add(adapter.digest)
@@ -130,9 +135,16 @@ class AdapterResidency:
         return None
 
     def take_slots(self, sequence: Sequence) -> tuple[Slot, ...] | None:
-        """Acquire a slot for every adapter of a request, or none at all (None)."""
-        adapters = [self._host[adapter.digest] for adapter in sequence.request.adapters]
-        return self.pool.acquire(*adapters)
+        """Acquire a slot for every adapter of a request, or none at all (None): ask again then."""
+        return self.loader.take(sequence.request_id, self._copies_of(sequence))
+
+    def prefetch(self, waiting: Iterable[Sequence]) -> None:
+        """Bring the adapters of requests that wait to the device, in room that nobody needs."""
+        for sequence in waiting:
+            self.loader.prefetch(self._copies_of(sequence))
+
+    def _copies_of(self, sequence: Sequence) -> list[HostAdapter]:
+        return [self._host[adapter.digest] for adapter in sequence.request.adapters]
 
     def give_slots(self, sequence: Sequence) -> None:
         """Release a request's slots; they stay resident until their rows are wanted."""
@@ -160,7 +172,10 @@ class AdapterResidency:
         """Drop a merged copy; return its bytes, 0 if there was none."""
         copy = self.merged.pop(digest, None)
         self._changed.add(digest)
-        return 0 if copy is None else copy.num_bytes
+        if copy is None:
+            return 0
+        self.loader.free(copy)
+        return copy.num_bytes
 
     def pin(self, digest: str) -> None:
         """Never drop a host copy to make room, and its slot only when nothing else does.
@@ -188,11 +203,9 @@ class AdapterResidency:
             self.pool.pinned.discard(digest)
             self._changed.add(digest)
 
-    def activate(self, digest: str) -> bool:
-        """Copy a loaded version to the device; whether it is there, since slots may be in use."""
-        slots = self.pool.acquire(self._host[digest])
-        self._release(slots or ())
-        return slots is not None
+    def activate(self, digest: str) -> "Future[bool]":
+        """Bring a loaded version to the device; whether it is there, since slots may be in use."""
+        return self.loader.activate(self._host[digest])
 
     def note_damage(self, digests: Iterable[str]) -> None:
         """Count a step's non-finite results, once per adapter; the second time it is out.
@@ -209,13 +222,21 @@ class AdapterResidency:
         with self._lock:
             self._leaving.add(digest)
 
-    def finish_leaving(self, digest: str) -> ResidentAdapter | None:
-        """Free all of an unused version's memory; None if it was not loaded."""
+    def can_leave(self, digest: str) -> bool:
+        """Whether nobody uses a version any more, and nothing is being done with it."""
+        return self._is_idle(digest)
+
+    def finish_leaving(
+        self, digest: str, on_done: Callable[[ResidentAdapter | None], None]
+    ) -> None:
+        """Free all of an unused version's memory, and say what it was; None: it was not loaded."""
         with self._lock:
             state = self.describe(digest) if digest in self._host else None
-            self._drop(digest)
+            self.drop_merged(digest)
+            self.pool.pinned.discard(digest)
+            self.loader.retire(digest, self._forget_host(digest), lambda: on_done(state))
+            del self._users[digest]
             self._leaving.discard(digest)
-        return state
 
     def describe(self, digest: str) -> ResidentAdapter:
         """Where one loaded version's bytes are."""
@@ -245,14 +266,20 @@ class AdapterResidency:
         self._changed.clear()
         return dict(self._described)
 
+    def _is_idle(self, digest: str) -> bool:
+        return not self._users[digest] and not self.loader.is_busy(digest)
+
     def _drop(self, digest: str) -> None:
-        assert not self._users[digest], f"adapter {digest[:12]} is in use"
-        self.drop_merged(digest)
+        """Drop an idle version to make room for another one."""
         self.pool.evict(digest)
-        self.pool.pinned.discard(digest)
-        gone = self._host.pop(digest, None)
-        self.host_bytes -= 0 if gone is None else gone.num_bytes
+        self.loader.free(self._forget_host(digest))
         del self._users[digest]
+
+    def _forget_host(self, digest: str) -> HostAdapter | None:
+        adapter = self._host.pop(digest, None)
+        self.host_bytes -= 0 if adapter is None else adapter.num_bytes
+        self._changed.add(digest)
+        return adapter
 
     def _release(self, slots: Iterable[Slot]) -> None:
         for slot in slots:

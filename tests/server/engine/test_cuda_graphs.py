@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from quickchange_adapters.arena import Arena
 from quickchange_adapters.plan import RowBlock, StepTables, Term
-from quickchange_adapters.pool import Arena, Slot
+from quickchange_adapters.pool import Slot
 from quickchange_server.engine.attention import KvStorage, Rule
 from quickchange_server.engine.attention_tiles import KvRow
 from quickchange_server.engine.cuda_graphs import (

@@ -1,8 +1,10 @@
 """The engine thread: cancel, failures, merge, unload, limits, reproducible answers."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 from quickchange_adapters.errors import MergeBudgetExceeded
 from quickchange_adapters.host_adapter import HostAdapter, pack_adapter
 from quickchange_adapters.merge import MergedCopy
-from quickchange_adapters.pool import AdapterPool, Slot
+from quickchange_adapters.pool import AdapterPool, Evictable, Slot
 from quickchange_adapters.weights import AdapterWeights, LoraPair
 from quickchange_server.engine.base_model import load_base
 from quickchange_server.engine.client import EngineClient
@@ -27,6 +29,7 @@ from quickchange_server.engine.request import (
 )
 from quickchange_server.engine.sampler import Sample
 from quickchange_server.engine.scheduler import ScheduledRow
+from quickchange_server.engine.sequence import Sequence as EngineSequence
 from quickchange_server.engine.settings import EngineSettings
 from quickchange_server.errors import Conflict, InvalidRequest, NotFound, QueueFull, Unavailable
 
@@ -240,11 +243,21 @@ def faulty_engine(
 
 
 def run_to_end(engine: Engine) -> None:
-    for _ in range(500):
-        if not (engine.scheduler.running or engine.scheduler.waiting):
-            return
+    step_until(engine, lambda: not (engine.scheduler.running or engine.scheduler.waiting))
+
+
+def has_computed(sequence: EngineSequence, num_tokens: int) -> bool:
+    return sequence.num_computed >= num_tokens
+
+
+def step_until(engine: Engine, condition: Callable[[], bool]) -> None:
+    """Step by hand; while nothing runs, adapters are on their way on another thread."""
+    deadline_s = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline_s, "requests did not end"
         engine.step()
-    raise AssertionError("requests did not end")
+        if not engine.scheduler.running:
+            time.sleep(0.001)
 
 
 def tokens_of(outputs: list[TokenOutput], name: str) -> list[int]:
@@ -343,11 +356,10 @@ def test_non_finite_kv_of_a_request_that_left_reaches_nobody(
         bad = greedy(f"bad{turn}", "huge", prompt_ids=prompt, cache_scope=str(turn))
         assert engine.residency.claim(bad) is None
         engine.add(bad)
-        for _ in range(20):
-            engine.step()
-        assert not engine.runner.storage.keys[1].isfinite().all()
         sequence = engine.scheduler.find(bad.request_id)
         assert sequence is not None
+        step_until(engine, partial(has_computed, sequence, 320))
+        assert not engine.runner.storage.keys[1].isfinite().all()
         engine.scheduler.remove(sequence)
     for index in range(12):
         ids = PROMPT[: 3 + 3 * index]
@@ -392,18 +404,30 @@ async def test_after_the_stop_nobody_waits(tiny_base: Path, weights: AdapterWeig
 
 
 class FullPool(AdapterPool):
-    """Cannot bring one adapter to the device."""
+    """Cannot make a slot for one adapter."""
 
-    def acquire(self, *adapters: HostAdapter) -> tuple[Slot, ...] | None:
+    def reserve(
+        self, *adapters: HostAdapter, evictable: Evictable | None = None
+    ) -> tuple[Slot, ...] | None:
         if any(adapter.digest == "one" for adapter in adapters):
             raise MemoryError
-        return super().acquire(*adapters)
+        return super().reserve(*adapters, evictable=evictable)
 
 
+class FailingPool(AdapterPool):
+    """Cannot fill one adapter's slot."""
+
+    def fill(self, slot: Slot, adapter: HostAdapter) -> None:
+        if slot.digest == "one":
+            raise MemoryError
+        super().fill(slot, adapter)
+
+
+@pytest.mark.parametrize("pool_class", [FullPool, FailingPool])
 def test_slots_that_cannot_be_made_fail_their_request_alone(
-    tiny_base: Path, weights: AdapterWeights
+    tiny_base: Path, weights: AdapterWeights, pool_class: type[AdapterPool]
 ) -> None:
-    engine, _, outputs = faulty_engine(tiny_base, pool_class=FullPool)
+    engine, _, outputs = faulty_engine(tiny_base, pool_class=pool_class)
     base = engine.runner.base
     engine.residency.add_host(pack_adapter(weights, base.layout, base.dtype))
     engine.residency.claim(greedy("bad", "one"))

@@ -163,6 +163,8 @@ async def check_preempted(base: Path, folders: Sequence[Path], oracle: Oracle) -
         block_bytes //= engine.snapshot().kv_blocks_total + 1
     small = {"kv_cache_bytes": 8 * block_bytes, "observer": recorder}
     async with serving(base, folders, **small) as engine:
+        for index in range(len(folders)):
+            assert await engine.activate(f"a{index}")
         rows: list[int | None] = [0, 1, None]
         asks = [ask(f"p{i}", 26 + i, row) for i, row in enumerate(rows)]
         for row, one, got in zip(rows, asks, await run_all(engine, asks), strict=True):
