@@ -166,7 +166,7 @@ def known_options() -> dict[str, set[str]]:
     known["keys"] = set().union(*map(options_of, group.commands["keys"].commands.values()))
     known["fsck"] = {"--store", "--catalog", "--repair", "--json", "--config", "--help"}
     server: Any = typer.main.get_command(server_app)
-    known["train"] = options_of(server.commands["train"])
+    known["train"] = set().union(*map(options_of, server.commands["train"].commands.values()))
     known["base"] = {"--model", "--revision", "--config", "--help"}
     return known
 

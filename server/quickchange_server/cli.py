@@ -17,7 +17,7 @@ from quickchange_server.config import OPTIONS, load_config, unknown_variables
 from quickchange_server.errors import CannotStart, ConfigInvalid, QuickchangeError
 from quickchange_server.fsck_command import fsck
 from quickchange_server.option import Option
-from quickchange_server.train_command import train
+from quickchange_server.train_app import app as train
 from quickchange_server.vllm_flags import VLLM_FLAGS, VllmFlag, translate, unread_variables
 
 app = typer.Typer(
@@ -164,7 +164,7 @@ def _vllm_annotation(each: VllmFlag) -> Any:
 serve.__signature__ = inspect.Signature(list(_serve_parameters()))  # type: ignore[attr-defined]
 app.command("serve")(serve)
 app.command("fsck")(fsck)
-app.command("train")(train)
+app.add_typer(train, name="train", help="Train adapters, and compare settings.")
 
 if __name__ == "__main__":
     main()

@@ -72,6 +72,8 @@ def train(
     Writes, beside the recipe: adapter/ (two files of PEFT and task.json),
     train_log.jsonl, loss.png, and EVAL.md if the recipe names test rows.
 
+    To compare settings, see: quickchange train sweep --help
+
     For example:
 
     quickchange train recipe.toml --check

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from quickchange_adapters.training.adapter_model import unserved
+from quickchange_adapters.training.recipe import METHODS, AdapterSettings
 from quickchange_server.cli import app
 from typer.testing import CliRunner, Result
 
@@ -120,10 +122,29 @@ def test_bad_rows_and_rows_that_are_too_long_end_it_before_it_begins(recipe: Pat
 
 
 def test_what_could_not_be_served_is_refused_at_once(recipe: Path) -> None:
-    recipe.write_text(recipe.read_text() + '[adapter]\nmethod = "vera"\n')
+    refused = [method for method in METHODS if unserved(AdapterSettings(method=method))]
+    if not refused:
+        pytest.skip("every method that can be trained can be served")
+    recipe.write_text(recipe.read_text() + f'[adapter]\nmethod = "{refused[0]}"\n')
     done = train(recipe)
     assert done.exit_code == 2
-    assert "could not be served: peft_type 'VERA' is not served" in done.stderr
+    assert "what this trains could not be served: " in done.stderr
+    assert not (recipe.parent / "adapter").exists()
+    recipe.write_text(recipe.read_text() + "allow_unserved = true\n")
+    done = train(recipe)
+    assert done.exit_code == 0, done.stderr
+    assert "warning: what this trains cannot be served: " in done.stderr
+
+
+def test_a_sweep_lists_its_cells_and_writes_a_table(recipe: Path) -> None:
+    file = recipe.parent / "study.toml"
+    file.write_text("[[cell]]\nrank = 2\n[[cell]]\nrank = 3\n")
+    done = runner.invoke(app, ["train", "sweep", str(file), "--check"])
+    assert (done.exit_code, done.stdout) == (0, "rank-2\nrank-3\n")
+    file.write_text("[[cell]]\nrnk = 2\n")
+    done = runner.invoke(app, ["train", "sweep", str(file)])
+    assert done.exit_code == 2
+    assert "cell 1.rnk is not known" in done.stderr
 
 
 def test_help_has_examples() -> None:

@@ -51,9 +51,9 @@ def evaluate(prepared: Prepared, adapter: Path, new_bar: NewBar) -> Evaluation:
 
     Raises: CannotTrain when there are no test rows or no adapter.
     """
-    split = _test_rows(prepared)
+    split = test_rows(prepared)
     metric = metric_of(prepared.recipe)
-    models = _Models(prepared, split, metric, new_bar).run(adapter)
+    models = AskedModels(prepared, split, metric, new_bar).run(adapter)
     trivial = dict(metric.trivial(split.examples))
     if prepared.recipe.evaluation.word_baseline:
         trivial[WORD_BASELINE] = word_answers(prepared.train.examples, split.examples)
@@ -64,14 +64,18 @@ def evaluate(prepared: Prepared, adapter: Path, new_bar: NewBar) -> Evaluation:
     return Evaluation(split.examples, models, scored)
 
 
-def _test_rows(prepared: Prepared) -> Split:
+def test_rows(prepared: Prepared) -> Split:
+    """Return the rows that are evaluated on.
+
+    Raises: CannotTrain when there are none.
+    """
     if prepared.test is None:
         raise CannotTrain(f"{prepared.recipe.file}: data.test is missing: nothing to evaluate on")
     most = prepared.recipe.evaluation.max_rows
     return Split(prepared.test.examples[:most], prepared.test.rows[:most])
 
 
-class _Models:
+class AskedModels:
     """Asks one model after the other."""
 
     def __init__(self, prepared: Prepared, split: Split, metric: Metric, new_bar: NewBar) -> None:
@@ -81,14 +85,28 @@ class _Models:
         self._new_bar = new_bar
 
     def run(self, adapter: Path) -> dict[str, Contender]:
+        """Ask the base, the base told the task if the recipe says how, and the adapter."""
         recipe = self._prepared.recipe
-        model = load_base(self._prepared.base_folder, fast_number_format(recipe.loop.compute), 16)
+        model = self._base()
         found = {BASE: self._ask(model, BASE, recipe.task)}
         if recipe.evaluation.base_prompt is not None:
             told = replace(recipe.task, prompt=recipe.evaluation.base_prompt)
             found[BASE_TOLD] = self._ask(model, BASE_TOLD, told, with_loss=False)
         found[ADAPTER] = self._ask(_with_adapter(model, adapter), ADAPTER, recipe.task)
         return found
+
+    def base_alone(self) -> Contender:
+        """Ask the base."""
+        return self._ask(self._base(), BASE, self._prepared.recipe.task)
+
+    def adapter_alone(self, adapter: Path) -> Contender:
+        """Ask the adapter."""
+        model = _with_adapter(self._base(), adapter)
+        return self._ask(model, ADAPTER, self._prepared.recipe.task)
+
+    def _base(self) -> Any:
+        dtype = fast_number_format(self._prepared.recipe.loop.compute)
+        return load_base(self._prepared.base_folder, dtype, 16)
 
     def _ask(self, model: Any, name: str, task: Task, with_loss: bool = True) -> Contender:
         prepared, split = self._prepared, self._split
