@@ -221,6 +221,14 @@ class ServerConfig:
         HTTP,
         metavar="PORT",
     )
+    drain_delay: float = option(
+        0.0,
+        o.read_seconds,
+        "How long a server that got SIGTERM goes on answering, not ready and 503 to new work, so "
+        "that balancers notice before its port closes.",
+        HTTP,
+        metavar="SECONDS",
+    )
     drain_timeout: float = option(
         30.0,
         o.read_seconds,

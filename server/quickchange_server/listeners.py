@@ -1,35 +1,64 @@
 """The ports that a server listens on: one for the API, and with `--admin-port` one for operators.
 
-Both live in one event loop. The API's takes the signals; when it is told to stop, it first says
-that it is no longer ready, then drains, while the operators' port still answers.
+Both live in one event loop. The API's takes the signals. Told to stop, it is not ready from that
+moment on, refuses new work in words while what it accepted is finished, and only then closes its
+port: uvicorn alone would close it first, and callers would see refused connections. The operators'
+port answers to the end.
 """
 
 import asyncio
-import math
+import logging
+import signal
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, replace
+from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
 
+from quickchange_server.drain import Drain
 from quickchange_server.errors import CannotStart
 
 KEEP_ALIVE_S = 75
-ADMIN_DRAIN_S = 1.0
+CLOSE_S = 1
+"""For answers that are being written when everything is finished."""
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class DrainTimes:
+    """How long a server told to stop goes on listening, and how long running requests may take."""
+
+    delay_s: float
+    timeout_s: float
 
 
 class ApiServer(uvicorn.Server):
-    """Serves the API; `on_stop` is called before connections are asked to end."""
+    """Serves the API until a signal, then drains."""
 
-    def __init__(self, app: FastAPI, drain_s: float, on_stop: Callable[[], None]) -> None:
-        super().__init__(_uvicorn_config(app, drain_s))
-        self._on_stop = on_stop
+    def __init__(self, app: FastAPI, drain: Drain, times: DrainTimes) -> None:
+        super().__init__(_uvicorn_config(app))
+        self._drain = drain
+        self._times = times
 
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Stop accepting, let what runs finish."""
-        self._on_stop()
-        await super().shutdown(sockets)
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to drain. Whoever sits at the terminal (SIGINT) need not wait for balancers."""
+        self._drain.begin()
+        if sig == signal.SIGINT:
+            self._times = replace(self._times, delay_s=0.0)
+        super().handle_exit(sig, frame)
+
+    async def main_loop(self) -> None:
+        """Serve until a signal, and then until the last accepted request ended."""
+        await super().main_loop()
+        self._drain.begin()  # whatever else may end the loop
+        num_left = await self._drain.finish(
+            self._times.delay_s, self._times.timeout_s, lambda: self.force_exit
+        )
+        if num_left:
+            log.warning("%d requests did not finish in time and are cut off", num_left)
 
 
 class AdminServer(uvicorn.Server):
@@ -47,7 +76,7 @@ async def listening_beside(app: FastAPI, listener: socket.socket | None) -> Asyn
     if listener is None:
         yield
         return
-    server = AdminServer(_uvicorn_config(app, ADMIN_DRAIN_S))
+    server = AdminServer(_uvicorn_config(app))
     task = asyncio.create_task(server.serve(sockets=[listener]))
     try:
         yield
@@ -82,7 +111,7 @@ def url_of(listener: socket.socket) -> str:
     return f"http://{shown}:{port}"
 
 
-def _uvicorn_config(app: FastAPI, drain_s: float) -> uvicorn.Config:
+def _uvicorn_config(app: FastAPI) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         lifespan="off",  # entered by whoever serves, so that its errors are ours to tell
@@ -92,5 +121,5 @@ def _uvicorn_config(app: FastAPI, drain_s: float) -> uvicorn.Config:
         server_header=False,
         ws="none",
         timeout_keep_alive=KEEP_ALIVE_S,
-        timeout_graceful_shutdown=math.ceil(drain_s),
+        timeout_graceful_shutdown=CLOSE_S,
     )

@@ -39,7 +39,7 @@ from quickchange_server.engine.settings import EngineSettings
 from quickchange_server.errors import CannotStart, ConfigInvalid, QuickchangeError
 from quickchange_server.key_service import KeyService
 from quickchange_server.keyring import Keyring
-from quickchange_server.listeners import ApiServer, bind, listening_beside, url_of
+from quickchange_server.listeners import ApiServer, DrainTimes, bind, listening_beside, url_of
 from quickchange_server.lora_roots import LoraRoots
 from quickchange_server.memory_budget import MemoryBudget, resolve_budget
 from quickchange_server.memory_limit import device_memory, host_memory
@@ -71,7 +71,8 @@ def run_server(config: ServerConfig, base_folder: Path, keyring: Keyring) -> Non
     with bind(config.host, config.port) as listener, _bind_admin(config) as admin_listener:
         app = create_app(build_services(config, base_folder, keyring))
         restore_affinity()
-        server = ApiServer(app, config.drain_timeout, lambda: setattr(app.state, "is_ready", False))
+        times = DrainTimes(config.drain_delay, config.drain_timeout)
+        server = ApiServer(app, app.state.drain, times)
         with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
             runner.run(_serve(app, server, (listener, admin_listener), config))
 

@@ -108,6 +108,7 @@ def test_a_keyed_server_with_an_admin_port_drains_in_order(
         while was_ready_last:
             next(lines)
             was_ready_last = httpx.get(f"{admin}/readyz").status_code == 200
+        assert httpx.get(f"{server.url}/readyz").json()["error"]["code"] == "draining"
         assert "data: [DONE]" in list(lines)
     assert server.process.wait(30) == 0
     assert secret not in server.log.read_text()

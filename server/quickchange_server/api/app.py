@@ -19,6 +19,7 @@ from quickchange_server.api import (
     models,
     operations,
 )
+from quickchange_server.api.drain_guard import DrainGuard
 from quickchange_server.api.error_handlers import add_error_handlers
 from quickchange_server.api.middleware import (
     BodyLimit,
@@ -28,6 +29,7 @@ from quickchange_server.api.middleware import (
     RequestContext,
 )
 from quickchange_server.api.services import AppServices, BodyLimits
+from quickchange_server.drain import Drain
 
 UPLOAD_PATH = "/v1/adapters"
 
@@ -53,6 +55,7 @@ def create_app(services: AppServices) -> FastAPI:
     )
     app.state.services = services
     app.state.is_ready = False
+    app.state.drain = Drain()
     _watch(services)
     add_error_handlers(app)
     for room in ROOMS:
@@ -97,6 +100,7 @@ def _add_middleware(app: FastAPI, services: AppServices) -> None:
             allow_headers=["*"],
             expose_headers=["*"],
         )
+    app.add_middleware(DrainGuard, drain=app.state.drain)
     routers = (*(room.router for room in ROOMS), operations.probes)
     routes = [route for router in routers for route in router.routes]
     app.add_middleware(HttpMetrics, metrics=services.metrics, routes=routes)

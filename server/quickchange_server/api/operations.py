@@ -34,6 +34,8 @@ async def livez(services: Services) -> Json:
 @probes.get("/readyz")
 async def readyz(request: Request, services: Services) -> Json:
     """Say whether requests are served: base loaded, catalog read, not stopping."""
+    if request.app.state.drain.is_begun:
+        raise Unavailable("the server is shutting down", code="draining")
     if not request.app.state.is_ready:
         raise Unavailable("the server is starting or stopping", code="not_ready")
     _check_engine(services)

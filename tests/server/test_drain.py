@@ -1,0 +1,96 @@
+"""A server that is told to stop: what was accepted is finished, what is new is refused in words."""
+
+import asyncio
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from quickchange_server.drain import Drain
+
+from tests.server.server_process import Server
+
+LONG = {"model": "tiny-llama", "prompt": "the", "stream": True, "ignore_eos": True}
+
+
+async def test_it_lasts_until_what_runs_has_ended() -> None:
+    drain = Drain()
+    with drain.accepted():
+        finish = asyncio.create_task(drain.finish(0, 60))
+        await asyncio.sleep(0.2)
+        assert not finish.done()
+    assert await finish == 0
+
+
+async def test_it_lasts_as_long_as_the_delay_and_no_longer_than_the_timeout() -> None:
+    drain = Drain()
+    started = time.monotonic()
+    assert await drain.finish(0.3, 60) == 0
+    assert time.monotonic() - started >= 0.3
+    with drain.accepted():
+        assert await drain.finish(0.0, 0.1) == 1
+        assert await drain.finish(60, 60, is_hurried=lambda: True) == 1
+
+
+@pytest.fixture
+def server(tmp_path: Path, tiny_base: Path, request: pytest.FixtureRequest) -> Iterator[Server]:
+    """Return a running server with the options of the test."""
+    server = Server(["--model", str(tiny_base), *request.param], tmp_path)
+    yield server.wait_ready()
+    server.process.kill()
+    server.process.wait()
+
+
+@pytest.mark.parametrize("server", [("--drain-delay", "2")], indirect=True)
+def test_a_drain_loses_nothing_and_says_no_to_new_work(server: Server) -> None:
+    finished: list[list[str]] = []
+    begun = threading.Barrier(5)
+
+    def stream(num_tokens: int) -> None:
+        with httpx.stream(
+            *("POST", f"{server.url}/v1/completions"),
+            json={**LONG, "max_tokens": num_tokens},
+            timeout=120,
+        ) as answer:
+            lines = answer.iter_lines()
+            first = next(lines)
+            begun.wait(60)
+            finished.append([first, *lines])
+
+    threads = [threading.Thread(target=stream, args=(300 + 40 * i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    begun.wait(60)
+    with httpx.Client(base_url=server.url) as kept_alive:
+        assert kept_alive.get("/readyz").status_code == 200
+        server.process.send_signal(signal.SIGTERM)
+        while (ready := kept_alive.get("/readyz")).status_code == 200:
+            time.sleep(0.01)
+        assert ready.status_code == 503
+        refused = kept_alive.post("/v1/completions", json={**LONG, "max_tokens": 1})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
+        assert refused.headers["retry-after"] == "1"
+        assert refused.headers["connection"] == "close"
+        assert httpx.get(f"{server.url}/livez").status_code == 200  # a new connection, too
+        assert httpx.get(f"{server.url}/v1/models").status_code == 200
+    for thread in threads:
+        thread.join(120)
+    assert [lines[-1] or lines[-2] for lines in finished] == ["data: [DONE]"] * 4
+    assert server.process.wait(60) == 0
+    assert "Traceback" not in server.log.read_text()
+
+
+@pytest.mark.parametrize("server", [("--drain-timeout", "0")], indirect=True)
+def test_what_does_not_finish_in_time_is_cut_off_and_the_exit_is_clean(server: Server) -> None:
+    body = {**LONG, "max_tokens": 480, "n": 8}
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        server.process.send_signal(signal.SIGTERM)
+        with pytest.raises(httpx.RemoteProtocolError):
+            list(lines)
+    assert server.process.wait(60) == 0
+    assert "1 requests did not finish" in server.log.read_text()
