@@ -86,7 +86,13 @@ class Page:
 
 def pages() -> list[Page]:
     """Return every page that belongs to the project's documentation."""
-    patterns = ("*.md", "docs/**/*.md", "clients/python/*.md", "adapters/examples/**/*.md")
+    patterns = (
+        "*.md",
+        "docs/**/*.md",
+        "clients/python/*.md",
+        "adapters/examples/**/*.md",
+        "examples/*.md",
+    )
     return [Page(path) for pattern in patterns for path in sorted(ROOT.glob(pattern))]
 
 

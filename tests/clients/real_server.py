@@ -24,7 +24,7 @@ def real_server(
 
     `name` tells the logs of several servers on one store apart.
     """
-    url = f"http://127.0.0.1:{_free_port()}"
+    url = f"http://127.0.0.1:{free_port()}"
     log = store.with_name(f"{store.name}-{name}.log")
     words = [COMMAND, "serve", "--model", str(base), "--served-model-name", served_name]
     words += ["--store", str(store), "--port", url.rpartition(":")[2], "--device", "cpu"]
@@ -32,13 +32,14 @@ def real_server(
     with log.open("w") as output:
         process = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT, env=env)
     try:
-        _wait_until_healthy(url, process, log)
+        wait_until_healthy(url, process, log)
         yield url
     finally:
-        _stop(process)
+        stop(process)
 
 
-def _wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+def wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Return when the server takes requests, and fail with its log when it does not come up."""
     deadline_s = time.monotonic() + START_TIMEOUT_S
     with Quickchange(url, retry=NO_RETRIES) as client:
         while time.monotonic() < deadline_s and process.poll() is None:
@@ -50,7 +51,7 @@ def _wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path) -
     raise AssertionError(f"the server did not start:\n{log.read_text()}")
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
+def stop(process: subprocess.Popen[bytes]) -> None:
     process.terminate()
     try:
         process.wait(STOP_TIMEOUT_S)
@@ -59,7 +60,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

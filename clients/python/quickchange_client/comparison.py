@@ -125,10 +125,14 @@ def read_side(client: Quickchange, model: str) -> Side:
 
 
 def compare_fields(a: Side, b: Side) -> list[FieldPair]:
-    """Return what always matters, and every field of config and task that differs."""
+    """Return what always matters, and every field of config and task that differs.
+
+    Beside the base, which has no config, a config's other fields say nothing.
+    """
+    others = (*a.config, *b.config) if a.version and b.version else ()
     pairs = [
         FieldPair(name, a.config.get(name), b.config.get(name))
-        for name in dict.fromkeys((*ALWAYS_SHOWN, *a.config, *b.config))
+        for name in dict.fromkeys((*ALWAYS_SHOWN, *others))
     ]
     tasks = [
         FieldPair(f"task {name}", a.task.get(name), b.task.get(name))

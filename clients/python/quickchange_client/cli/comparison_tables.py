@@ -14,6 +14,7 @@ from quickchange_client.comparison import (
     compare_norms,
 )
 
+MAX_NAMES = 8
 Sides = tuple[Side, Side]
 
 
@@ -74,8 +75,16 @@ def _value(value: Any) -> str:
     if value is None:
         return "-"
     if isinstance(value, list) and all(isinstance(each, str) for each in value):
-        return ", ".join(sorted(value))
+        return _names(value)
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _names(names: list[str]) -> str:
+    """Return names in their order; of many paths, their last parts."""
+    if len(names) <= MAX_NAMES:
+        return ", ".join(sorted(names))
+    ends = sorted({name.rpartition(".")[2] for name in names})
+    return f"{', '.join(ends)} ({len(names)} names)"
 
 
 def _norm(norm: float | None) -> str:

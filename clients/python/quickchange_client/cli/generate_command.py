@@ -144,6 +144,6 @@ def _print_stream(stream: Stream[Completion] | Stream[ChatChunk]) -> None:
             sys.stdout.flush()
             for choice in chunk.choices:
                 finish_reason = choice.finish_reason or finish_reason
-    print()
+    print(flush=True)
     if finish_reason == "length":
         say("(cut off at the limit of tokens; raise it with --max-tokens)")

@@ -26,7 +26,7 @@ WAIT_S = 2.0
 """For requests that run on an old version; it goes when they have finished in any case."""
 
 NamesArgument = Annotated[
-    list[str] | None, typer.Argument(metavar="[NAME]...", help="Only these adapters. Default: all.")
+    list[str] | None, typer.Argument(metavar="NAME", help="Only these adapters. Default: all.")
 ]
 KeepOption = Annotated[
     int,
@@ -144,11 +144,15 @@ def _print(done: Sequence[Pruned], is_deleted: bool) -> None:
     print_table(headings, [_row(each, is_deleted) for each in done])
     size = format_bytes(sum(each.version.bytes.file for each in done))
     if not is_deleted:
-        say(f"{len(done)} versions of {size} would be deleted; delete them with --yes")
+        say(f"{_versions(len(done))} of {size} would be deleted; delete with --yes")
         return
     num_deleted = sum(each.error is None for each in done)
     freed = [f"{format_bytes(n)} {tier}" for tier, n in _freed(done).items() if n]
-    print(f"deleted {num_deleted} versions; freed {', '.join(freed) or 'nothing'}")
+    print(f"deleted {_versions(num_deleted)}; freed {', '.join(freed) or 'nothing'}")
+
+
+def _versions(number: int) -> str:
+    return f"{number} version" if number == 1 else f"{number} versions"
 
 
 def _row(each: Pruned, is_deleted: bool) -> tuple[object, ...]:
