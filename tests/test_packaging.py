@@ -4,7 +4,7 @@ import ast
 import subprocess
 import sys
 import tomllib
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, entry_points, requires
 from pathlib import Path
 
 import pytest
@@ -66,6 +66,30 @@ def test_client_imports_only_the_libraries_it_declares() -> None:
     allowed = CLIENT_LIBRARIES | {"quickchange_client"} | sys.stdlib_module_names
     wrong = {file: names - allowed for file, names in imports_of("quickchange_client").items()}
     assert {file: names for file, names in wrong.items() if names} == {}
+
+
+def brought_by(name: str) -> set[str]:
+    """Return all that is installed with a distribution, by what the metadata of each requires."""
+    from packaging.requirements import Requirement
+
+    found: set[str] = set()
+    waiting = [name]
+    while waiting:
+        found.add(current := _plain(waiting.pop()))
+        wanted = [Requirement(line) for line in requires(current) or ()]
+        named = [
+            each.name for each in wanted if not each.marker or each.marker.evaluate({"extra": ""})
+        ]
+        waiting += [each for each in named if _plain(each) not in found]
+    return found
+
+
+def test_the_client_brings_little_and_nothing_heavy() -> None:
+    brought = brought_by("quickchange-client")
+    assert CLIENT_LIBRARIES < brought
+    assert brought.isdisjoint({"torch", "numpy", "transformers", "quickchange-server"})
+    assert len(brought) <= 24
+    assert "torch" in brought_by("quickchange-server")
 
 
 def test_client_loads_without_torch() -> None:

@@ -108,7 +108,7 @@ def _scopes(given: list[str] | None) -> list[Scope]:
     """Return the scopes; a key as a whole may be pasted, so an unknown word is not repeated."""
     if not given:
         return ["generate"]
-    known = [scope for scope in SCOPES if scope in given]
+    known: list[Scope] = [scope for scope in SCOPES if scope in given]
     if len(known) < len(set(given)):
         raise ArgumentInvalid(f"--scope takes one of {', '.join(SCOPES)}")
     return known

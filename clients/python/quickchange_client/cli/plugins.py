@@ -6,7 +6,7 @@ command runs, so that what the server needs never slows the client down.
 
 import sys
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 
@@ -72,6 +72,6 @@ def _say_how_to_get(name: str) -> None:
     )
 
 
-def _exit(sentence: str) -> None:
+def _exit(sentence: str) -> NoReturn:
     print(f"error: {sentence}", file=sys.stderr)
     raise typer.Exit(1)
