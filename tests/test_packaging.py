@@ -86,7 +86,7 @@ def brought_by(name: str) -> set[str]:
 
 def test_the_client_brings_little_and_nothing_heavy() -> None:
     brought = brought_by("quickchange-client")
-    assert CLIENT_LIBRARIES < brought
+    assert brought >= CLIENT_LIBRARIES
     assert brought.isdisjoint({"torch", "numpy", "transformers", "quickchange-server"})
     assert len(brought) <= 24
     assert "torch" in brought_by("quickchange-server")
