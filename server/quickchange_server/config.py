@@ -212,6 +212,28 @@ class ServerConfig:
         LIMITS,
         metavar="N",
     )
+    tenant_max_uploads: int = option(
+        4,
+        o.read_count(1),
+        "How many uploads a tenant may have under way at once, per server.",
+        LIMITS,
+        metavar="N",
+    )
+    tenant_max_requests: int | None = option(
+        None,
+        o.read_count(1),
+        "How many requests a tenant may have running and waiting, per server. Default: no limit; "
+        "three quarters of all places once there are several tenants.",
+        LIMITS,
+        metavar="N",
+    )
+    tenant_loads_per_minute: int | None = option(
+        None,
+        o.read_count(1),
+        "How many adapters a tenant may have loaded in a minute, per server. Default: no limit.",
+        LIMITS,
+        metavar="N",
+    )
     host: str = option("127.0.0.1", o.read_text, "Address to listen on.", HTTP, metavar="ADDRESS")
     port: int = option(8000, o.read_count(0, 65535), "Port to listen on.", HTTP, metavar="PORT")
     admin_port: int | None = option(

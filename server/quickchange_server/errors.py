@@ -12,6 +12,7 @@ QuickchangeError                     500 internal_error
 ├── NotFound                         404 not_found (or per thing: model_not_found, …)
 ├── MethodNotAllowed                 405 method_not_allowed
 ├── TooSlow                          408 upload_too_slow
+│   └── BodyTooSlow                  408 body_too_slow
 ├── Conflict                         409 conflict (alias_in_use, merge_budget, …)
 ├── PreconditionFailed               412 precondition_failed
 ├── TooLarge                         413 too_large
@@ -128,6 +129,12 @@ class TooSlow(QuickchangeError):
     status = 408
     type = "invalid_request_error"
     code = "upload_too_slow"
+
+
+class BodyTooSlow(TooSlow):
+    """The same of a body that is no upload."""
+
+    code = "body_too_slow"
 
 
 class Conflict(QuickchangeError):

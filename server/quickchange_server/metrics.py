@@ -43,6 +43,7 @@ EIGHT_SECONDS = (0.001, 0.01, 0.05, 0.25, 1.0, 5.0, 30.0)
 """Seven bounds and +Inf: eight buckets for what is counted per adapter."""
 COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, 256)
 TOKENS = tuple(4**power for power in range(10))
+QUOTAS = ("requests", "places", "loads", "uploads", "upload_rate")
 TIERS: tuple[Tier, ...] = ("device", "host", "disk", "remote")
 LOADS: tuple[tuple[Tier, Tier], ...] = (("remote", "host"), ("disk", "host"), ("host", "device"))
 
@@ -99,8 +100,11 @@ class ServerMetrics:
         self._http = self._counter(
             "http_requests_total", "HTTP requests.", "route", "method", "status"
         )
+        self._quotas = self._counter("quota_rejections_total", "Over a tenant's quota.", "quota")
         self._prompt_tokens = self._counter("prompt_tokens_total", "Prompt tokens.")
         self._generated_tokens = self._counter("generation_tokens_total", "Generated tokens.")
+        for quota in QUOTAS:
+            self._quotas.labels(quota)
         for outcome in ("ok", "error", "cancelled", "rejected"):
             self._requests.labels(outcome)
         for reason in ("stop", "length"):
@@ -294,6 +298,10 @@ class ServerMetrics:
         self._adapter_tokens.labels(label, "generation").inc(summary.num_generated_tokens)
         if summary.duration_s is not None:
             self._adapter_duration.labels(label).observe(summary.duration_s)
+
+    def on_quota_refused(self, quota: str) -> None:
+        """Count what a tenant's quota refused: one of `QUOTAS`."""
+        self._quotas.labels(quota).inc()
 
     def on_upload_refused(self, code: str) -> None:
         """Count a refused upload; `code` is one of the contract's."""

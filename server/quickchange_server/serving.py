@@ -45,6 +45,7 @@ from quickchange_server.memory_budget import MemoryBudget, resolve_budget
 from quickchange_server.memory_limit import device_memory, host_memory
 from quickchange_server.metrics import ServerMetrics
 from quickchange_server.option import StaticAdapter
+from quickchange_server.request_quotas import RequestQuotas
 from quickchange_server.step_size import default_step_tokens
 from quickchange_server.storage import open_storage
 from quickchange_server.thread_affinity import restore_affinity
@@ -149,6 +150,11 @@ def build_services(config: ServerConfig, base_folder: Path, keyring: Keyring) ->
         quotas=UploadQuotas(
             Quota(config.tenant_max_versions, config.tenant_max_bytes),
             config.tenant_uploads_per_minute,
+            config.tenant_max_uploads,
+            metrics.on_quota_refused,
+        ),
+        requests=RequestQuotas(
+            config.tenant_max_requests, config.tenant_loads_per_minute, metrics.on_quota_refused
         ),
         lora_roots=LoraRoots(config.lora_root),
         is_loopback_only=not config.is_public,

@@ -7,50 +7,67 @@ the publishing transaction, exactly. Tries are counted here, by this process. Kn
 import math
 import time
 from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager
 
 from quickchange_adapters.records import Quota, VersionRecord
 
 from quickchange_server.answers import as_answers
 from quickchange_server.errors import RateLimited
+from quickchange_server.tenant_limits import AtOnce, PerMinute
 
 FORM_BYTES = 64 << 10
 """What a form may hold beside its files: boundaries, headers, fields."""
+RETRY_AFTER_S = 5
 
 
 class UploadQuotas:
     """Refuses uploads that would pass a tenant's quota or rate. `clock` gives seconds.
 
-    A tenant has a minute's tries at once, and gets one back every 60 / `uploads_per_minute` s.
+    `on_refusal` is told which quota it was: `uploads` or `upload_rate`; refusals for what is in the
+    store are counted with those of uploads.
     """
 
     def __init__(
         self,
         quota: Quota | None = None,
         uploads_per_minute: int | None = None,
+        max_uploads: int | None = None,
+        on_refusal: Callable[[str], None] = lambda quota: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.quota = quota
-        self._per_minute = uploads_per_minute
-        self._clock = clock
-        self._full_at_s: dict[str, float] = {}
+        self._tries = PerMinute(uploads_per_minute, clock)
+        self._max_uploads = max_uploads
+        self._under_way = AtOnce()
+        self._on_refusal = on_refusal
 
     def count_try(self, tenant: str) -> None:
         """Count one upload, whatever becomes of it; a refused one is not counted.
 
         Raises: RateLimited.
         """
-        if self._per_minute is None:
-            return
-        now, one_s = self._clock(), 60.0 / self._per_minute
-        full_at_s = max(self._full_at_s.get(tenant, now), now) + one_s
-        wait_s = full_at_s - now - 60.0
-        if wait_s > 1e-6:
+        wait_s = self._tries.take(tenant)
+        if wait_s is not None:
+            self._on_refusal("upload_rate")
             raise RateLimited(
-                f"the tenant {tenant!r} may upload {self._per_minute} times a minute "
+                f"the tenant {tenant!r} may upload {self._tries.limit} times a minute "
                 "(--tenant-uploads-per-minute)",
                 retry_after_s=math.ceil(wait_s),
             )
-        self._full_at_s[tenant] = full_at_s
+
+    def one_upload(self, tenant: str) -> AbstractContextManager[None]:
+        """Count an upload as under way while the block runs: its files may fill the disk.
+
+        Raises: RateLimited.
+        """
+        if self._max_uploads is not None and self._under_way.of(tenant) >= self._max_uploads:
+            self._on_refusal("uploads")
+            raise RateLimited(
+                f"the tenant {tenant!r} has {self._under_way.of(tenant)} uploads under way and may "
+                f"have {self._max_uploads} (--tenant-max-uploads): wait for one to end",
+                retry_after_s=RETRY_AFTER_S,
+            )
+        return self._under_way.one(tenant)
 
     def check_announced(
         self, tenant: str, owned: Collection[VersionRecord], body_bytes: int

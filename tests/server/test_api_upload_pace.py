@@ -92,5 +92,5 @@ async def test_what_came_buys_time_and_the_end_comes_for_all() -> None:
     generous = UploadPace(grace_s=30, min_bytes_per_s=1)
     assert await watch([5] * 20, 0.001, generous) == 100
     for pace in (UploadPace(0.05, 1e9), UploadPace(30, 1, max_s=0.05)):
-        with pytest.raises(TooSlow, match="bytes of the upload came"):
+        with pytest.raises(TooSlow, match="bytes of the body came"):
             await watch([1] * 500, 0.01, pace)

@@ -171,7 +171,9 @@ def allowed() -> Quotas:
 @pytest_asyncio.fixture
 async def site(tmp_path: Path, tokenizer: Tokenizer, allowed: Quotas) -> AsyncIterator[Site]:
     services = site_services(tmp_path, tokenizer, Keyring(token_hash(OPS)))
-    services = replace(services, quotas=UploadQuotas(allowed.quota, allowed.per_minute, Clock()))
+    services = replace(
+        services, quotas=UploadQuotas(allowed.quota, allowed.per_minute, clock=Clock())
+    )
     assert isinstance(services.engine, ScriptedEngine)
     async for client in serve_in_process(create_app(services)):
         yield Site(client, services.engine)
@@ -248,7 +250,7 @@ async def test_rate_over_http(site: Site) -> None:
 
 async def test_a_refusal_reads_nothing(tmp_path: Path, tokenizer: Tokenizer) -> None:
     services = site_services(tmp_path, tokenizer, Keyring(token_hash(OPS)))
-    app = create_app(replace(services, quotas=UploadQuotas(Quota(max_bytes=10), 1, Clock())))
+    app = create_app(replace(services, quotas=UploadQuotas(Quota(max_bytes=10), 1, clock=Clock())))
     reads: list[int] = []
 
     async def receive() -> Message:

@@ -1,6 +1,7 @@
 """`/v1/adapters`: upload, list, show, alias, load, delete. The work is the service's."""
 
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from email.utils import formatdate
 from typing import Annotated, Any
 
@@ -13,6 +14,7 @@ from quickchange_server.adapter_service import FileName
 from quickchange_server.adapter_upload import UploadTerms
 from quickchange_server.adapter_views import AdapterView, DeletionView
 from quickchange_server.api.auth import Reader, Writer
+from quickchange_server.api.cold_loads import count_if_cold
 from quickchange_server.api.named_adapters import check_upload
 from quickchange_server.api.schemas import INT64, ActionBody, AliasBody, LoadBody
 from quickchange_server.api.scoped_route import ScopedRoute
@@ -41,6 +43,17 @@ async def upload(
 
     With `dry_run=true` nothing is kept, and the report lists every problem.
     """
+    try:
+        with services.quotas.one_upload(caller.tenant):
+            return await _read_and_keep(request, services, caller, dry_run)
+    except QuickchangeError as error:
+        note_refusal(error, services)
+        raise
+
+
+async def _read_and_keep(
+    request: Request, services: AppServices, caller: Principal, dry_run: bool
+) -> Response:
     reader = UploadReader(services.adapters, caller.tenant, upload_terms(services, caller))
     try:
         _admit(request, services, caller, dry_run)
@@ -49,9 +62,6 @@ async def upload(
         if dry_run:
             return JSONResponse(await services.adapters.check(form))
         result = await services.adapters.upload(form)
-    except QuickchangeError as error:
-        note_refusal(error, services)
-        raise
     finally:
         await reader.discard()
     return JSONResponse(result.version.to_json(), 201 if result.created else 200)
@@ -231,9 +241,15 @@ async def delete_alias(
 @router.post("/{name}/load")
 async def load(name: str, services: Services, caller: Writer, body: LoadBody | None = None) -> Json:
     """Bring a version into host memory, or to the device before a request needs it there."""
+    version = _version(body)
+    model = name if version is None else f"{name}:{version}"
+    with suppress(NotFound):  # the service says what there is not
+        meant = services.adapters.resolve(model, tenant=caller.tenant)
+        if meant.kind == "adapter":
+            count_if_cold(meant.digest, services, caller.tenant)
     view = await services.adapters.load(
         name,
-        _version(body),
+        version,
         to_device=body is not None and body.tier == "device",
         tenant=caller.tenant,
     )

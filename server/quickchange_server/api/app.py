@@ -20,6 +20,7 @@ from quickchange_server.api import (
     operations,
 )
 from quickchange_server.api.drain_guard import DrainGuard
+from quickchange_server.api.body_pace import BodyPace
 from quickchange_server.api.error_handlers import add_error_handlers
 from quickchange_server.api.middleware import (
     BodyLimit,
@@ -72,6 +73,7 @@ def _watch(services: AppServices) -> None:
     def has_tenants() -> bool:
         return len(adapters.names.tenants | keyring.tenants()) > 1
 
+    services.requests.has_tenants = has_tenants
     metrics.watch(services.engine.snapshot)
     metrics.watch_adapters(services.engine.snapshot, adapters.names, adapters.loading, has_tenants)
     metrics.watch_wishes(adapters.num_unmet)
@@ -88,6 +90,7 @@ def _add_middleware(app: FastAPI, services: AppServices) -> None:
         return limits.upload_bytes if is_upload else limits.json_bytes
 
     app.add_middleware(BodyLimit, limit=limit_of)
+    app.add_middleware(BodyPace, pace=limits.json_pace, upload_path=UPLOAD_PATH)
     app.add_middleware(KeyGuard, keyring=services.keyring)
     if services.is_loopback_only:
         origins = services.cors_origins

@@ -14,6 +14,7 @@ from starlette.routing import Match
 
 from quickchange_server.api.error_shapes import shape_of
 from quickchange_server.errors import (
+    BodyTooSlow,
     Conflict,
     Forbidden,
     GenerationFailed,
@@ -37,6 +38,7 @@ _BY_STATUS: dict[int, type[QuickchangeError]] = {
     400: InvalidRequest,
     403: Forbidden,
     404: NotFound,
+    408: BodyTooSlow,
     413: TooLarge,
     415: UnsupportedMediaType,
 }

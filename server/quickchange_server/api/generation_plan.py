@@ -68,6 +68,11 @@ class GenerationPlan:
     echo: bool = False
     is_prompt_only: bool = False
 
+    @property
+    def tenant(self) -> str:
+        """Who asks."""
+        return self.requests[0].tenant
+
 
 def resolve_model(body: GenerationBody, service: AdapterService, tenant: str) -> ModelChoice:
     """Say what `model` and `adapters` mean now.

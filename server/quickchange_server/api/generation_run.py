@@ -19,6 +19,7 @@ from quickchange_server.api.choice_reader import (
     PromptReader,
     read_choice,
 )
+from quickchange_server.api.cold_loads import count_if_cold
 from quickchange_server.api.error_handlers import CLIENT_LEFT
 from quickchange_server.api.generation_plan import GenerationPlan
 from quickchange_server.api.generation_session import GenerationSession, SessionLabel
@@ -43,13 +44,24 @@ class AnswerWay:
 
 
 async def admit(plan: GenerationPlan, services: AppServices) -> None:
-    """Make sure that the plan may be submitted now.
+    """Make sure that the plan may be submitted now; it counts as in flight until its session ends.
 
-    Raises: InvalidRequest when it never can be, QueueFull, Unavailable, NotFound, Conflict when an
-    adapter is quarantined.
+    Raises: InvalidRequest when it never can be, QueueFull, RateLimited, Unavailable, NotFound,
+    Conflict when an adapter is quarantined.
     """
-    _check_num_choices(plan, services.engine.max_requests)
+    num_places = services.engine.max_requests
+    _check_num_choices(plan, num_places)
     services.engine.check_admission(len(plan.requests))
+    services.requests.hold(plan.head.id, plan.tenant, len(plan.requests), num_places)
+    try:
+        await _acquire(plan, services)
+    except BaseException:
+        services.requests.release(plan.head.id)
+        raise
+
+
+async def _acquire(plan: GenerationPlan, services: AppServices) -> None:
+    """Have the plan's adapters loaded; cold ones count for its tenant."""
     quarantined = services.engine.snapshot().quarantined
     for resolved in plan.model.resolved:
         if resolved.kind == "adapter" and resolved.digest in quarantined:
@@ -59,6 +71,8 @@ async def admit(plan: GenerationPlan, services: AppServices) -> None:
                 code="adapter_quarantined",
             )
     for resolved in plan.model.resolved:
+        if resolved.kind == "adapter":
+            count_if_cold(resolved.digest, services, plan.tenant)
         await services.adapters.acquire(resolved)
 
 
@@ -104,7 +118,9 @@ async def _started(
     Raises: QueueFull, Unavailable, NotFound, Conflict.
     """
     for _ in range(MAX_STARTS):
-        session = GenerationSession(label, services.metrics)
+        session = GenerationSession(
+            label, services.metrics, lambda: services.requests.release(plan.head.id)
+        )
         try:
             await session.start(_choices(plan, services, reader_of))
         except Unavailable as error:

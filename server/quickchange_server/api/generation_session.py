@@ -6,7 +6,7 @@ limit, and closing the session cancels every choice. Knows no HTTP shapes.
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 
 from quickchange_server.api.choice_reader import ChoiceDelta
@@ -48,9 +48,15 @@ class _ChoiceClock:
 class GenerationSession:
     """Runs the choices of one request from `start` to `close`, which must be called."""
 
-    def __init__(self, label: SessionLabel, metrics: ServerMetrics) -> None:
+    def __init__(
+        self,
+        label: SessionLabel,
+        metrics: ServerMetrics,
+        on_close: Callable[[], None] = lambda: None,
+    ) -> None:
         self._label = label
         self._metrics = metrics
+        self._on_close = on_close
         self._queue: asyncio.Queue[ChoiceDelta | None] = asyncio.Queue()
         self._failure: Exception | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -152,6 +158,7 @@ class GenerationSession:
         outcome, self._outcome = self._outcome, None
         if outcome is None:
             return
+        self._on_close()
         for task in self._tasks:
             task.cancel()
         usage = self.usage

@@ -51,7 +51,8 @@ async def load_lora_adapter(
         async with services.lora_roots.loading(caller.tenant, body.lora_name):
             files = await asyncio.to_thread(services.lora_roots.open_adapter, body.lora_path)
             try:
-                await _load(body.lora_name, files, body.load_inplace, services, caller)
+                with services.quotas.one_upload(caller.tenant):
+                    await _load(body.lora_name, files, body.load_inplace, services, caller)
             finally:
                 for file in files.values():
                     file.close()

@@ -13,6 +13,7 @@ from quickchange_server.key_service import KeyService
 from quickchange_server.keyring import Keyring
 from quickchange_server.lora_roots import LoraRoots
 from quickchange_server.metrics import ServerMetrics
+from quickchange_server.request_quotas import RequestQuotas
 from quickchange_server.tokenizer import Tokenizer
 from quickchange_server.upload_quotas import UploadQuotas
 
@@ -27,6 +28,7 @@ class BodyLimits:
     json_bytes: int = 8 * MIB
     upload_bytes: int = GIB + 2 * MIB
     upload_pace: UploadPace = UploadPace()
+    json_pace: UploadPace = UploadPace(max_s=600.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,7 @@ class AppServices:
         keyring: the keys that are good now; while it is open, nobody is asked for one.
         keys: makes and revokes keys, and tells the keyring; None: there is no place to keep them.
         quotas: how much a tenant may upload.
+        requests: how many requests and loads a tenant may have.
         lora_roots: folders from which adapters may be loaded by path; none: nobody may.
         is_loopback_only: only this machine reaches the server, and may call while there is no key.
         cors_origins: origins whose pages may call nevertheless.
@@ -55,6 +58,7 @@ class AppServices:
     keyring: Keyring = field(default_factory=Keyring)
     keys: KeyService | None = None
     quotas: UploadQuotas = field(default_factory=UploadQuotas)
+    requests: RequestQuotas = field(default_factory=RequestQuotas)
     lora_roots: LoraRoots = field(default_factory=LoraRoots)
     is_loopback_only: bool = True
     cors_origins: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""How slowly an upload may come: nobody keeps a half file and a connection here for ever."""
+"""How slowly a body may come: nobody keeps a half file and a connection here for ever."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -34,15 +34,16 @@ class UploadPace:
                 async with asyncio.timeout_at(started_s + self.allowed_s(num_bytes)):
                     chunk = await anext(body, None)
             except TimeoutError as error:
-                raise self._refusal(num_bytes, loop.time() - started_s) from error
+                raise self.refusal(num_bytes, loop.time() - started_s) from error
             if chunk is None:
                 return
             num_bytes += len(chunk)
             yield chunk
 
-    def _refusal(self, num_bytes: int, seconds: float) -> TooSlow:
+    def refusal(self, num_bytes: int, seconds: float) -> TooSlow:
+        """Return what somebody is told of whom so many bytes came in so long."""
         return TooSlow(
-            f"only {num_bytes} bytes of the upload came in {seconds:.0f} s; after "
+            f"only {num_bytes} bytes of the body came in {seconds:.0f} s; after "
             f"{self.grace_s:g} s at least {self.min_bytes_per_s:g} bytes a second are wanted, "
             f"and all of it within {self.max_s:g} s"
         )
