@@ -54,6 +54,7 @@ SAMPLES: dict[str, tuple[str, str, object]] = {
     "insecure": ("true", "true", True),
     "enable_lora": ("true", "true", True),
     "lora_modules": ("b=/y", '{b = "/y"}', (StaticAdapter("b", Path("/y")),)),
+    "auto_merge": ("true", "true", True),
     "lora_root": ("/srv/a", '["/srv/a"]', (Path("/srv/a"),)),
     "max_loras": ("3", "3", 3),
     "max_cpu_loras": ("9", "9", 9),
