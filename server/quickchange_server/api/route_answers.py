@@ -14,11 +14,11 @@ Json = dict[str, Any]
 EVERYWHERE = (403, 500)
 """A foreign Host or Origin while there is no key, or a key without the scope; our own mistake."""
 WITH_KEY = (401,)
-_BODY = (400, 413, 415)
+_BODY = (400, 408, 413, 415)
 _WRITE = (503, 507)
 _ACTION = (*_BODY, 404, 409, *_WRITE)
 _GENERATION = (*_BODY, 404, 409, 429, 503)
-_GENERATE = (404, 409, 413, 415, 422, 424, 429, 503)
+_GENERATE = (404, 408, 409, 413, 415, 422, 424, 429, 503)
 _ADAPTER, _VERSION = "/v1/adapters/{name}", "/v1/adapters/{name}/versions/{version}"
 
 REFUSALS: Mapping[str, tuple[int, ...]] = {
@@ -31,7 +31,7 @@ REFUSALS: Mapping[str, tuple[int, ...]] = {
     "GET /v1/models/{model_id}": (404,),
     "POST /tokenize": (*_BODY, 404, 409),
     "POST /detokenize": (*_BODY, 404, 409),
-    "POST /v1/adapters": (*_BODY, 404, 408, 409, 429, *_WRITE),
+    "POST /v1/adapters": (*_BODY, 404, 409, 429, *_WRITE),
     "GET /v1/adapters": (400,),
     f"GET {_ADAPTER}": (404, 503),
     f"DELETE {_ADAPTER}": (400, 404, 409, 412, *_WRITE),
@@ -41,7 +41,8 @@ REFUSALS: Mapping[str, tuple[int, ...]] = {
     f"GET {_VERSION}/files/{{file}}": (400, 404, 409, 416, 503),
     f"PUT {_ADAPTER}/aliases/{{alias}}": (*_BODY, 404, 409, 412, *_WRITE),
     f"DELETE {_ADAPTER}/aliases/{{alias}}": (404, 409, 412, *_WRITE),
-    **{f"POST {_ADAPTER}/{action}": _ACTION for action in ("load", "unload", "pin", "unpin")},
+    f"POST {_ADAPTER}/load": (*_ACTION, 429),
+    **{f"POST {_ADAPTER}/{action}": _ACTION for action in ("unload", "pin", "unpin")},
     **{f"POST {_ADAPTER}/{action}": _ACTION for action in ("merge", "unmerge")},
     **{f"POST {_ADAPTER}/{action}": (*_ACTION, 412) for action in ("disable", "enable")},
     "POST /v1/load_lora_adapter": (*_BODY, 404, 409, 429, *_WRITE),
