@@ -19,8 +19,8 @@ from quickchange_server.api import (
     models,
     operations,
 )
-from quickchange_server.api.drain_guard import DrainGuard
 from quickchange_server.api.body_pace import BodyPace
+from quickchange_server.api.drain_guard import DrainGuard
 from quickchange_server.api.error_handlers import add_error_handlers
 from quickchange_server.api.middleware import (
     BodyLimit,
