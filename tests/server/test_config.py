@@ -55,6 +55,7 @@ SAMPLES: dict[str, tuple[str, str, object]] = {
     "enable_lora": ("true", "true", True),
     "lora_modules": ("b=/y", '{b = "/y"}', (StaticAdapter("b", Path("/y")),)),
     "auto_merge": ("true", "true", True),
+    "drain_delay": ("5", "5.0", 5.0),
     "lora_root": ("/srv/a", '["/srv/a"]', (Path("/srv/a"),)),
     "max_loras": ("3", "3", 3),
     "max_cpu_loras": ("9", "9", 9),
