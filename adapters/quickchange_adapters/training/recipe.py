@@ -72,7 +72,8 @@ class LoopSettings:
 
     Attributes:
         learning_rate_b: of the B matrices (LoRA+, arXiv 2402.12354); None: as the others.
-        validate_every: steps between two looks at the validation rows; None: four an epoch.
+        validate_every: steps between two looks at the validation rows; None: four an epoch, and
+            twenty a run at most.
         patience: so many looks without a better loss end the run.
         pack_tokens: rows are computed in packs of about this many tokens; bounds memory.
         compute: number format of the forward pass; `auto` takes what the processor does fast.

@@ -26,6 +26,7 @@ from quickchange_adapters.training.checkpoint import (
     save_checkpoint,
 )
 from quickchange_adapters.training.prepared import Prepared, Say
+from quickchange_adapters.training.run_folder import run_folder
 from quickchange_adapters.training.run_log import RunLog
 from quickchange_adapters.training.trainer import Batch, StepResult, Trainer, plan_batches
 
@@ -75,8 +76,11 @@ class TrainingRun:
 
         Raises: CannotTrain.
         """
+        with run_folder(self._recipe.output):
+            return self._run()
+
+    def _run(self) -> RunResult:
         started = time.monotonic()
-        self._recipe.output.mkdir(parents=True, exist_ok=True)
         found = load_checkpoint(self._recipe.output, self._prepared.fingerprint)
         trainer = self._make_trainer()
         if found is not None:
@@ -143,9 +147,10 @@ class TrainingRun:
         return values
 
     def _validate_every(self) -> int:
+        """Return how many steps there are between looks: four an epoch, twenty a run at most."""
         loop = self._recipe.loop
-        an_epoch = max(1, len(self._prepared.train.rows) // loop.batch_rows)
-        return loop.validate_every or max(1, min(an_epoch // 4, self.num_steps))
+        an_epoch = len(self._prepared.train.rows) // loop.batch_rows
+        return loop.validate_every or max(1, an_epoch // 4, self.num_steps // 20)
 
     def _validate(self, trainer: Trainer) -> float:
         loss = trainer.loss(self._prepared.validation.rows)

@@ -100,6 +100,26 @@ def test_a_checkpoint_of_another_recipe_is_refused(tiny_base: Path, tmp_path: Pa
         run_in(tmp_path, tiny_base, other)
 
 
+def test_a_folder_is_for_one_run_at_a_time(tiny_base: Path, tmp_path: Path) -> None:
+    refused: list[str] = []
+
+    def on_step(step: int, num_steps: int, logged: dict[str, Any]) -> None:
+        with pytest.raises(CannotTrain, match="another run writes to") as caught:
+            run_in(tmp_path, tiny_base)
+        refused.append(str(caught.value))
+
+    values = recipe_values(tiny_base, max_steps=1)
+    TrainingRun(prepared_in(tmp_path, tiny_base, values), lambda sentence: None, on_step).run()
+    assert len(refused) == 1
+    assert {each.name for each in tmp_path.iterdir()} == {
+        "adapter",
+        "train.jsonl",
+        "train_log.jsonl",
+        "valid.jsonl",
+    }
+    run_in(tmp_path, tiny_base)
+
+
 def test_kill_9_loses_no_more_than_what_came_after_the_last_look(
     tiny_base: Path, tmp_path: Path
 ) -> None:
