@@ -167,6 +167,7 @@ def known_options() -> dict[str, set[str]]:
     known["fsck"] = {"--store", "--catalog", "--repair", "--json", "--config", "--help"}
     server: Any = typer.main.get_command(server_app)
     known["train"] = set().union(*map(options_of, server.commands["train"].commands.values()))
+    known["export"] = options_of(server.commands["export"])
     known["base"] = {"--model", "--revision", "--config", "--help"}
     return known
 

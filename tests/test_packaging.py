@@ -113,7 +113,7 @@ def test_server_adds_its_commands_to_the_client_s() -> None:
 def test_every_command_that_is_declared_can_be_loaded() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = project["entry-points"]["quickchange.commands"]
-    assert {"serve", "base", "fsck"} <= set(declared)
+    assert {"serve", "base", "fsck", "export"} <= set(declared)
     assert all(EntryPoint(name, value, "").load() for name, value in declared.items())
 
 

@@ -15,6 +15,7 @@ import typer
 
 from quickchange_server.config import OPTIONS, load_config, unknown_variables
 from quickchange_server.errors import CannotStart, ConfigInvalid, QuickchangeError
+from quickchange_server.export_command import export
 from quickchange_server.fsck_command import fsck
 from quickchange_server.option import Option
 from quickchange_server.train_app import app as train
@@ -164,6 +165,7 @@ def _vllm_annotation(each: VllmFlag) -> Any:
 serve.__signature__ = inspect.Signature(list(_serve_parameters()))  # type: ignore[attr-defined]
 app.command("serve")(serve)
 app.command("fsck")(fsck)
+app.command("export")(export)
 app.add_typer(train, name="train", help="Train adapters, and compare settings.")
 
 if __name__ == "__main__":

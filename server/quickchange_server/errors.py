@@ -24,7 +24,9 @@ QuickchangeError                     500 internal_error
 ├── GenerationFailed                 500 generation_failed
 └── CannotStart                      never an answer: the process ends with the sentence
     ├── ConfigInvalid                a flag, variable or TOML key is wrong
-    └── BaseUnavailable              the base cannot be fetched, read or held
+    ├── BaseUnavailable              the base cannot be fetched, read or held
+    └── CannotExport                 an adapter cannot be merged into a folder of its own
+        └── CannotWrite              that folder cannot be made
 """
 
 from quickchange_adapters.errors import Problem
@@ -229,3 +231,15 @@ class BaseUnavailable(CannotStart):
     """The base model cannot be fetched, converted or read."""
 
     code = "base_unavailable"
+
+
+class CannotExport(CannotStart):
+    """An adapter cannot be merged into a folder of its own."""
+
+    code = "cannot_export"
+
+
+class CannotWrite(CannotExport):
+    """The folder that is to be made cannot be made."""
+
+    code = "cannot_write"

@@ -195,7 +195,7 @@ class BaseModel:
 
     def _replace_linears(self, specs: dict[str, ModuleSpec]) -> AdapterLayout:
         families: dict[str, list[list[Linear]]] = {}
-        for linears in _sibling_groups(_block_linears(self.model)):
+        for linears in _sibling_groups(block_linears(self.model)):
             families.setdefault(_kind_of(linears), []).append(linears)
             specs.update({linear.path: linear.spec for linear in linears})
         shapes, places = {}, {}
@@ -226,13 +226,13 @@ class BaseModel:
         head = self.model.get_output_embeddings()
         if not isinstance(head, nn.Linear):
             return None
-        path = _path_of(self.model, head)
+        path = path_of(self.model, head)
         specs[path] = ModuleSpec(
             "lm_head",
             head.in_features,
             head.out_features,
             head.bias is not None,
-            _values_sha256(head.weight.data),
+            values_sha256(head.weight.data),
         )
         bias = None if head.bias is None else head.bias.data
         self.head = Head(self._make_weight(head.weight.data), bias, self.holder)
@@ -244,12 +244,12 @@ class BaseModel:
         embedding = self.model.get_input_embeddings()
         if type(embedding) is not nn.Embedding:
             return None
-        path = _path_of(self.model, embedding)
+        path = path_of(self.model, embedding)
         specs[path] = ModuleSpec(
             "embedding",
             embedding.num_embeddings,
             embedding.embedding_dim,
-            values_sha256=_values_sha256(embedding.weight.data),
+            values_sha256=values_sha256(embedding.weight.data),
         )
         return path
 
@@ -319,7 +319,8 @@ def check_config(folder: Path) -> None:
         )
 
 
-def _block_linears(model: nn.Module) -> list[Linear]:
+def block_linears(model: nn.Module) -> list[Linear]:
+    """Return the linears of the numbered blocks. Raises: UnsupportedBase when there are none."""
     from transformers.pytorch_utils import Conv1D
 
     found = []
@@ -368,13 +369,14 @@ def _fused_bias(linears: list[Linear]) -> Tensor | None:
     return torch.cat([linear.bias for linear in linears if linear.bias is not None])
 
 
-def _values_sha256(weight: Tensor) -> str:
+def values_sha256(weight: Tensor) -> str:
     """Digest of a weight's values as float32, as `tensor_values` takes it of a file."""
     values = weight.detach().cpu().float().contiguous()
     return hashlib.sha256(values.view(torch.uint8).numpy().data).hexdigest()
 
 
-def _path_of(model: nn.Module, wanted: nn.Module) -> str:
+def path_of(model: nn.Module, wanted: nn.Module) -> str:
+    """Return where in a model a module is."""
     found: str = next(name for name, module in model.named_modules() if module is wanted)
     return found
 
