@@ -21,12 +21,13 @@ from quickchange_server import option as o
 from quickchange_server.errors import ConfigInvalid
 from quickchange_server.option import Option, StaticAdapter, option
 
-BASE, ADAPTERS, MEMORY, LIMITS, HTTP, VLLM = (
+BASE, ADAPTERS, MEMORY, LIMITS, HTTP, LOGS, VLLM = (
     "Base",
     "Adapters",
     "Memory",
     "Limits",
     "HTTP",
+    "Logs and traces",
     "Names that vLLM's callers pass",
 )
 _AUTO_BYTES = o.read_auto_or(o.read_bytes)
@@ -282,6 +283,34 @@ class ServerConfig:
         "Listen on a public address although there is no key to ask callers for.",
         HTTP,
         kind="switch",
+    )
+    log_level: str = option(
+        "info",
+        o.read_choice("debug", "info", "warning", "error"),
+        "Least severity that is logged; `info` has a line for each request.",
+        LOGS,
+        metavar="LEVEL",
+    )
+    log_format: str = option(
+        "text",
+        o.read_choice("text", "json"),
+        "Lines for people, or one JSON object a line.",
+        LOGS,
+        metavar="FORMAT",
+    )
+    log_prompts: bool = option(
+        False,
+        o.read_switch,
+        "Write the texts of prompts into the log. They may be confidential.",
+        LOGS,
+        kind="switch",
+    )
+    otlp_endpoint: str | None = option(
+        None,
+        o.read_text,
+        "Send traces by OTLP over HTTP to this collector, such as http://127.0.0.1:4318.",
+        LOGS,
+        metavar="URL",
     )
     enable_lora: bool = option(
         True, o.read_always_on, "Accepted; adapters are always served.", VLLM, kind="switch"

@@ -45,11 +45,14 @@ from quickchange_server.memory_budget import MemoryBudget, resolve_budget
 from quickchange_server.memory_limit import device_memory, host_memory
 from quickchange_server.metrics import ServerMetrics
 from quickchange_server.option import StaticAdapter
+from quickchange_server.request_log import log_request, set_up_logging
 from quickchange_server.request_quotas import RequestQuotas
+from quickchange_server.request_record import RequestObserver
 from quickchange_server.step_size import default_step_tokens
 from quickchange_server.storage import open_storage
 from quickchange_server.thread_affinity import restore_affinity
 from quickchange_server.tokenizer import Tokenizer
+from quickchange_server.tracing import open_tracer
 from quickchange_server.upload_checker import UploadChecker
 from quickchange_server.upload_quotas import UploadQuotas
 
@@ -65,17 +68,22 @@ def run_server(config: ServerConfig, base_folder: Path, keyring: Keyring) -> Non
 
     Raises: CannotStart.
     """
+    set_up_logging(config.log_level, config.log_format)
     restore_affinity()
     disable_progress_bar()
     check_adapter_folders(config.static_adapters)
     check_lora_roots(config.lora_root)
     with bind(config.host, config.port) as listener, _bind_admin(config) as admin_listener:
-        app = create_app(build_services(config, base_folder, keyring))
+        tracer = open_tracer(config.otlp_endpoint, __version__) if config.otlp_endpoint else None
+        observers = (log_request, tracer.on_request) if tracer else (log_request,)
+        app = create_app(build_services(config, base_folder, keyring, observers))
         restore_affinity()
         times = DrainTimes(config.drain_delay, config.drain_timeout)
         server = ApiServer(app, app.state.drain, times)
         with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
             runner.run(_serve(app, server, (listener, admin_listener), config))
+        if tracer is not None:
+            tracer.stop()
 
 
 def _bind_admin(config: ServerConfig) -> AbstractContextManager[socket.socket | None]:
@@ -107,7 +115,12 @@ def check_lora_roots(roots: Iterable[Path]) -> None:
             raise CannotStart(f"--lora-root {root}: there is no such folder")
 
 
-def build_services(config: ServerConfig, base_folder: Path, keyring: Keyring) -> AppServices:
+def build_services(
+    config: ServerConfig,
+    base_folder: Path,
+    keyring: Keyring,
+    observers: tuple[RequestObserver, ...] = (),
+) -> AppServices:
     """Load the base and put together what the routes work with. Blocks for seconds.
 
     Raises: CannotStart.
@@ -159,6 +172,8 @@ def build_services(config: ServerConfig, base_folder: Path, keyring: Keyring) ->
         lora_roots=LoraRoots(config.lora_root),
         is_loopback_only=not config.is_public,
         cors_origins=config.cors_origin,
+        observers=observers,
+        shows_prompts=config.log_prompts,
     )
 
 

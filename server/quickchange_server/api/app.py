@@ -107,7 +107,7 @@ def _add_middleware(app: FastAPI, services: AppServices) -> None:
     routers = (*(room.router for room in ROOMS), operations.probes)
     routes = [route for router in routers for route in router.routes]
     app.add_middleware(HttpMetrics, metrics=services.metrics, routes=routes)
-    app.add_middleware(RequestContext)
+    app.add_middleware(RequestContext, observers=services.observers)
 
 
 @asynccontextmanager

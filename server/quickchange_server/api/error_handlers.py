@@ -28,6 +28,7 @@ from quickchange_server.errors import (
     TooSlow,
     UnsupportedMediaType,
 )
+from quickchange_server.request_record import RequestRecord
 
 Json = dict[str, Any]
 CLIENT_LEFT = 499
@@ -81,8 +82,18 @@ def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(Exception, _on_mistake)
 
 
+def _answer(
+    error: QuickchangeError, request: Request, headers: Mapping[str, str] | None = None
+) -> Response:
+    """Return an error's answer, and note its code in the request's record."""
+    record: RequestRecord | None = getattr(request.state, "record", None)
+    if record is not None:
+        record.error_code = error.code
+    return error_response(error, _path(request), headers)
+
+
 async def _on_known(request: Request, error: Exception) -> Response:
-    return error_response(as_quickchange_error(error), _path(request))
+    return _answer(as_quickchange_error(error), request)
 
 
 async def _on_left(request: Request, error: Exception) -> Response:
@@ -92,7 +103,7 @@ async def _on_left(request: Request, error: Exception) -> Response:
 async def _on_mistake(request: Request, error: Exception) -> Response:
     """Answer from outside of our middleware, so name the request here."""
     request_id = getattr(request.state, "request_id", "")
-    return error_response(internal_error(), _path(request), {"x-request-id": request_id})
+    return _answer(internal_error(), request, {"x-request-id": request_id})
 
 
 async def _on_http(request: Request, error: Exception) -> Response:
@@ -102,7 +113,7 @@ async def _on_http(request: Request, error: Exception) -> Response:
     headers = error.headers
     if error.status_code == 405:
         headers = {"allow": ", ".join(_methods_of(request))}
-    return error_response(_meant(request, error), _path(request), headers)
+    return _answer(_meant(request, error), request, headers)
 
 
 def _meant(request: Request, error: HTTPException) -> QuickchangeError:

@@ -26,9 +26,11 @@ from quickchange_server.api.generation_session import GenerationSession, Session
 from quickchange_server.api.services import AppServices
 from quickchange_server.api.streaming import EventStream, StreamShape, wait_for_disconnect
 from quickchange_server.errors import Conflict, InvalidRequest, Unavailable
+from quickchange_server.request_record import GenerationRecord
 from quickchange_server.stop_strings import StopStringFilter
 
 MAX_STARTS = 4
+MAX_SHOWN_CHARS = 4000
 ReaderOf = Callable[[int], OutputReader]
 """Makes the reader of one choice, by the choice's index."""
 
@@ -97,7 +99,9 @@ async def respond(
         digests = ",".join(ref.digest for ref in plan.model.adapters)
         way.headers["x-quickchange-adapter-digest"] = digests
     lengths = tuple(len(prompt.token_ids) for prompt in plan.prompts)
-    label = SessionLabel(lengths, plan.num_choices, plan.model.labels, request.state.arrival_s)
+    record = _recorded(request, services, plan)
+    arrival_s = request.state.arrival_s
+    label = SessionLabel(lengths, plan.num_choices, plan.model.labels, arrival_s, record)
     session = await _started(plan, label, services, way.reader_of)
     try:
         if way.stream is not None:
@@ -108,6 +112,22 @@ async def respond(
         raise
     await session.close()
     return response
+
+
+def _recorded(request: Request, services: AppServices, plan: GenerationPlan) -> GenerationRecord:
+    """Note in the request's record what is about to run."""
+    record = GenerationRecord(
+        plan.head.model,
+        is_chat=request.url.path.endswith("/chat/completions"),
+        digests=tuple(ref.digest for ref in plan.model.adapters),
+        num_choices=len(plan.requests),
+    )
+    if services.shows_prompts:
+        decode = services.tokenizer.decode
+        texts = (decode(prompt.token_ids, skip_special_tokens=False) for prompt in plan.prompts)
+        record.prompts = tuple(text[:MAX_SHOWN_CHARS] for text in texts)
+    request.state.record.generation = record
+    return record
 
 
 async def _started(

@@ -11,16 +11,21 @@ from dataclasses import dataclass
 
 from quickchange_server.api.choice_reader import ChoiceDelta
 from quickchange_server.metrics import Outcome, RequestSummary, ServerMetrics
+from quickchange_server.request_record import GenerationRecord
 
 
 @dataclass(frozen=True, slots=True)
 class SessionLabel:
-    """Whose tokens are counted: prompt lengths, choices per prompt, adapters, and since when."""
+    """Whose tokens are counted: prompt lengths, choices per prompt, adapters, and since when.
+
+    `record` is filled at the end.
+    """
 
     prompt_lengths: tuple[int, ...]
     num_choices: int
     adapters: tuple[str, ...]
     arrival_s: float
+    record: GenerationRecord | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +71,7 @@ class GenerationSession:
         self._queue_s: float | None = None
         self._ttft_s: float | None = None
         self._outcome: Outcome | None = "cancelled"
+        self._finish_reasons: list[str] = []
 
     async def start(self, choices: Sequence[AsyncIterator[ChoiceDelta]]) -> None:
         """Submit every choice. A refusal at this point is raised here, before any header.
@@ -108,6 +114,7 @@ class GenerationSession:
             has_gaps, seconds = clock.num_tokens > 1, now - clock.first_s
             mean_gap_s = seconds / (clock.num_tokens - 1) if has_gaps else None
             self._metrics.on_choice_end(delta.finish_reason, mean_gap_s)
+            self._finish_reasons.append(delta.finish_reason)
 
     @property
     def is_complete(self) -> bool:
@@ -174,4 +181,14 @@ class GenerationSession:
                 usage.num_generated_tokens,
             )
         )
+        if self._label.record is not None:
+            self._fill(self._label.record, outcome, usage)
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _fill(self, record: GenerationRecord, outcome: Outcome, usage: Usage) -> None:
+        record.outcome = outcome
+        record.finish_reasons = tuple(self._finish_reasons)
+        record.num_prompt_tokens = usage.num_prompt_tokens
+        record.num_cached_tokens = usage.num_cached_tokens
+        record.num_generated_tokens = usage.num_generated_tokens
+        record.queue_s, record.ttft_s = usage.queue_s, usage.ttft_s

@@ -1,5 +1,6 @@
 """What every request passes, as plain ASGI: id and clock, metrics, guards, key, body limits."""
 
+import logging
 import re
 import time
 import uuid
@@ -16,28 +17,38 @@ from quickchange_server.api.error_handlers import error_response
 from quickchange_server.errors import QuickchangeError
 from quickchange_server.keyring import Keyring
 from quickchange_server.metrics import ServerMetrics
+from quickchange_server.request_record import RequestObserver, RequestRecord
 
 _SANE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/=+-]{0,127}")
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 UNMATCHED = "_unmatched"
+log = logging.getLogger(__name__)
 PROBES = frozenset({"/livez", "/readyz", "/health"})
 
 
 class RequestContext:
-    """Give each request an id (a sane incoming one is kept) and its time of arrival."""
+    """Give each request an id (a sane incoming one is kept), its time of arrival, and a record.
 
-    def __init__(self, app: ASGIApp) -> None:
+    The observers get the record when the request is over.
+    """
+
+    def __init__(self, app: ASGIApp, observers: Sequence[RequestObserver] = ()) -> None:
         self._app = app
+        self._observers = observers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, and send its id back."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        incoming = Headers(scope=scope).get("x-request-id", "")
+        headers = Headers(scope=scope)
+        incoming = headers.get("x-request-id", "")
         request_id = incoming if _SANE_ID.fullmatch(incoming) else uuid.uuid4().hex
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
-        state["arrival_s"] = time.monotonic()
+        state["arrival_s"] = arrival_s = time.monotonic()
+        state["record"] = record = RequestRecord(
+            request_id, scope["method"], scope["path"], headers.get("traceparent", "")
+        )
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -47,7 +58,20 @@ class RequestContext:
             if message["type"] == "http.response.body" and not message.get("more_body"):
                 reach("after reply")
 
-        return await self._app(scope, receive, send_with_id)
+        try:
+            return await self._app(scope, receive, send_with_id)
+        finally:
+            principal = state.get("principal")
+            record.tenant = principal.tenant if principal is not None else ""
+            record.duration_s = time.monotonic() - arrival_s
+            self._tell(record)
+
+    def _tell(self, record: RequestRecord) -> None:
+        for observer in self._observers:
+            try:
+                observer(record)
+            except Exception:
+                log.exception("an observer of requests failed")
 
 
 class HttpMetrics:
@@ -79,6 +103,9 @@ class HttpMetrics:
             route = getattr(scope.get("route") or self._asked(scope), "path", UNMATCHED)
             method = scope["method"] if scope["method"] in _METHODS else "_other"
             self._metrics.on_http(route, method, status)
+            record: RequestRecord | None = scope.get("state", {}).get("record")
+            if record is not None:
+                record.route, record.status = route, status
 
     def _asked(self, scope: Scope) -> BaseRoute | None:
         found = (route for route in self._routes if route.matches(scope)[0] is Match.FULL)

@@ -14,6 +14,7 @@ from quickchange_server.keyring import Keyring
 from quickchange_server.lora_roots import LoraRoots
 from quickchange_server.metrics import ServerMetrics
 from quickchange_server.request_quotas import RequestQuotas
+from quickchange_server.request_record import RequestObserver
 from quickchange_server.tokenizer import Tokenizer
 from quickchange_server.upload_quotas import UploadQuotas
 
@@ -46,6 +47,8 @@ class AppServices:
         is_loopback_only: only this machine reaches the server, and may call while there is no key.
         cors_origins: origins whose pages may call nevertheless.
         ping_s: silence after which a stream gets a comment line.
+        observers: told of each request when it is over.
+        shows_prompts: the observers are told the texts of prompts too.
         stall_s: an engine that gives no sign of life for longer than this hangs.
     """
 
@@ -65,6 +68,8 @@ class AppServices:
     limits: BodyLimits = field(default_factory=BodyLimits)
     ping_s: float = 15.0
     stall_s: float = 120.0
+    observers: tuple[RequestObserver, ...] = ()
+    shows_prompts: bool = False
 
 
 async def _services_of(request: Request) -> AppServices:
