@@ -1,7 +1,7 @@
 # Everything a person or a build runs. `make help` lists it.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev serve test check format bench bench-peers clean
+.PHONY: help setup setup-dev serve test test-ops check format bench bench-peers clean
 
 PYTHON ?= python3
 TORCH ?= auto
@@ -28,6 +28,9 @@ serve: setup ## Serve the small built-in base and an example adapter on 127.0.0.
 test: check ## Check format, lint and types, then run all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
+test-ops: setup-dev ## Run the tests that need heavy tools, fetched into .ops (Prometheus)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -o python_files='ops_*.py' tests/ops $(ARGS)
+
 check: setup-dev ## Check format, lint and types only
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -43,6 +46,6 @@ bench: setup ## Measure throughput and latency of a server that it starts
 bench-peers: setup ## Compare with PEFT, vLLM and llama.cpp, installed into .bench (takes an hour)
 	$(BIN)/python benchmarks/peers/compare.py $(ARGS)
 
-clean: ## Remove .venv, .bench and everything that was built (not the downloaded base)
-	rm -rf .venv .bench dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+clean: ## Remove .venv, .bench, .ops and everything that was built (not the downloaded base)
+	rm -rf .venv .bench .ops dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -4,8 +4,7 @@ Three questions, one table each:
 
 - TTFT over HTTP against TTFT of the bare engine, one request at a time, the same prompts. Server
   and engine run in processes of their own, one at a time, in turn.
-- The server's resident set by part: what it says of itself, what a process has that only imported
-  the same libraries and read the tokenizer, and the rest.
+- The server's resident set by part, as it says of itself, and what part of it has no name (`rest`).
 - Seconds from the start of the process until /readyz answers 200, once everything was read before.
 
     python benchmarks/overhead.py --requests 50
@@ -41,8 +40,6 @@ MIB = 1 << 20
 NUM_TOKENS = 2
 NUM_WARM_UP = 5
 PROBE_TIMEOUT_S = 900.0
-# Ceilings, which are no memory that is in use, and the whole.
-NOT_RESIDENT_PARTS = ("adapter_pool_total", "kv_used", "process_rss")
 
 
 @dataclass(slots=True)
@@ -53,7 +50,6 @@ class Overhead:
     http_ttfts_s: list[list[float]] = field(default_factory=list)
     starts_s: list[float] = field(default_factory=list)
     memory_bytes: dict[str, int] = field(default_factory=dict)
-    imports_bytes: int = 0
 
     def http_minus_engine_s(self) -> list[float]:
         """Return, per round, how much later half of the first tokens came over HTTP."""
@@ -75,7 +71,6 @@ class OverheadBench:
         found = Overhead()
         with serving(self._arguments):
             pass
-        found.imports_bytes = int(self._probe("imports")["resident_bytes"])
         for repeat in range(self._options.repeats):
             seed = self._options.seed + repeat
             found.engine_ttfts_s.append(self._probe("engine", seed)["ttfts_s"])
@@ -90,7 +85,7 @@ class OverheadBench:
             work = Work(prompts, NUM_TOKENS, 1)
             ttfts_s = asyncio.run(http_ttfts(target, work, self._options.requests + NUM_WARM_UP))
             found.http_ttfts_s.append(ttfts_s[NUM_WARM_UP:])
-            found.memory_bytes = target.memory()
+            found.memory_bytes = target.process_memory()
 
     def _probe(self, kind: str, seed: int = 0) -> dict[str, Any]:
         """Run a part of overhead_probe.py in a process of its own."""
@@ -124,16 +119,13 @@ async def http_ttfts(target: Target, work: Work, num_requests: int) -> list[floa
     return ttfts_s
 
 
-def resident_parts(memory_bytes: Mapping[str, int], imports_bytes: int) -> dict[str, int]:
-    """Split the resident set: what the server names, what imports take, and the rest.
-
-    The KV cache counts with its whole size, as it is laid out at the start: pages that were never
-    written are not resident yet, so that the rest can be below zero.
-    """
-    named = {part: size for part, size in memory_bytes.items() if part not in NOT_RESIDENT_PARTS}
-    named["imports and tokenizer"] = imports_bytes
-    rest = memory_bytes["process_rss"] - sum(named.values())
-    return {**named, "rest": rest, "resident set": memory_bytes["process_rss"]}
+def memory_rows(memory_bytes: Mapping[str, int]) -> list[tuple[str, str, str]]:
+    """Return each part of the resident set, in MiB and as its share."""
+    total = memory_bytes["total"]
+    return [
+        (part, f"{size / MIB:.0f}", f"{100 * size / total:.1f}")
+        for part, size in memory_bytes.items()
+    ]
 
 
 def overhead_tables(found: Overhead) -> str:
@@ -148,10 +140,7 @@ def overhead_tables(found: Overhead) -> str:
             ("difference, median of rounds", _ms(median(found.http_minus_engine_s())), "–"),
         ],
     )
-    parts = resident_parts(found.memory_bytes, found.imports_bytes)
-    memory = markdown_table(
-        ("part", "MiB"), [(part, f"{size / MIB:.0f}") for part, size in parts.items()]
-    )
+    memory = markdown_table(("part", "MiB", "%"), memory_rows(found.memory_bytes))
     start = markdown_table(
         ("warm start to /readyz", "s"),
         [
@@ -205,10 +194,7 @@ def parsed_options() -> argparse.Namespace:
 
 def results_of(found: Overhead) -> Sequence[Mapping[str, Any]]:
     """Return everything for JSON."""
-    parts = resident_parts(found.memory_bytes, found.imports_bytes)
-    return [
-        {**asdict(found), "resident": parts, "http_minus_engine_s": found.http_minus_engine_s()}
-    ]
+    return [{**asdict(found), "http_minus_engine_s": found.http_minus_engine_s()}]
 
 
 def main() -> None:

@@ -1,7 +1,6 @@
-"""The parts of overhead.py that need a process of their own; each prints one line of JSON.
+"""The part of overhead.py that needs a process of its own; it prints one line of JSON.
 
 python benchmarks/overhead_probe.py engine BASE_FOLDER    TTFTs of the bare engine
-python benchmarks/overhead_probe.py imports BASE_FOLDER   resident set of imports and tokenizer
 """
 
 import argparse
@@ -14,7 +13,6 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import psutil
 from quickchange_server.thread_affinity import prepare_threads, restore_affinity
 
 from benchmarks.failure import BenchmarkFailure, exit_on_failure
@@ -24,18 +22,6 @@ if TYPE_CHECKING:
     from quickchange_server.engine.client import EngineClient
 
 NUM_TOKENS = 2
-
-
-def resident_bytes_of_imports(folder: Path) -> int:
-    """Import what the server imports, read the tokenizer, and return the resident set."""
-    from quickchange_server import serving
-    from quickchange_server.tokenizer import Tokenizer
-
-    tokenizer = Tokenizer.load(folder)
-    assert serving
-    assert tokenizer.vocab_size
-    resident: int = psutil.Process().memory_info().rss
-    return resident
 
 
 async def engine_ttfts(options: argparse.Namespace) -> list[float]:
@@ -85,16 +71,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("part", choices=("engine", "imports"))
+    parser.add_argument("part", choices=("engine",))
     parser.add_argument("folder", type=Path, help="folder of the base")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--prompt-words", type=int, default=64)
     parser.add_argument("--requests", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    if options.part == "imports":
-        print(json.dumps({"resident_bytes": resident_bytes_of_imports(options.folder)}))
-        return
     prepare_threads()
     print(json.dumps({"ttfts_s": asyncio.run(engine_ttfts(options))}))
 

@@ -71,6 +71,11 @@ class Target:
         parts: dict[str, int] = self._call("GET", "/v1/memory")["bytes"]
         return parts
 
+    def process_memory(self) -> dict[str, int]:
+        """Return the parts of the process's resident size, as GET /v1/memory has them."""
+        parts: dict[str, int] = self._call("GET", "/v1/memory")["process"]
+        return parts
+
     def complete(self, selection: Mapping[str, object], prompt: str, num_tokens: int) -> str:
         """Generate so many tokens without streaming, and return their text."""
         asked = {"prompt": prompt, "max_tokens": num_tokens, "ignore_eos": True, "temperature": 0}

@@ -34,6 +34,7 @@ from quickchange_adapters.copy_stream import CopyStream
 from quickchange_adapters.host_adapter import HostAdapter
 from quickchange_adapters.layout import ROW_UNIT, AdapterLayout
 from quickchange_adapters.weights import LoraPair
+from quickchange_adapters.zero_memory import resident_bytes
 
 VOCABULARY_SHARE = 8
 
@@ -104,6 +105,12 @@ class AdapterPool:
     def used_bytes(self) -> int:
         """Bytes of all slots."""
         return sum(slot.num_bytes for slot in self._all_slots())
+
+    def resident_bytes(self) -> int:
+        """Return how much of it is in memory now, on a CPU: rows that were ever written."""
+        tensors = [t for arena in self.arenas.values() for t in (arena.lora_a, arena.lora_b)]
+        wide = sum(slot.num_vocabulary_bytes for slot in list(self._slots.values()))
+        return wide + sum(resident_bytes(tensor) for tensor in tensors if tensor.nbytes)
 
     @property
     def slots(self) -> tuple[Slot, ...]:

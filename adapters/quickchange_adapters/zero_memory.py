@@ -5,6 +5,7 @@ import ctypes
 import math
 import mmap
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,3 +44,16 @@ def give_back(part: Tensor) -> None:
     if end > start:
         # A refusal leaves the memory as it was: taken, and free for the next one.
         _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
+
+
+def resident_bytes(tensor: Tensor) -> int:
+    """Return how much of a CPU tensor is in memory now; all of it where the system cannot tell."""
+    page, start = mmap.PAGESIZE, tensor.data_ptr()
+    first = start - start % page
+    num_pages = -(-(start + tensor.nbytes - first) // page)
+    is_resident = np.zeros(num_pages, dtype=np.uint8)
+    address, length = ctypes.c_void_p(first), ctypes.c_size_t(num_pages * page)
+    mincore = getattr(_libc, "mincore", None)
+    if mincore is None or mincore(address, length, ctypes.c_void_p(is_resident.ctypes.data)):
+        return tensor.nbytes
+    return min(int((is_resident & 1).sum()) * page, tensor.nbytes)

@@ -28,7 +28,7 @@ from quickchange_server.engine.interface import EngineSnapshot
 from quickchange_server.engine.observer import StepStats
 from quickchange_server.gateway_collector import GatewayCollector
 from quickchange_server.metrics_text import MetricsText
-from quickchange_server.snapshot_collector import SnapshotCollector
+from quickchange_server.snapshot_collector import ProcessPartsCollector, SnapshotCollector
 from quickchange_server.wish_collector import WishCollector
 
 Outcome = Literal["ok", "error", "cancelled", "rejected"]
@@ -45,6 +45,8 @@ COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, 256)
 TOKENS = tuple(4**power for power in range(10))
 QUOTAS = ("requests", "places", "loads", "uploads", "upload_rate")
 TIERS: tuple[Tier, ...] = ("device", "host", "disk", "remote")
+LOAD_FAILURES = ("adapter_memory", "base_mismatch", "rank_too_large", "store_unavailable")
+"""Shown from the start, so that the first one is seen as an increase."""
 LOADS: tuple[tuple[Tier, Tier], ...] = (("remote", "host"), ("disk", "host"), ("host", "device"))
 
 
@@ -160,6 +162,8 @@ class ServerMetrics:
         )
         for tier in TIERS:
             self._hits.labels(tier)
+        for code in LOAD_FAILURES:
+            self._load_failures.labels(code)
         for tiers in LOADS:
             self._loads.labels(*tiers)
 
@@ -191,6 +195,10 @@ class ServerMetrics:
         """Show from now on where adapters are, and to gateways which ones are ready."""
         self.registry.register(AdapterCollector(snapshot, names, self._labels))
         self.registry.register(GatewayCollector(snapshot, names, loading, has_tenants))
+
+    def watch_process(self, parts: Callable[[], dict[str, int]]) -> None:
+        """Show from now on what the process has in memory."""
+        self.registry.register(ProcessPartsCollector(parts))
 
     def show_build(self, version: str, base: str, dtype: str) -> None:
         """Say what is running."""

@@ -45,6 +45,7 @@ from quickchange_server.memory_budget import MemoryBudget, resolve_budget
 from quickchange_server.memory_limit import device_memory, host_memory
 from quickchange_server.metrics import ServerMetrics
 from quickchange_server.option import StaticAdapter
+from quickchange_server.process_memory import ProcessMemory
 from quickchange_server.request_log import log_request, set_up_logging
 from quickchange_server.request_quotas import RequestQuotas
 from quickchange_server.request_record import RequestObserver
@@ -134,12 +135,13 @@ def build_services(
     metrics.watch_catalog(lambda: catalog.database.is_up)
     metrics.watch_store(lambda: store.is_up)
     metrics.watch_cache(store.cache_counts)
+    tokenizer = Tokenizer.load(base_folder)
+    memory = ProcessMemory()
     engine = EngineClient(base_folder, engine_settings(config, budget), metrics)
     metrics.show_build(__version__, engine.base.name, str(engine.dtype).removeprefix("torch."))
     if budget.device == "cpu":
         _say(kernels_text(engine.native_refusal))
     limits = AdapterLimits(max_rank=config.max_lora_rank)
-    tokenizer = Tokenizer.load(base_folder)
     adapters = AdapterService(
         engine,
         store,
@@ -171,6 +173,7 @@ def build_services(
         ),
         lora_roots=LoraRoots(config.lora_root),
         is_loopback_only=not config.is_public,
+        memory=memory,
         cors_origins=config.cors_origin,
         observers=observers,
         shows_prompts=config.log_prompts,

@@ -48,6 +48,22 @@ class SnapshotCollector(Collector):
         yield evictions
 
 
+class ProcessPartsCollector(Collector):
+    """Collector over what the process has in memory, by part."""
+
+    def __init__(self, parts: Callable[[], dict[str, int]]) -> None:
+        self._parts = parts
+
+    def describe(self) -> list[Metric]:
+        """Return no families: nothing is read while the collector is registered."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the parts, which add up to `process_resident_memory_bytes`."""
+        parts = {part: size for part, size in self._parts().items() if part != "total"}
+        yield _labelled("process_memory_bytes", "Resident size by part.", "part", parts)
+
+
 def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:
     return GaugeMetricFamily(PREFIX + name, text, value=value)
 

@@ -14,30 +14,23 @@ from benchmarks.overhead import (
     MIB,
     Overhead,
     http_ttfts,
+    memory_rows,
     overhead_tables,
-    resident_parts,
     results_of,
 )
 from benchmarks.workload import Prompts
 from tests.benchmarks.recording_server import NUM_TOKENS, recording
 
-MEMORY = {
-    "base": 256 * MIB,
-    "merged": 0,
-    "adapter_pool_used": 10 * MIB,
-    "adapter_pool_total": 512 * MIB,
-    "kv_used": 1 * MIB,
-    "kv_total": 100 * MIB,
-    "process_rss": 900 * MIB,
-}
+MEMORY = {"code": 200 * MIB, "base": 256 * MIB, "rest": -16 * MIB, "total": 440 * MIB}
 
 
-def test_the_parts_of_the_resident_set_add_up_and_ceilings_are_none() -> None:
-    parts = resident_parts(MEMORY, imports_bytes=490 * MIB)
-    whole = parts.pop("resident set")
-    assert sum(parts.values()) == whole == 900 * MIB
-    assert parts["rest"] == (900 - 256 - 10 - 100 - 490) * MIB
-    assert "adapter_pool_total" not in parts
+def test_the_parts_of_the_resident_set_are_shown_with_their_shares() -> None:
+    assert memory_rows(MEMORY) == [
+        ("code", "200", "45.5"),
+        ("base", "256", "58.2"),
+        ("rest", "-16", "-3.6"),
+        ("total", "440", "100.0"),
+    ]
 
 
 def test_the_difference_is_between_medians_of_one_round() -> None:
@@ -46,7 +39,6 @@ def test_the_difference_is_between_medians_of_one_round() -> None:
         http_ttfts_s=[[0.012, 0.024, 0.500], [0.202, 0.200, 0.300]],
         starts_s=[4.0, 8.0],
         memory_bytes=MEMORY,
-        imports_bytes=490 * MIB,
     )
     assert found.http_minus_engine_s() == pytest.approx([0.004, 0.002])
     tables = overhead_tables(found)
@@ -54,7 +46,7 @@ def test_the_difference_is_between_medians_of_one_round() -> None:
     assert "3.0" in difference
     assert "4.0–8.0" in tables
     (stored,) = json.loads(json.dumps(results_of(found)))
-    assert stored["resident"]["imports and tokenizer"] == 490 * MIB
+    assert stored["memory_bytes"]["base"] == 256 * MIB
 
 
 async def test_first_tokens_over_http_are_timed_one_request_at_a_time() -> None:

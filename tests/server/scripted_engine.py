@@ -214,6 +214,10 @@ class ScriptedEngine:
         """Drop it."""
         return MergeResult(digest, self.merged.pop(digest, 0), 0.001)
 
+    def process_bytes(self) -> dict[str, int]:
+        """Hold nothing."""
+        return {}
+
     def snapshot(self) -> EngineSnapshot:
         """Return what is live, loaded and merged."""
         adapters = {

@@ -35,10 +35,14 @@ class AdapterMemory(Part):
 
 
 class Memory(Answer):
-    """Bytes by part (base, merged, adapter pool, host cache, KV, process) and by version."""
+    """Bytes by part (base, merged, adapter pool, host cache, KV, process) and by version.
+
+    `process`: the parts of the process's resident size, and their `total`.
+    """
 
     object: str = "memory"
     bytes: dict[str, int] = Field(default_factory=dict)
+    process: dict[str, int] = Field(default_factory=dict)
     adapters: list[AdapterMemory] = Field(default_factory=list)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
@@ -76,6 +77,7 @@ def _watch(services: AppServices) -> None:
     services.requests.has_tenants = has_tenants
     metrics.watch(services.engine.snapshot)
     metrics.watch_adapters(services.engine.snapshot, adapters.names, adapters.loading, has_tenants)
+    metrics.watch_process(partial(services.memory.recent, services.engine.process_bytes))
     metrics.watch_wishes(adapters.num_unmet)
     adapters.on_adapter_gone(metrics.forget_adapter)
     adapters.tell(metrics)

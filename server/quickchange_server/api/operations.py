@@ -4,7 +4,6 @@ import asyncio
 import time
 from typing import Any
 
-import psutil
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
@@ -73,9 +72,13 @@ async def metrics(request: Request, services: Services, caller: Scraper) -> Resp
 
 @router.get("/v1/memory")
 async def memory(services: Services, caller: Admin) -> Json:
-    """Show bytes by part, and by adapter version: all of them to the tenant default."""
+    """Show bytes by part, and by adapter version: all of them to the tenant default.
+
+    `bytes`: what the engine's parts take and may take; `process`: the process's resident size.
+    """
     state = services.engine.snapshot()
-    parts = {**state.memory_bytes, "process_rss": psutil.Process().memory_info().rss}
+    process = await asyncio.to_thread(services.memory.parts, services.engine.process_bytes)
+    parts = {**state.memory_bytes, "process_rss": process["total"]}
     mine = services.adapters.digests_of(caller.tenant)
     adapters = [
         {
@@ -88,4 +91,4 @@ async def memory(services: Services, caller: Admin) -> Json:
         for adapter in state.adapters.values()
         if mine is None or adapter.digest in mine
     ]
-    return {"object": "memory", "bytes": parts, "adapters": adapters}
+    return {"object": "memory", "bytes": parts, "process": process, "adapters": adapters}

@@ -13,6 +13,7 @@ from quickchange_server.key_service import KeyService
 from quickchange_server.keyring import Keyring
 from quickchange_server.lora_roots import LoraRoots
 from quickchange_server.metrics import ServerMetrics
+from quickchange_server.process_memory import ProcessMemory
 from quickchange_server.request_quotas import RequestQuotas
 from quickchange_server.request_record import RequestObserver
 from quickchange_server.tokenizer import Tokenizer
@@ -46,6 +47,7 @@ class AppServices:
         lora_roots: folders from which adapters may be loaded by path; none: nobody may.
         is_loopback_only: only this machine reaches the server, and may call while there is no key.
         cors_origins: origins whose pages may call nevertheless.
+        memory: what the process had before the base was read.
         ping_s: silence after which a stream gets a comment line.
         observers: told of each request when it is over.
         shows_prompts: the observers are told the texts of prompts too.
@@ -66,6 +68,7 @@ class AppServices:
     is_loopback_only: bool = True
     cors_origins: tuple[str, ...] = ()
     limits: BodyLimits = field(default_factory=BodyLimits)
+    memory: ProcessMemory = field(default_factory=ProcessMemory)
     ping_s: float = 15.0
     stall_s: float = 120.0
     observers: tuple[RequestObserver, ...] = ()

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from quickchange_adapters.zero_memory import lazy_zeros
+from quickchange_adapters.zero_memory import lazy_zeros, resident_bytes
 from torch import Tensor
 from torch.nn import functional
 
@@ -60,6 +60,10 @@ class KvStorage:
     def num_bytes(self) -> int:
         """Bytes of all layers."""
         return sum(t.nbytes for t in (*self.keys, *self.values))
+
+    def resident_bytes(self) -> int:
+        """Return how much of it is in memory now, on a CPU: blocks that were ever written."""
+        return sum(resident_bytes(tensor) for tensor in (*self.keys, *self.values))
 
     def write(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> None:
         """Store one step's K and V [tokens, heads, dim] at token slots [tokens], in place."""

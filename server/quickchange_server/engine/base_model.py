@@ -272,7 +272,16 @@ def load_base(folder: Path, settings: EngineSettings) -> BaseModel:
         raise UnsupportedBase(f"cannot load {str(folder)!r}: {reason}") from error
     model.eval().requires_grad_(False)
     model.to(settings.device)
+    _leave_file(model)
     return BaseModel(model, settings)
+
+
+def _leave_file(model: Any) -> None:
+    """Copy what is not packed later, in place: one view would keep the whole file in memory."""
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if parameter.dim() == 1 or isinstance(module, nn.Embedding):
+                parameter.data = parameter.data.clone()
 
 
 def _native_library(model: Any, settings: EngineSettings) -> tuple[ctypes.CDLL | None, str | None]:

@@ -24,6 +24,7 @@ from quickchange_server.engine.engine import Engine
 from quickchange_server.engine.interface import EngineSnapshot, MergeResult, ResidentAdapter
 from quickchange_server.engine.model_runner import ModelRunner
 from quickchange_server.engine.observer import EngineObserver, NoObserver
+from quickchange_server.engine.output_line import OutputLine
 from quickchange_server.engine.request import GenerationRequest, RequestFailure, TokenOutput
 from quickchange_server.engine.rope import freeze_rope
 from quickchange_server.engine.self_check import check_architecture
@@ -76,6 +77,7 @@ class EngineClient:
         )
         self._loader = ThreadPoolExecutor(1, "quickchange-loader", _use_one_thread)
         self._queues: dict[str, asyncio.Queue[TokenOutput]] = {}
+        self._outputs = OutputLine(self._deliver)
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def start(self) -> None:
@@ -207,6 +209,19 @@ class EngineClient:
         demand = self._engine.demand
         return Demand() if demand is None else demand.take()
 
+    def process_bytes(self) -> dict[str, int]:
+        """Return what of this process's memory is held, by part."""
+        runner, parts = self._engine.runner, self.snapshot().memory_bytes
+        if self._base_model.device.type != "cpu":
+            return {"adapter_host": parts["adapter_host"]}
+        return {
+            "base": parts["base"],
+            "merged": parts["merged"],
+            "adapter_host": parts["adapter_host"],
+            "adapter_pool": runner.pool.resident_bytes(),
+            "kv": runner.storage.resident_bytes(),
+        }
+
     def snapshot(self) -> EngineSnapshot:
         """Return the state after the last step."""
         return self._engine.snapshot
@@ -277,7 +292,7 @@ class EngineClient:
     def _publish(self, outputs: list[TokenOutput]) -> None:
         """Engine thread: hand a step's outputs to the event loop in one call."""
         if outputs and self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._dispatch, outputs)
+            self._loop.call_soon_threadsafe(self._outputs.put, outputs)
 
     def _on_engine_exit(self) -> None:
         """Engine thread, last act: no request may go on waiting for it."""
@@ -285,13 +300,12 @@ class EngineClient:
             self._loop.call_soon_threadsafe(self._end_all)
 
     def _end_all(self) -> None:
-        self._dispatch([TokenOutput(request_id, (), "abort") for request_id in self._queues])
+        self._outputs.put([TokenOutput(request_id, (), "abort") for request_id in self._queues])
 
-    def _dispatch(self, outputs: list[TokenOutput]) -> None:
-        for output in outputs:
-            waiting = self._queues.get(output.request_id)
-            if waiting is not None:
-                waiting.put_nowait(output)
+    def _deliver(self, output: TokenOutput) -> None:
+        waiting = self._queues.get(output.request_id)
+        if waiting is not None:
+            waiting.put_nowait(output)
 
 
 def _context_limit(runner: ModelRunner, settings: EngineSettings) -> int:

@@ -131,5 +131,11 @@ class GenerationEngine(Protocol):
     async def unmerge(self, digest: str) -> MergeResult:
         """Drop the merged copy; zero bytes when there was none."""
 
+    def process_bytes(self) -> dict[str, int]:
+        """Return what of this process's memory the engine holds, by part; from any thread.
+
+        Takes milliseconds. KV blocks and pool rows count once something was written to them.
+        """
+
     def snapshot(self) -> EngineSnapshot:
         """Return the state after the last step; never waits."""

@@ -22,6 +22,10 @@ def memory(url: UrlOption = None, as_json: JsonOption = False) -> None:
 def _print(state: Memory) -> None:
     parts = [(name, n, format_bytes(n)) for name, n in state.bytes.items()]
     print_table(("PART", ">BYTES", ">"), parts)
+    if state.process:
+        print()
+        process = [(name, n, format_bytes(n)) for name, n in state.process.items()]
+        print_table(("OF THE PROCESS", ">BYTES", ">"), process)
     if state.adapters:
         print()
         headings = ("VERSION", ">HOST", ">DEVICE", ">MERGED", ">RUNNING")

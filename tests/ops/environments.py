@@ -1,0 +1,63 @@
+"""Heavy tools for `make test-ops`, each in a folder of its own under .ops. Nothing needs root.
+
+A tool that cannot be had raises NotHere with the reason; its tests are skipped, and counted.
+"""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+from benchmarks.machine import ROOT
+
+OPS = ROOT / ".ops"
+DOWNLOAD_S = 600
+
+
+class NotHere(Exception):
+    """A tool cannot be had on this machine."""
+
+
+def debian_package(name: str, binary: str) -> Path:
+    """Return the folder with a package's `binary`: the system's own, or unpacked under .ops.
+
+    Raises: NotHere.
+    """
+    installed = shutil.which(binary)
+    if installed is not None:
+        return Path(installed).parent
+    folder = OPS / name
+    if not (folder / "usr/bin" / binary).exists():
+        _unpack(name, folder)
+    if not (folder / "usr/bin" / binary).exists():
+        raise NotHere(f"Debian's package {name} has no {binary}")
+    return folder / "usr/bin"
+
+
+def _unpack(name: str, folder: Path) -> None:
+    for tool in ("apt-get", "dpkg"):
+        if shutil.which(tool) is None:
+            raise NotHere(f"{name} comes as a Debian package, and there is no {tool}")
+    packages = OPS / "packages"
+    packages.mkdir(parents=True, exist_ok=True)
+    download = ["apt-get", "download", name]
+    if _run(download, packages):
+        _run(["apt-get", "update"], packages)  # the list of packages may be old, or not there yet
+        trouble = _run(download, packages)
+        if trouble:
+            raise NotHere(f"apt-get download {name}: {trouble}")
+    package = max(packages.glob(f"{name}_*.deb"), key=lambda file: file.stat().st_mtime)
+    trouble = _run(["dpkg", "-x", str(package), str(folder)], packages)
+    if trouble:
+        raise NotHere(f"dpkg -x {package.name}: {trouble}")
+
+
+def _run(command: list[str], folder: Path) -> str:
+    """Return the last line of what went wrong; nothing if it went well."""
+    try:
+        done = subprocess.run(
+            command, cwd=folder, capture_output=True, text=True, timeout=DOWNLOAD_S
+        )
+    except subprocess.TimeoutExpired:
+        return f"no end within {DOWNLOAD_S} s"
+    lines = done.stderr.strip().splitlines() or ["it failed and said nothing"]
+    return lines[-1] if done.returncode else ""
