@@ -31,6 +31,7 @@ app = typer.Typer(
 base = typer.Typer(help="The base model that adapters are trained for.", no_args_is_help=True)
 app.add_typer(base, name="base")
 
+AsJson = Annotated[bool | None, typer.Option("--json", help="Print the findings as JSON.")]
 ConfigFile = Annotated[
     str | None, typer.Option("--config", metavar="FILE", help="TOML file with any of the settings.")
 ]
@@ -69,6 +70,29 @@ def serve(**flags: Any) -> None:
 
         run_server(config, base_folder, keyring)
         bound_exit()
+
+
+def doctor(as_json: bool | None = None, **flags: Any) -> None:
+    """Show what a server with these settings would see: versions, device, memory, base, store.
+
+    Takes the settings of `serve`, from the same places, and changes nothing. Its
+    output is what a bug report needs; passwords in addresses are left out.
+
+    Exit codes: 0 nothing would keep a server from serving; 1 something would.
+
+    For example:
+
+    quickchange doctor
+
+    quickchange doctor --model /models/llama --device cuda --json
+    """
+    with _exit_on_error():
+        meant, _ = translate(_with_bare_modules(flags))
+        config = load_config(meant)
+        from quickchange_server.doctor_command import run
+
+        if run(config, is_json=bool(as_json)):
+            raise typer.Exit(1)
 
 
 @base.callback()
@@ -163,7 +187,11 @@ def _vllm_annotation(each: VllmFlag) -> Any:
 
 
 serve.__signature__ = inspect.Signature(list(_serve_parameters()))  # type: ignore[attr-defined]
+doctor.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+    [_parameter("as_json", AsJson), *_serve_parameters()]
+)
 app.command("serve")(serve)
+app.command("doctor")(doctor)
 app.command("fsck")(fsck)
 app.command("export")(export)
 app.add_typer(train, name="train", help="Train adapters, and compare settings.")

@@ -49,3 +49,9 @@ class Server:
         """Ask for a greedy completion."""
         body = {"model": model, "prompt": "the quick", "temperature": 0, **fields}
         return httpx.post(f"{self.url}/v1/completions", json=body, timeout=30)
+
+
+def run_command(*words: str) -> "subprocess.CompletedProcess[str]":
+    """Run a command of the server's to its end."""
+    command = [sys.executable, "-m", "quickchange_server.cli", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
