@@ -54,9 +54,10 @@ class Target:
         """Drop the merged copy."""
         self._call("POST", f"/v1/adapters/{name}/unmerge")
 
-    def load(self, name: str) -> None:
-        """Bring an adapter into host memory."""
-        self._call("POST", f"/v1/adapters/{name}/load")
+    def load(self, name: str, *, to_device: bool = False) -> None:
+        """Bring an adapter into host memory, or to the device."""
+        body = {"tier": "device" if to_device else "host"}
+        self._call("POST", f"/v1/adapters/{name}/load", json=body)
 
     def unload(self, name: str) -> None:
         """Give an adapter's device and host bytes back."""

@@ -5,12 +5,14 @@ pieces of the streams are looked at. What is done, in phases that take turns:
 
 - nothing: the streams alone
 - request: a request of one token to an adapter that is resident; its prefill shares the steps
-- swap: unload, load, and such a request, which also brings the adapter to the device
+- load: unload an adapter, and load it from the disk to the device
+- swap: unload an adapter, and send such a request, which loads it
 - upload: a new adapter comes over REST, is checked, asked once, and deleted again
 - merge: a merged copy is made and dropped
 
 A swap costs what it adds to `request`. Gaps count from the time when all streams run to the time
-when the first one ends.
+when the first one ends; the worst is of those in which, wholly or in part, something was done. A
+step is the median gap while nothing is done.
 
     python benchmarks/swap_stall.py --streams 8
 """
@@ -24,6 +26,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -53,13 +56,16 @@ HEADER = (
     "one takes ms",
     "ITL p50 / p99 ms",
     "worst gap ms (lowest–highest)",
-    "worst / p50",
+    "worst in steps",
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Stall:
-    """One run of one phase: what was done while all streams ran, and the streams' gaps then."""
+    """One run of one phase: what was done while all streams ran, and the streams' gaps then.
+
+    `worst_gap_s` is of the gaps in which something was done, or of all when nothing ever was.
+    """
 
     action_times_s: tuple[float, ...]
     itl_p50_s: float
@@ -113,6 +119,7 @@ class StallBench:
         self.phases: Mapping[str, Callable[[], None] | None] = {
             "nothing": None,
             "request": lambda: self._ask(adapter_name(0)),
+            "load": self._load,
             "swap": self._swap,
             "upload": self._upload_and_delete,
             "merge": self._merge,
@@ -153,10 +160,14 @@ class StallBench:
     def _ask(self, model: str) -> None:
         self._target.complete({"model": model}, self._work.prompts.take(), 1)
 
+    def _load(self) -> None:
+        name = adapter_name(1)
+        self._target.unload(name)
+        self._target.load(name, to_device=True)
+
     def _swap(self) -> None:
         name = adapter_name(1)
         self._target.unload(name)
-        self._target.load(name)
         self._ask(name)
 
     def _upload_and_delete(self) -> None:
@@ -180,21 +191,33 @@ def stall_of(timings: Sequence[RequestTiming], spans: Sequence[tuple[float, floa
     if not gaps:
         raise BenchmarkFailure("the streams did not all run at one time: raise --tokens")
     done = tuple(after - before for before, after in spans if before >= begin and after <= end)
-    return Stall(done, percentile(gaps, 0.5), percentile(gaps, 0.99), max(gaps))
+    lengths = [after - before for before, after in gaps]
+    worst = max(lengths)
+    if spans:
+        meanwhile = [
+            after - before
+            for before, after in gaps
+            if any(before < ended and after > started for started, ended in spans)
+        ]
+        if not meanwhile:
+            raise BenchmarkFailure("nothing was done while all streams ran: raise --tokens")
+        worst = max(meanwhile)
+    return Stall(done, percentile(lengths, 0.5), percentile(lengths, 0.99), worst)
 
 
-def gaps_between(times_s: Sequence[float], begin: float, end: float) -> list[float]:
-    """Return the gaps between neighbours that both lie from begin to end."""
+def gaps_between(times_s: Sequence[float], begin: float, end: float) -> list[tuple[float, float]]:
+    """Return the gaps between neighbours that both lie from begin to end, as (before, after)."""
     inside = [time_s for time_s in times_s if begin <= time_s <= end]
-    return [after - before for before, after in zip(inside, inside[1:], strict=False)]
+    return list(pairwise(inside))
 
 
 def stall_table(stalls: Mapping[str, Sequence[Stall]]) -> str:
     """Return one row per phase: medians over its runs."""
-    return markdown_table(HEADER, [_row(name, runs) for name, runs in stalls.items()])
+    step_s = median(run.itl_p50_s for run in stalls["nothing"])
+    return markdown_table(HEADER, [_row(name, runs, step_s) for name, runs in stalls.items()])
 
 
-def _row(name: str, runs: Sequence[Stall]) -> Row:
+def _row(name: str, runs: Sequence[Stall], step_s: float) -> Row:
     times = [seconds for run in runs for seconds in run.action_times_s]
     worst = [run.worst_gap_s for run in runs]
     p50_s = median(run.itl_p50_s for run in runs)
@@ -204,7 +227,7 @@ def _row(name: str, runs: Sequence[Stall]) -> Row:
         f"{1e3 * median(times):.0f}" if times else "–",
         f"{1e3 * p50_s:.1f} / {1e3 * median(run.itl_p99_s for run in runs):.1f}",
         f"{1e3 * median(worst):.0f} ({1e3 * min(worst):.0f}–{1e3 * max(worst):.0f})",
-        f"{median(worst) / p50_s:.1f}",
+        f"{median(worst) / step_s:.1f}",
     )
 
 

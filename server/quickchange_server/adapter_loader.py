@@ -6,6 +6,8 @@
 | a request while its version drains for an unload | waits, then loads again |
 | a request while its version drains for a deletion | waits, then gets NotFound |
 | a load while another process removes the files | Unavailable, or NotFound if it was a deletion |
+| loads from a store that is slow | others' loads go on: they wait in threads of their own |
+| more requests for cold versions than may wait in the engine's line | QueueFull |
 """
 
 import asyncio
@@ -14,7 +16,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from typing import TypeVar
+from typing import Protocol, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
@@ -23,40 +25,53 @@ from quickchange_adapters.records import VersionRecord
 from quickchange_adapters.weights import AdapterWeights
 
 from quickchange_server.engine.interface import GenerationEngine, MergeResult, ResidentAdapter
-from quickchange_server.errors import Conflict, NotFound, QuickchangeError, Unavailable
+from quickchange_server.errors import Conflict, NotFound, QueueFull, QuickchangeError, Unavailable
 from quickchange_server.load_observer import LoadObserver, NoLoadObserver
 from quickchange_server.shared_tasks import SharedTasks
 
 DRAIN_POLL_S = 60.0
 MAX_LOADS = 3
+NUM_FETCHERS = 8
 READ_ERRORS = (AdapterRefused, BlobMissing, StoreUnavailable, OSError)
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
+class AdapterFiles(Protocol):
+    """Where versions' files are. All but `is_on_disk` block and run in threads."""
+
+    def is_on_disk(self, version: VersionRecord) -> bool:
+        """Whether all files are on this machine. Never waits."""
+
+    def fetch(self, version: VersionRecord) -> None:
+        """Bring the files to this machine."""
+
+    def read_weights(self, version: VersionRecord) -> AdapterWeights:
+        """Return a version's tensors."""
+
+
 class AdapterLoader:
     """Loads, merges and unloads versions.
 
-    `read` gives a version's tensors (it blocks; it runs in a loader thread); `is_served` says
-    whether anybody may still ask for a digest; `read_again` renews what is known of a version;
-    `is_on_disk` says whether its files are on this machine.
+    `is_served` says whether anybody may still ask for a digest; `read_again` renews what is known
+    of a version.
     """
 
     def __init__(
         self,
         engine: GenerationEngine,
-        read: Callable[[VersionRecord], AdapterWeights],
+        files: AdapterFiles,
         is_served: Callable[[str], bool],
         read_again: Callable[[VersionRecord], Awaitable[None]],
-        is_on_disk: Callable[[VersionRecord], bool],
     ) -> None:
         self.observer: LoadObserver = NoLoadObserver()
         self._engine = engine
-        self._read = read
-        self._is_on_disk = is_on_disk
+        self._files = files
         self._is_served = is_served
         self._read_again = read_again
         self._threads = ThreadPoolExecutor(2, "quickchange-adapter", _use_one_thread)
+        self._fetchers = ThreadPoolExecutor(NUM_FETCHERS, "quickchange-fetch")
+        self._num_waiting = 0
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._loads: SharedTasks[None] = SharedTasks()
         self._unloads: SharedTasks[ResidentAdapter | None] = SharedTasks()
@@ -65,15 +80,27 @@ class AdapterLoader:
         """Give up what is under way."""
         await self._loads.stop()
         await self._unloads.stop()
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._threads, self._fetchers):
+            threads.shutdown(wait=False, cancel_futures=True)
 
     async def load(self, version: VersionRecord) -> None:
         """Make sure that the engine holds a version.
 
-        Raises: NotFound, Conflict, Unavailable.
+        Raises: NotFound, Conflict, Unavailable, QueueFull.
         """
-        if not self._engine.is_loaded(version.digest):
+        if self._engine.is_loaded(version.digest):
+            return
+        limit = self._engine.max_requests
+        if self._num_waiting >= limit:
+            raise QueueFull(
+                f"{limit} requests wait for adapters to be loaded already "
+                "(--max-queue and --max-batch-rows): try again soon"
+            )
+        self._num_waiting += 1
+        try:
             await self._loads.run(version.digest, lambda: self._load(version))
+        finally:
+            self._num_waiting -= 1
 
     async def activate(self, version: VersionRecord) -> None:
         """Load a version and bring it to the device.
@@ -172,7 +199,7 @@ class AdapterLoader:
         if self._engine.is_loaded(version.digest):
             return
         self._check_served(version)
-        is_on_disk, started_s = self._is_on_disk(version), time.monotonic()
+        is_on_disk, started_s = self._files.is_on_disk(version), time.monotonic()
         try:
             await self._bring(version)
         except NotFound:
@@ -186,7 +213,9 @@ class AdapterLoader:
     async def _bring(self, version: VersionRecord) -> None:
         loop = asyncio.get_running_loop()
         try:
-            weights = await loop.run_in_executor(self._threads, self._read, version)
+            if not self._files.is_on_disk(version):
+                await loop.run_in_executor(self._fetchers, self._files.fetch, version)
+            weights = await loop.run_in_executor(self._threads, self._files.read_weights, version)
         except READ_ERRORS as error:
             if isinstance(error, BlobMissing | FileNotFoundError):
                 await self._read_again(version)

@@ -34,6 +34,7 @@ class AdapterRemover:
         self._drains: SharedTasks[FreedBytes] = SharedTasks()
         self._cut_short: dict[str, Sequence[VersionRecord]] = {}
         self._digests: Counter[str] = Counter()
+        self._seen_deleting: set[tuple[str, str, int]] = set()
 
     async def stop(self) -> None:
         """Leave what is under way to the next start."""
@@ -44,6 +45,19 @@ class AdapterRemover:
         catalog = self._live.catalog
         for version in await self._live.ask(catalog.list_deleting):
             await self._live.ask(partial(catalog.purge, version))
+
+    async def end_forgotten(self) -> None:
+        """End deletions of others that were there at the last call already: nobody else will.
+
+        Whoever began them was killed, or drains requests that need neither row nor bytes.
+
+        Raises: Unavailable.
+        """
+        found = await self._live.ask(self._live.catalog.list_deleting)
+        others = {(v.tenant, v.name, v.number): v for v in found if not self.is_removing(v.digest)}
+        for key in others.keys() & self._seen_deleting:
+            await self._purge(others.pop(key))
+        self._seen_deleting = set(others)
 
     async def remove(self, gone: Sequence[VersionRecord], timeout_s: float) -> FreedBytes:
         """Drain versions, free their memory, remove their rows and bytes.

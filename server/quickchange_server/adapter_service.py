@@ -108,11 +108,7 @@ class AdapterService:
         self._poll = CatalogPoll(self._live, poll_s)
         self._files = VersionFiles(store, engine.base, limits, dtype)
         self._loader = AdapterLoader(
-            engine,
-            self._files.read_weights,
-            self._directory.is_served,
-            self._live.read_again,
-            self._files.is_on_disk,
+            engine, self._files, self._directory.is_served, self._live.read_again
         )
         self._prober = AdapterProber(engine, self._loader, probe_ids)
         self._uploader = AdapterUploader(

@@ -3,6 +3,7 @@
 | what | since when |
 |---|---|
 | deletions of this process that the store or the catalog cut short | at once |
+| deletions of other processes, which may have been killed | once a second sweep finds them |
 | blobs that no version refers to | once no upload's reservation protects them |
 | staged files that no living upload holds | an hour after the last byte |
 """
@@ -54,6 +55,7 @@ class StoreSweep:
         Raises: Unavailable, StorageFull.
         """
         await self._remover.retry()
+        await self._remover.end_forgotten()
         catalog, store = self._live.catalog, self._store
         await self._live.ask(lambda: catalog.collect(store.delete))
         num_files = await self._live.ask(lambda: store.sweep_incoming(INCOMING_S))

@@ -50,6 +50,14 @@ class VersionFiles:
         with ExitStack() as leases:
             yield {file: leases.enter_context(self._store.lease(digests[file])) for file in files}
 
+    def fetch(self, version: VersionRecord) -> None:
+        """Bring a version's files to this machine, where `read_weights` finds them.
+
+        Raises: what `held` raises.
+        """
+        with self.held(version, CONFIG_FILE, WEIGHTS_FILE):
+            pass
+
     def read_staged(self, config: Path, weights: Path, digest: str) -> AdapterWeights:
         """Return the tensors of an upload that is not in the store yet.
 

@@ -17,7 +17,7 @@ def test_only_gaps_while_all_streams_run_count() -> None:
     first, second = stream(1, 5, 6, 7, 9, 10), stream(4, 6, 8, 9)
     stall = stall_of([first, second], [])
     assert stall.worst_gap_s == 2
-    assert gaps_between(first.piece_times_s, 4, 9) == [1, 1, 2]
+    assert gaps_between(first.piece_times_s, 4, 9) == [(5, 6), (6, 7), (7, 9)]
     assert stall.itl_p50_s == 1.5
 
 
@@ -25,6 +25,15 @@ def test_only_what_was_done_wholly_meanwhile_counts() -> None:
     spans = [(3.0, 4.5), (4.5, 6.0), (7.0, 7.5), (8.5, 9.5)]
     stall = stall_of([stream(4, 6, 8, 9)], spans)
     assert stall.action_times_s == (1.5, 0.5)
+
+
+def test_the_worst_gap_is_one_in_which_something_was_done() -> None:
+    streams = [stream(0, 1, 2, 5, 6, 7.5, 8)]  # the longest gap is from 2 to 5
+    assert stall_of(streams, []).worst_gap_s == 3
+    assert stall_of(streams, [(6.2, 6.3), (7.6, 7.7)]).worst_gap_s == 1.5
+    assert stall_of(streams, [(0.5, 0.6), (4.9, 5.1)]).worst_gap_s == 3
+    with pytest.raises(BenchmarkFailure, match="nothing was done"):
+        stall_of(streams, [(9.0, 9.5)])
 
 
 def test_streams_that_never_ran_together_are_refused() -> None:

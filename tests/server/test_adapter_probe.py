@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from quickchange_adapters.records import VersionRecord
 from quickchange_adapters.weights import AdapterWeights
 from quickchange_server.adapter_loader import AdapterLoader
 from quickchange_server.adapter_probe import PROBE_PROMPT, AdapterProber, NotProbed
@@ -156,13 +157,20 @@ def loader_of(engine: ScriptedEngine) -> AdapterLoader:
     async def read_again(version: Any) -> None:
         raise AssertionError("nothing is read again here")
 
-    return AdapterLoader(
-        engine,
-        lambda version: no_weights(),
-        lambda digest: True,
-        read_again,
-        lambda version: True,
-    )
+    return AdapterLoader(engine, NoFiles(), lambda digest: True, read_again)
+
+
+class NoFiles:
+    """All files are here, and there is nothing in them."""
+
+    def is_on_disk(self, version: VersionRecord) -> bool:
+        return True
+
+    def fetch(self, version: VersionRecord) -> None:
+        raise AssertionError("nothing is fetched here")
+
+    def read_weights(self, version: VersionRecord) -> AdapterWeights:
+        return no_weights()
 
 
 def no_weights() -> AdapterWeights:

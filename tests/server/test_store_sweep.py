@@ -53,10 +53,9 @@ class Parts:
         files = VersionFiles(self.store, spec, AdapterLimits(), torch.float32)
         loader = AdapterLoader(
             ScriptedEngine(base=spec),
-            files.read_weights,
+            files,
             directory.is_served,
             live.read_again,
-            files.is_on_disk,
         )
         self.remover = AdapterRemover(self.store, live, directory, loader)
         self.sweep = StoreSweep(self.store, live, self.remover, interval_s)
@@ -100,6 +99,17 @@ async def test_a_deletion_that_the_disk_cut_short_is_ended(
     finally:
         fault_points.observe(None)
     parts.faults.heal()
+    await parts.sweep.sweep()
+    assert parts.catalog.list_deleting() == []
+    assert parts.left() == 0
+
+
+async def test_a_deletion_whose_server_was_killed_is_ended_by_another_one_s_second_sweep(
+    parts: Parts,
+) -> None:
+    parts.catalog.begin_delete_adapter("ada")
+    await parts.sweep.sweep()
+    assert len(parts.catalog.list_deleting()) == 1  # its server may be about to end it
     await parts.sweep.sweep()
     assert parts.catalog.list_deleting() == []
     assert parts.left() == 0

@@ -76,6 +76,7 @@ class EngineClient:
             self._on_engine_exit,
         )
         self._loader = ThreadPoolExecutor(1, "quickchange-loader", _use_one_thread)
+        self._merger = ThreadPoolExecutor(1, "quickchange-merger", _use_one_thread)
         self._queues: dict[str, asyncio.Queue[TokenOutput]] = {}
         self._outputs = OutputLine(self._deliver)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -88,7 +89,8 @@ class EngineClient:
     async def stop(self) -> None:
         """Abort what runs and join the threads."""
         await asyncio.to_thread(self._engine.stop)
-        self._loader.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._loader, self._merger):
+            threads.shutdown(wait=False, cancel_futures=True)
 
     def check_admission(self, num_requests: int = 1) -> None:
         """Say now whether so many more requests may wait. Raises: QueueFull, Unavailable."""
@@ -127,13 +129,17 @@ class EngineClient:
         return self._engine.residency.host_copy(digest) is not None
 
     async def load_adapter(self, weights: AdapterWeights) -> None:
-        """Pack a version on the loader thread and keep it in host memory."""
+        """Pack a version on the loader thread and keep it in host memory, as soon as there is room.
+
+        Raises: InvalidRequest; Unavailable when pinned and merged ones leave no room for it.
+        """
         if self.is_loaded(weights.digest):
             return
         adapter = await self._in_loader(lambda: self._pack(weights))
         self._check_fits(adapter)
         try:
-            await self._on_engine(lambda: self._engine.residency.add_host(adapter))
+            coming = await self._on_engine(lambda: self._engine.residency.add_host(adapter))
+            await asyncio.wrap_future(coming)
         except MemoryError as error:
             raise Unavailable(str(error), code="adapter_memory") from error
 
@@ -177,7 +183,10 @@ class EngineClient:
         return await asyncio.wrap_future(await self._on_engine(activate))
 
     async def merge(self, digest: str) -> MergeResult:
-        """Compute a merged copy on the loader thread. Raises: MergeBudgetExceeded."""
+        """Compute a merged copy on a thread of its own, where it holds up no load.
+
+        Raises: MergeBudgetExceeded.
+        """
         started = time.monotonic()
         residency = self._engine.residency
         copy = residency.merged.get(digest)
@@ -186,7 +195,7 @@ class EngineClient:
             needed = merged_bytes_of(adapter, self._base_model.layout, self.dtype.itemsize)
             await self._on_engine(lambda: residency.reserve_merge(digest, needed))
             try:
-                made = await self._in_loader(lambda: self._merge(adapter))
+                made = await self._in_merger(lambda: self._merge(adapter))
                 copy = await self._on_engine(lambda: self._add_merged(made))
             except NotFinite as error:
                 raise Conflict(str(error), code="not_finite") from error
@@ -288,6 +297,9 @@ class EngineClient:
 
     async def _in_loader(self, function: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._loader, function)
+
+    async def _in_merger(self, function: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._merger, function)
 
     def _publish(self, outputs: list[TokenOutput]) -> None:
         """Engine thread: hand a step's outputs to the event loop in one call."""

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
-from functools import partial
 from itertools import islice
 from typing import TypeVar
 
@@ -20,6 +19,7 @@ import torch
 from quickchange_adapters.pool import Slot
 
 from quickchange_server.engine.copy_demand import CopyDemand
+from quickchange_server.engine.departures import Departures
 from quickchange_server.engine.inbox import EngineStopped, Inbox
 from quickchange_server.engine.interface import EngineSnapshot, ResidentAdapter
 from quickchange_server.engine.kv_cache import BlockManager
@@ -94,8 +94,7 @@ class Engine:
         self._inbox = Inbox(self._refresh_snapshot)
         self.residency.loader.wake = lambda: self._inbox.call(lambda: None)
         self.residency.loader.refresh = self._refresh_snapshot
-        self._leaving: dict[str, list[Future[ResidentAdapter | None]]] = {}
-        self._retiring: list[list[Future[ResidentAdapter | None]]] = []
+        self._departures = Departures(self.residency, self.call)
         self._unplaced: list[tuple[Sequence, Exception]] = []
         self._num_steps = 0
         self._last_step_s = time.monotonic()
@@ -137,18 +136,7 @@ class Engine:
 
         Runs from any thread; the refusal holds when this returns.
         """
-        self.residency.start_leaving(digest)
-        done: Future[ResidentAdapter | None] = Future()
-        done.set_running_or_notify_cancel()  # from here on nobody can cancel it
-
-        def start() -> None:
-            self._leaving.setdefault(digest, []).append(done)
-            self._finish_leaving()
-
-        started = self.call(start)
-        if started.done() and started.exception() is not None:
-            done.set_exception(started.exception())
-        return done
+        return self._departures.begin(digest)
 
     @property
     def is_idle(self) -> bool:
@@ -170,7 +158,8 @@ class Engine:
             self._hand_out(outputs)
 
     def _prepare_adapters(self) -> None:
-        """Publish what was loaded meanwhile, and move rows, a little while requests run."""
+        """Publish what came meanwhile, and move rows, a little while requests run."""
+        self.residency.admit_copies()
         self.residency.loader.publish()
         self.runner.pool.tidy(MAX_MOVED_BYTES if self.scheduler.running else math.inf)
 
@@ -227,7 +216,7 @@ class Engine:
             while not self._is_stopping:
                 self._handle_inbox()
                 self.step()
-                self._finish_leaving()
+                self._departures.finish()
         except BaseException:
             log.exception("the engine thread died")
             raise
@@ -242,10 +231,8 @@ class Engine:
         self._refresh_snapshot()
         self._publish(outputs)
         stopped = EngineStopped("the engine has stopped")
-        self.residency.loader.stop(stopped)
-        for waiting in (*self._leaving.values(), *self._retiring):
-            for done in waiting:
-                done.set_exception(stopped)
+        self.residency.stop(stopped)
+        self._departures.stop(stopped)
         self._on_exit()
 
     def _handle_inbox(self) -> None:
@@ -376,19 +363,6 @@ class Engine:
             self.runner.clear_blocks(blocks)
         except Exception:
             log.exception("could not clear %d KV blocks", len(blocks))
-
-    def _finish_leaving(self) -> None:
-        for digest in [d for d in self._leaving if self.residency.can_leave(d)]:
-            waiting = self._leaving.pop(digest)
-            self._retiring.append(waiting)
-            self.residency.finish_leaving(digest, partial(self._end_leaving, waiting))
-
-    def _end_leaving(
-        self, waiting: list["Future[ResidentAdapter | None]"], freed: ResidentAdapter | None
-    ) -> None:
-        self._retiring = [each for each in self._retiring if each is not waiting]
-        for done in waiting:
-            done.set_result(freed)
 
     def _note_step(self, step: ScheduledStep, seconds: float, *, is_merged: bool) -> None:
         self._num_steps += 1

@@ -91,7 +91,10 @@ class GenerationEngine(Protocol):
         """
 
     async def load_adapter(self, weights: AdapterWeights) -> None:
-        """Put a version into host memory; a repeat is a no-op."""
+        """Put a version into host memory, when those in use leave room; a repeat is a no-op.
+
+        Raises: Unavailable when it could have no room even if nobody used anything.
+        """
 
     async def load_guest(self, weights: AdapterWeights) -> bool:
         """Bring a version to host memory and device, if nothing runs and no other has to go."""

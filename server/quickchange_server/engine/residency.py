@@ -3,12 +3,12 @@
 Lives on the engine thread, but for `claim` and `start_leaving`, which the event loop calls: a
 request claims its versions before it is submitted, so what it uses is neither evicted nor unloaded
 before it ends. A lock guards what both threads touch (users, leaving, host copies). Packing and
-merging are computed elsewhere and handed in finished; slots are filled and emptied by a
-`SlotLoader`.
+merging are computed elsewhere and handed in finished; `HostCopies` says who stays in host memory,
+and a `SlotLoader` fills and empties slots.
 """
 
 import threading
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 
@@ -17,6 +17,7 @@ from quickchange_adapters.host_adapter import HostAdapter
 from quickchange_adapters.merge import MergedCopy
 from quickchange_adapters.pool import AdapterPool, Slot
 
+from quickchange_server.engine.host_copies import HostCopies
 from quickchange_server.engine.interface import ResidentAdapter
 from quickchange_server.engine.request import GenerationRequest, RequestFailure
 from quickchange_server.engine.sequence import Sequence
@@ -28,18 +29,14 @@ PIN_SHARE = 0.75
 
 
 class AdapterResidency:
-    """Host copies under a ceiling, slots in the pool, merged copies under a ceiling.
-
-    `host_bytes`: of all host copies. `num_host_evictions`: copies that made room for others.
-    """
+    """Host copies under a ceiling, slots in the pool, merged copies under a ceiling."""
 
     def __init__(self, pool: AdapterPool, host_ceiling_bytes: int, merged_ceiling: int) -> None:
         self.pool = pool
         self.loader = SlotLoader(pool, self.num_users)
         self.merged: dict[str, MergedCopy] = {}
         self.merged_ceiling_bytes = merged_ceiling
-        self._host: OrderedDict[str, HostAdapter] = OrderedDict()
-        self._host_ceiling_bytes = host_ceiling_bytes
+        self._host = HostCopies(host_ceiling_bytes, self._is_idle, self._is_fixed, self._drop)
         self._users: Counter[str] = Counter()
         self._merging: dict[str, int] = {}
         self.quarantined: set[str] = set()
@@ -48,8 +45,16 @@ class AdapterResidency:
         self._lock = threading.RLock()
         self._described: dict[str, ResidentAdapter] = {}
         self._changed: set[str] = set()
-        self.host_bytes = 0
-        self.num_host_evictions = 0
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of all host copies."""
+        return self._host.num_bytes
+
+    @property
+    def num_host_evictions(self) -> int:
+        """How many host copies made room for others."""
+        return self._host.num_evictions
 
     @property
     def merged_bytes(self) -> int:
@@ -64,45 +69,37 @@ class AdapterResidency:
         """How many live requests use a version."""
         return self._users[digest]
 
-    def add_host(self, adapter: HostAdapter) -> None:
+    def add_host(self, adapter: HostAdapter) -> "Future[None]":
         """Keep a host copy; idle ones, least recently used first, make room for it.
 
-        Raises: MemoryError if copies in use leave no room under the ceiling, or if the version is
-        still being unloaded.
+        It resolves at once, or when copies in use leave room.
+
+        Raises: MemoryError if pinned and merged ones leave no room under the ceiling, or if the
+        version is still being unloaded.
         """
         with self._lock:
-            self._add_host(adapter)
+            if adapter.digest in self._leaving:
+                raise MemoryError(f"adapter {adapter.digest[:12]} is being unloaded: try again")
+            return self._host.add(adapter)
+
+    def admit_copies(self) -> None:
+        """Keep host copies that waited for room, as far as there is some by now."""
+        with self._lock:
+            self._host.admit()
 
     def add_guest(self, adapter: HostAdapter) -> "Future[bool] | None":
         """Keep a host copy and bring it to the device, if there is room that nobody has."""
         with self._lock:
-            is_free = self.host_bytes + adapter.num_bytes <= self._host_ceiling_bytes
-            if not is_free or not self.pool.has_free_room(adapter):
+            if not self._host.has_free_room(adapter) or not self.pool.has_free_room(adapter):
                 return None
-            self._add_host(adapter)
+            self.add_host(adapter)
             return self.activate(adapter.digest)
 
-    def _add_host(self, adapter: HostAdapter) -> None:
-        if adapter.digest in self._leaving:
-            raise MemoryError(f"adapter {adapter.digest[:12]} is being unloaded: try again")
-        if adapter.digest in self._host:
-            return
-        kept = self.merged.keys() | self.pool.pinned
-        idle = [d for d in self._host if d not in kept and self._is_idle(d)]
-        in_use = self.host_bytes - sum(self._host[digest].num_bytes for digest in idle)
-        if in_use + adapter.num_bytes > self._host_ceiling_bytes:
-            raise MemoryError(
-                f"adapter needs {adapter.num_bytes} bytes of host memory; {in_use} of "
-                f"{self._host_ceiling_bytes} are in use, {self._pinned_bytes()} of them pinned"
-            )
-        for digest in idle:
-            if self.host_bytes + adapter.num_bytes <= self._host_ceiling_bytes:
-                break
-            self._drop(digest)
-            self.num_host_evictions += 1
-        self._host[adapter.digest] = adapter
-        self.host_bytes += adapter.num_bytes
-        self._changed.add(adapter.digest)
+    def stop(self, error: Exception) -> None:
+        """Let nobody go on waiting for a copy."""
+        self.loader.stop(error)
+        with self._lock:
+            self._host.stop(error)
 
     def claim(self, request: GenerationRequest) -> RequestFailure | None:
         """Count a request as a user of its adapters until `leave`, or say why it cannot be one."""
@@ -114,7 +111,7 @@ class AdapterResidency:
             for adapter in request.adapters:
                 self._users[adapter.digest] += 1
                 self._changed.add(adapter.digest)
-                self._host.move_to_end(adapter.digest)
+                self._host.touch(adapter.digest)
         return None
 
     def leave(self, request: GenerationRequest) -> None:
@@ -185,17 +182,12 @@ class AdapterResidency:
         with self._lock:
             pinned = self.pool.pinned - {digest}
             used = sum(self._host[other].num_bytes for other in pinned)
-            needed, ceiling = (
-                self._host[digest].num_bytes,
-                int(self._host_ceiling_bytes * PIN_SHARE),
-            )
+            needed = self._host[digest].num_bytes
+            ceiling = int(self._host.ceiling_bytes * PIN_SHARE)
             if used + needed > ceiling:
                 raise PinBudgetExceeded(needed, used, ceiling)
             self.pool.pinned.add(digest)
             self._changed.add(digest)
-
-    def _pinned_bytes(self, besides: str = "") -> int:
-        return sum(self._host[digest].num_bytes for digest in self.pool.pinned - {besides})
 
     def unpin(self, digest: str) -> None:
         """Let a version go like any other when room is needed; a repeat is a no-op."""
@@ -234,7 +226,7 @@ class AdapterResidency:
             state = self.describe(digest) if digest in self._host else None
             self.drop_merged(digest)
             self.pool.pinned.discard(digest)
-            self.loader.retire(digest, self._forget_host(digest), lambda: on_done(state))
+            self.loader.retire(digest, self._host.pop(digest), lambda: on_done(state))
             del self._users[digest]
             self._leaving.discard(digest)
 
@@ -257,8 +249,9 @@ class AdapterResidency:
             return self._describe_changed()
 
     def _describe_changed(self) -> dict[str, ResidentAdapter]:
-        self._changed |= self.pool.changed
-        self.pool.changed.clear()
+        for changed in (self.pool.changed, self._host.changed):
+            self._changed |= changed
+            changed.clear()
         for digest in self._changed:
             self._described.pop(digest, None)
             if digest in self._host:
@@ -272,14 +265,11 @@ class AdapterResidency:
     def _drop(self, digest: str) -> None:
         """Drop an idle version to make room for another one."""
         self.pool.evict(digest)
-        self.loader.free(self._forget_host(digest))
+        self.loader.free(self._host.pop(digest))
         del self._users[digest]
 
-    def _forget_host(self, digest: str) -> HostAdapter | None:
-        adapter = self._host.pop(digest, None)
-        self.host_bytes -= 0 if adapter is None else adapter.num_bytes
-        self._changed.add(digest)
-        return adapter
+    def _is_fixed(self, digest: str) -> bool:
+        return digest in self.merged or digest in self.pool.pinned
 
     def _release(self, slots: Iterable[Slot]) -> None:
         for slot in slots:

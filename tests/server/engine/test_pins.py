@@ -86,7 +86,7 @@ async def test_a_load_that_pins_leave_no_room_for_says_how_much_they_hold(
         await engine.load_adapter(weights)
         await engine.pin("pinned")
         large = peft_weights(make_adapter(seed=2, r=16), "large")
-        with pytest.raises(Unavailable, match=f"{size} of them pinned"):
+        with pytest.raises(Unavailable, match=f"{size} are of adapters that are pinned"):
             await engine.load_adapter(large)
 
 

@@ -1,0 +1,68 @@
+"""What loads of many versions do to each other."""
+
+import asyncio
+import threading
+
+import pytest
+from quickchange_adapters.records import VersionRecord
+from quickchange_adapters.weights import AdapterWeights
+from quickchange_server.adapter_loader import AdapterLoader
+from quickchange_server.errors import QueueFull
+
+from tests.server.adapter_records import version_record
+from tests.server.scripted_engine import ScriptedEngine
+
+
+class SlowStore:
+    """Files of names that begin with `far` are elsewhere, and do not come before they may."""
+
+    def __init__(self) -> None:
+        self.may_come = threading.Event()
+
+    def is_on_disk(self, version: VersionRecord) -> bool:
+        return not version.name.startswith("far")
+
+    def fetch(self, version: VersionRecord) -> None:
+        assert self.may_come.wait(60)
+
+    def read_weights(self, version: VersionRecord) -> AdapterWeights:
+        return AdapterWeights(version.digest, {})
+
+
+def loader_of(engine: ScriptedEngine, files: SlowStore) -> AdapterLoader:
+    async def read_again(version: VersionRecord) -> None:
+        raise AssertionError("nothing was lost here")
+
+    return AdapterLoader(engine, files, lambda digest: True, read_again)
+
+
+def version(name: str) -> VersionRecord:
+    return version_record(name, 1, f"digest of {name}")
+
+
+async def test_versions_that_a_store_is_slow_to_give_hold_up_no_other() -> None:
+    engine, files = ScriptedEngine(), SlowStore()
+    loader = loader_of(engine, files)
+    far = [asyncio.create_task(loader.load(version(f"far{index}"))) for index in range(4)]
+    async with asyncio.timeout(30):
+        await loader.load(version("near"))
+    assert set(engine.loaded) == {"digest of near"}
+    files.may_come.set()
+    await asyncio.gather(*far)
+    assert len(engine.loaded) == 5
+    await loader.stop()
+
+
+async def test_no_more_requests_wait_for_loads_than_may_wait_at_all() -> None:
+    engine, files = ScriptedEngine(max_requests=3), SlowStore()
+    loader = loader_of(engine, files)
+    names = ["far0", "far0", "far1"]
+    waiting = [asyncio.create_task(loader.load(version(name))) for name in names]
+    await asyncio.sleep(0)
+    with pytest.raises(QueueFull, match="3 requests wait for adapters"):
+        await loader.load(version("far2"))
+    files.may_come.set()
+    await asyncio.gather(*waiting)
+    await loader.load(version("far2"))
+    assert len(engine.loaded) == 3
+    await loader.stop()
