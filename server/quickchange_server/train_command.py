@@ -168,7 +168,7 @@ def _train(prepared: "Prepared", restart: bool, track: str | None) -> None:
         f"{result.steps}; {result.seconds:.0f} s"
     )
     say(f"written: {result.adapter_folder} ({result.adapter_bytes / 1e6:.2f} MB)")
-    log = _draw(recipe)
+    log = draw_losses(recipe.output)
     tracker.finish(_figures(result), [log, *sorted(result.adapter_folder.iterdir())])
 
 
@@ -180,11 +180,11 @@ def _figures(result: "RunResult") -> dict[str, float]:
     }
 
 
-def _draw(recipe: "Recipe") -> Path:
-    """Draw the losses, if that can be done here; return the log."""
+def draw_losses(folder: Path) -> Path:
+    """Draw what a run's log holds, if that can be done here; return the log."""
     from quickchange_adapters.training import loss_plot, run_log
 
-    log, picture = recipe.output / run_log.NAME, recipe.output / loss_plot.NAME
+    log, picture = folder / run_log.NAME, folder / loss_plot.NAME
     try:
         loss_plot.write_loss_plot(run_log.read_log(log), picture)
     except ImportError:

@@ -123,7 +123,7 @@ def test_a_folder_is_for_one_run_at_a_time(tiny_base: Path, tmp_path: Path) -> N
 def test_kill_9_loses_no_more_than_what_came_after_the_last_look(
     tiny_base: Path, tmp_path: Path
 ) -> None:
-    values = recipe_values(tiny_base, max_steps=60, epochs=30, patience=60, validate_every=1)
+    values = recipe_values(tiny_base, max_steps=40, epochs=20, patience=40, validate_every=1)
     file = write_world(tmp_path / "killed")
     program = (
         "import json, sys; from pathlib import Path\n"
@@ -140,7 +140,7 @@ def test_kill_9_loses_no_more_than_what_came_after_the_last_look(
     assert not (file.parent / "adapter").exists()
     again = run_in(file.parent, tiny_base, values)
     run_in(tmp_path / "whole", tiny_base, values)
-    assert again.steps == 60
+    assert again.steps == 40
     assert weights_of(file.parent) == weights_of(tmp_path / "whole")
     steps = [line["step"] for line in read_log(file.parent / "train_log.jsonl")]
-    assert steps == list(range(1, 61))
+    assert steps == list(range(1, 41))
