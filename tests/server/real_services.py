@@ -26,11 +26,13 @@ def real_services(
     store: Path,
     limits: AdapterLimits | None = None,
     is_probing: bool = False,
+    keyring: Keyring | None = None,
     **changes: Any,
 ) -> AppServices:
     """Return services around a float32 engine, with changes of its settings.
 
-    `store` is a folder for uploads, which are measured with a prompt if `is_probing`.
+    `store` is a folder for uploads, which are measured with a prompt if `is_probing`. Without a
+    `keyring` nobody is asked for a key.
     """
     metrics = ServerMetrics()
     tokenizer = Tokenizer.load(base)
@@ -52,6 +54,6 @@ def real_services(
         engine.dtype,
         probe_ids=tokenizer.encode(PROBE_PROMPT) if is_probing else (),
     )
-    keyring = Keyring()
+    keyring = keyring or Keyring()
     keys = KeyService(KeyCatalog(catalog.database), keyring)
     return AppServices(engine, service, tokenizer, metrics, keyring=keyring, keys=keys)
