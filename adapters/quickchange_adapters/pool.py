@@ -60,10 +60,6 @@ Evictable = Callable[[Slot], int | None]
 None: it stays."""
 
 
-def _ignore(_seconds: float) -> None:
-    pass
-
-
 class AdapterPool:
     """Slots of versions on the device, under a byte ceiling, least recently used goes first.
 
@@ -96,7 +92,7 @@ class AdapterPool:
         self.num_evictions = 0
         self.generation = 0
         self.changed: set[str] = set()
-        self.on_load: Callable[[float], None] = _ignore
+        self.on_load: Callable[[float], None] = lambda seconds: None
         self._has_holes = False
         self.is_cramped = False
         """Whether rows must move before something that was reserved in vain can have room."""
@@ -122,10 +118,9 @@ class AdapterPool:
         slot = self._slots.get(digest)
         return slot if slot is not None and slot.is_ready else None
 
-    def is_filling(self, digest: str) -> bool:
-        """Whether a version is on its way to the device."""
-        slot = self._slots.get(digest)
-        return slot is not None and not slot.is_ready
+    def has_slot(self, digest: str) -> bool:
+        """Whether a version is on the device, or on its way there."""
+        return digest in self._slots
 
     def has_free_room(self, adapter: HostAdapter) -> bool:
         """Whether an adapter could be brought in now without another one's going."""

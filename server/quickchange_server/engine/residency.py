@@ -138,7 +138,8 @@ class AdapterResidency:
     def prefetch(self, waiting: Iterable[Sequence]) -> None:
         """Bring the adapters of requests that wait to the device, in room that nobody needs."""
         for sequence in waiting:
-            self.loader.prefetch(self._copies_of(sequence))
+            if not self.loader.prefetch(self._copies_of(sequence)):
+                return
 
     def _copies_of(self, sequence: Sequence) -> list[HostAdapter]:
         return [self._host[adapter.digest] for adapter in sequence.request.adapters]

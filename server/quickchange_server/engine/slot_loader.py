@@ -76,6 +76,7 @@ class SlotLoader:
         self._finished: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._news: list[Callable[[], None]] = []
         self._round = 0
+        self._refused: set[tuple[tuple[str, int], ...]] = set()
 
     def take(self, owner: str, adapters: Iterable[HostAdapter]) -> tuple[Slot, ...] | None:
         """Return the slots of a request, each with a reference, or see that they are filled.
@@ -87,10 +88,7 @@ class SlotLoader:
         failure = self._failures.pop(owner, None)
         if failure is not None:
             raise failure
-        wanted = tuple(adapters)
-        reservation = self._reservations.get(owner) or self._reserve(owner, wanted)
-        if reservation is None and self._note_refusal():
-            reservation = self._reserve(owner, wanted)
+        reservation = self._reservations.get(owner) or self._find_room(owner, tuple(adapters))
         if reservation is None or not reservation.is_ready:
             return None
         self._reservations.pop(owner, None)
@@ -101,16 +99,23 @@ class SlotLoader:
         self._failures.pop(owner, None)
         self._give_up(owner)
 
-    def prefetch(self, adapters: Iterable[HostAdapter]) -> None:
-        """Fill slots for a request that waits, in room that nobody needs: a few at a time."""
+    def prefetch(self, adapters: Iterable[HostAdapter]) -> bool:
+        """Fill slots for a request that waits, in room that nobody needs: a few at a time.
+
+        False: nothing more can be filled ahead now.
+        """
         missing = [adapter for adapter in adapters if self._pool.get(adapter.digest) is None]
-        if not missing or len(self._filling) >= MAX_PREFETCHES:
-            return
+        if not missing:
+            return True
+        if len(self._filling) >= MAX_PREFETCHES:
+            return False
         slots = self._pool.reserve(*missing, evictable=self._unused)
-        if slots is not None:
-            self._fill_all(slots, missing)
-            for slot in slots:
-                self._pool.release(slot)
+        if slots is None:
+            return False
+        self._fill_all(slots, missing)
+        for slot in slots:
+            self._pool.release(slot)
+        return True
 
     def activate(self, adapter: HostAdapter) -> "Future[bool]":
         """Fill a version's slot for a hint; False: what is in use holds the room."""
@@ -154,6 +159,7 @@ class SlotLoader:
     def publish(self) -> None:
         """Let steps use what was filled, and tell who waits for it. Once before each step."""
         self._round += 1
+        self._refused.clear()
         while not self._finished.empty():
             self._finished.get_nowait()()
         self._go_on_activating()
@@ -168,6 +174,28 @@ class SlotLoader:
         for activation in self._activations:
             activation.done.set_exception(error)
         self._activations.clear()
+
+    def _find_room(self, owner: str, adapters: tuple[HostAdapter, ...]) -> Reservation | None:
+        """Reserve, or say no without looking where one of the same size found no room this step.
+
+        A step may ask for dozens that all want room, and room does not grow while it is scheduled.
+        """
+        size = self._size_of_missing(adapters)
+        if size and size in self._refused:
+            return None
+        reservation = self._reserve(owner, adapters)
+        if reservation is None and self._note_refusal():
+            reservation = self._reserve(owner, adapters)
+        if reservation is None and size:
+            self._refused.add(size)
+        return reservation
+
+    def _size_of_missing(self, adapters: tuple[HostAdapter, ...]) -> tuple[tuple[str, int], ...]:
+        """Return rows by group of a single adapter that has no slot; else nothing."""
+        if len(adapters) != 1 or self._pool.has_slot(adapters[0].digest):
+            return ()
+        rows = ((kind, group.num_rows) for kind, group in adapters[0].groups.items())
+        return (("", adapters[0].num_vocabulary_bytes), *sorted(rows))
 
     def _reserve(self, owner: str, adapters: tuple[HostAdapter, ...]) -> Reservation | None:
         slots = self._pool.reserve(*adapters, evictable=self._for_a_request)

@@ -6,10 +6,11 @@ from functools import cache
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from quickchange_adapters.host_adapter import HostAdapter
-from quickchange_adapters.pool import AdapterPool, Slot
+from quickchange_adapters.pool import AdapterPool, Evictable, Slot
 from quickchange_server.engine.slot_loader import MAX_REFUSALS, SlotLoader
 
 from tests.adapters.test_pool import adapter_of, assert_rows_equal, only, pool_of
@@ -138,6 +139,35 @@ def test_mixes_that_want_each_other_s_slots_run_in_turn() -> None:
     assert scene.loader.take("bc", bc) is not None
 
 
+class CountingPool(AdapterPool):
+    """Counts how often it was looked through for room."""
+
+    num_looks = 0
+
+    def reserve(
+        self, *adapters: HostAdapter, evictable: Evictable | None = None
+    ) -> tuple[Slot, ...] | None:
+        self.num_looks += 1
+        return super().reserve(*adapters, evictable=evictable)
+
+
+def test_a_full_pool_is_looked_through_once_a_step_however_many_ask() -> None:
+    like = pool_of(8)
+    pool = CountingPool(like.layout, like.total_bytes, torch.float32, like.device)
+    scene = Scene(8, pool)
+    (busy,) = scene.resident("busy")
+    before = pool.num_looks
+    for _ in range(3):
+        for index in range(20):
+            assert scene.loader.take(f"r{index}", [adapter_of(f"a{index}", 8)]) is None
+        scene.loader.publish()
+    assert pool.num_looks - before == 3
+    pool.release(busy)
+    assert scene.loader.take("r7", [adapter_of("a7", 8)]) is None
+    scene.finish()
+    assert only(scene.loader.take("r7", [adapter_of("a7", 8)])).digest == "a7"
+
+
 class BrokenPool(AdapterPool):
     """Fails to fill one version."""
 
@@ -255,8 +285,9 @@ def test_scattered_room_is_brought_together_a_little_at_a_time() -> None:
         scene.pool.evict(slot.digest)
     assert scene.loader.take("r", [d16()]) is None
     num_steps = 0
-    while not scene.pool.is_filling("d"):
+    while not scene.pool.has_slot("d"):
         before = [dict(slot.ranges) for slot in busy[::2]]
+        scene.loader.publish()
         scene.pool.tidy(1)
         moved = [a != dict(slot.ranges) for a, slot in zip(before, busy[::2], strict=True)]
         assert sum(moved) <= 1
