@@ -162,6 +162,7 @@ def known_options() -> dict[str, set[str]]:
     flags = {option.flag for option in OPTIONS.values()}
     switches = {f"--no-{o.flag[2:]}" for o in OPTIONS.values() if o.kind == "switch"}
     theirs = {flag.flag for flag in VLLM_FLAGS}
+    theirs |= {f"--no-{flag.flag[2:]}" for flag in VLLM_FLAGS if flag.is_switch}
     known["serve"] = flags | switches | theirs | {"--config", "--help"}
     known["keys"] = set().union(*map(options_of, group.commands["keys"].commands.values()))
     known["fsck"] = {"--store", "--catalog", "--repair", "--json", "--config", "--help"}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from quickchange_server.config import CLIENT_VARIABLES, CONFIG_VARIABLE, OPTIONS
 from quickchange_server.option import ENV_PREFIX, Option
-from quickchange_server.vllm_flags import VLLM_FLAGS, VllmFlag
+from quickchange_server.vllm_flags import ANYTHING, NOTHING, VLLM_FLAGS, VllmFlag
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 
@@ -59,7 +59,9 @@ VLLM = """\
 ## vLLM's flags
 
 A command line written for vLLM starts this server too. These are flags alone, and not shown by
-`--help`; `--model`, `--host` and the like, and those of the table above, mean the same in both.
+`--help`; `--model`, `--host` and the like, and those of the table above, mean the same in both
+(`--dtype half` and `--dtype float` are `float16` and `float32`). Each that has no effect is named by a
+warning at the start; one that is refused ends it, with what does the same here.
 
 """
 
@@ -100,10 +102,14 @@ def _meaning(each: VllmFlag) -> str:
     """Return what becomes of one flag of vLLM's."""
     if each.ours is not None:
         return f"is `--{each.ours.replace('_', '-')}`"
-    if not each.note:
+    if each.accepts is NOTHING:
         return f"refused: {each.instead}"
-    other = f"; other values are refused: {each.instead}" if each.instead else ""
-    return f"no effect: {each.note}{'' if each.instead == each.note else other}"
+    if each.accepts is ANYTHING:
+        return f"no effect: {each.note}"
+    if each.is_switch:
+        theirs = each.flag if each.accepts.holds(True) else f"--no-{each.flag[2:]}"
+        return f"`{theirs}` has no effect: {each.note}; the other is refused"
+    return f"{each.accepts.text} has no effect: {each.note}; others are refused"
 
 
 def _row(option: Option) -> str:

@@ -10,34 +10,34 @@ from typing import Any
 
 from quickchange_server.errors import ConfigInvalid
 
-Accepts = Callable[[object], bool]
+
+@dataclass(frozen=True, slots=True)
+class Values:
+    """Which values of a flag ask for what is so anyway; `text` says it in the documentation."""
+
+    text: str
+    holds: Callable[[object], bool]
 
 
-def anything(value: object) -> bool:
-    """Accept every value: none has an effect."""
-    return True
+ANYTHING = Values("any value", lambda value: True)
+NOTHING = Values("no value", lambda value: False)
 
 
-def nothing(value: object) -> bool:
-    """Accept no value."""
-    return False
+def one_of(*values: object) -> Values:
+    """Return the values that are named."""
+    return Values(" or ".join(f"`{value}`" for value in values), lambda value: value in values)
 
 
-def one_of(*values: object) -> Accepts:
-    """Return a check for the values that ask for what is so anyway."""
-    return lambda value: value in values
+def at_least(minimum: float) -> Values:
+    """Return the numbers from a minimum on."""
 
-
-def at_least(minimum: float) -> Accepts:
-    """Return a check for numbers from a minimum on."""
-
-    def check(value: object) -> bool:
+    def holds(value: object) -> bool:
         try:
             return float(str(value)) >= minimum
         except ValueError:
             return False
 
-    return check
+    return Values(f"from `{minimum}` on", holds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class VllmFlag:
 
     name: str
     ours: str | None = None
-    accepts: Accepts = nothing
+    accepts: Values = NOTHING
     note: str = ""
     instead: str = ""
     is_switch: bool = False
@@ -68,7 +68,7 @@ class VllmFlag:
 
 def _switch(name: str, note: str, instead: str = "", *, is_on: bool = True) -> VllmFlag:
     """Return a switch that is accepted in one position; `instead` refuses the other."""
-    accepts = one_of(is_on) if instead else anything
+    accepts = one_of(is_on) if instead else ANYTHING
     return VllmFlag(name, accepts=accepts, note=note, instead=instead, is_switch=True)
 
 
@@ -128,7 +128,7 @@ VLLM_FLAGS: tuple[VllmFlag, ...] = (
         note="requests may ask for up to 20 alternatives",
         instead="requests may ask for up to 20 alternatives; leave it out",
     ),
-    VllmFlag("seed", accepts=anything, note="seeds belong to requests (`seed`); others are drawn"),
+    VllmFlag("seed", accepts=ANYTHING, note="seeds belong to requests (`seed`); others are drawn"),
     VllmFlag(
         "tensor_parallel_size", accepts=one_of("1"), note="one device is used", instead=_ONE_DEVICE
     ),
@@ -147,7 +147,7 @@ VLLM_FLAGS: tuple[VllmFlag, ...] = (
         note="the base is on the device as a whole",
         instead="the base is on the device as a whole; take a smaller one, or --quantize int8",
     ),
-    VllmFlag("swap_space", accepts=anything, note="preempted requests are computed again"),
+    VllmFlag("swap_space", accepts=ANYTHING, note="preempted requests are computed again"),
     VllmFlag(
         "generation_config",
         accepts=one_of("vllm"),
@@ -160,7 +160,7 @@ VLLM_FLAGS: tuple[VllmFlag, ...] = (
         note="bases generate text",
         instead="bases generate text; embedding and pooling are not served",
     ),
-    VllmFlag("uvicorn_log_level", accepts=anything, note=_LOGS),
+    VllmFlag("uvicorn_log_level", accepts=ANYTHING, note=_LOGS),
     _switch(
         "enable_prefix_caching",
         "prefixes are always shared",
@@ -214,7 +214,7 @@ def translate(flags: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
                 ours = each.ours.replace("_", "-")
                 raise ConfigInvalid(f"{each.flag} and --{ours} are the same; give one of them")
             meant[each.ours] = value
-        elif each.accepts(value):
+        elif each.accepts.holds(value):
             notes.append(f"{_shown(each, value)} has no effect here: {each.note}")
         else:
             raise ConfigInvalid(f"{_shown(each, value)} is not available: {each.instead}")
@@ -226,7 +226,7 @@ def _shown(flag: VllmFlag, value: object) -> str:
     """Spell a flag as it was given; a key is not repeated."""
     if flag.is_switch:
         return flag.flag if value else flag.flag.replace("--", "--no-", 1)
-    return flag.flag if flag.accepts is nothing else f"{flag.flag} {value}"
+    return flag.flag if flag.accepts is NOTHING else f"{flag.flag} {value}"
 
 
 def unread_variables(environ: Mapping[str, str]) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import httpx
 
-START_S = 60
+START_S = 240
 
 
 class Server:

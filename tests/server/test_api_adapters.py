@@ -318,3 +318,18 @@ async def test_series_of_a_deleted_adapter_go(
     await real_client.delete("/v1/adapters/ada")
     openmetrics = {"accept": "application/openmetrics-text; version=1.0.0"}
     assert 'adapter="ada"' not in (await real_client.get("/metrics", headers=openmetrics)).text
+
+
+async def test_a_part_of_a_file_is_sent_and_a_wrong_range_refused(
+    real_client: httpx.AsyncClient, make_adapter: MakeAdapter
+) -> None:
+    folder = make_adapter(seed=1)
+    await push(real_client, folder)
+    whole, path = (folder / WEIGHTS).read_bytes(), f"/v1/adapters/ada/versions/1/files/{WEIGHTS}"
+    for asked, status in (("bytes=10-19", 206), ("bytes=99999999-", 416), ("furlongs=1", 400)):
+        answer = await real_client.get(path, headers={"range": asked})
+        assert answer.status_code == status, asked
+        if status == 206:
+            assert answer.content == whole[10:20]
+        if status == 400:
+            assert answer.json()["error"]["param"] == "range"

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from quickchange_server.errors import InvalidRequest, NotFound
+from quickchange_server.errors import CannotStart, InvalidRequest, NotFound
 from quickchange_server.lora_roots import FolderFile, LoraRoots
+from quickchange_server.serving import check_lora_roots
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -141,6 +142,12 @@ def test_a_failed_open_leaves_no_descriptor(root: Path) -> None:
     with pytest.raises(NotFound):
         LoraRoots([root]).open_adapter("ada")
     assert len(os.listdir("/proc/self/fd")) == len(before)
+
+
+def test_a_root_that_is_no_folder_ends_the_start(root: Path) -> None:
+    check_lora_roots([root])
+    with pytest.raises(CannotStart, match="there is no such folder"):
+        check_lora_roots([root, root / "ada" / CONFIG])
 
 
 async def test_one_name_is_loaded_by_one_caller_at_a_time() -> None:

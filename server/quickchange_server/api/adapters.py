@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Path, Query, Request
 from quickchange_adapters.errors import Problem
-from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.responses import JSONResponse, Response
 
 from quickchange_server.adapter_downloads import HeldFile
 from quickchange_server.adapter_service import FileName
@@ -15,6 +15,7 @@ from quickchange_server.adapter_upload import UploadTerms
 from quickchange_server.adapter_views import AdapterView, DeletionView
 from quickchange_server.api.auth import Reader, Writer
 from quickchange_server.api.cold_loads import count_if_cold
+from quickchange_server.api.file_answer import FileAnswer
 from quickchange_server.api.named_adapters import check_upload
 from quickchange_server.api.schemas import INT64, ActionBody, AliasBody, LoadBody
 from quickchange_server.api.scoped_route import ScopedRoute
@@ -158,17 +159,17 @@ async def _held_file(
         yield held
 
 
-@router.get("/{name}/versions/{version}/files/{file}", response_class=FileResponse)
+@router.get("/{name}/versions/{version}/files/{file}", response_class=FileAnswer)
 async def get_file(
     file: str, held: Annotated[HeldFile, Depends(_held_file)], caller: Reader
-) -> FileResponse:
+) -> FileAnswer:
     """Download one file of a version, byte for byte as it was uploaded; its ETag is its sha256."""
     # The file's own time is that of whoever sent these bytes last, and differs between servers.
     headers = {
         "etag": f'"{held.sha256}"',
         "last-modified": formatdate(held.created_at, usegmt=True),
     }
-    return FileResponse(held.path, filename=file, headers=headers)
+    return FileAnswer(held.path, filename=file, headers=headers)
 
 
 @router.delete("/{name}")

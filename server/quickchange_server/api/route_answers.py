@@ -59,7 +59,12 @@ REFUSALS: Mapping[str, tuple[int, ...]] = {
 }
 """What a route can refuse with, beside what every one can."""
 
-_EVENTS = {"text/event-stream": {"schema": {"type": "string"}}}
+_EVENT: Json = {
+    "type": "object",
+    "required": ["data"],
+    "properties": {"data": {"type": "string", "description": "JSON; OpenAI's last one is [DONE]"}},
+}
+_EVENTS: Json = {"text/event-stream": {"schema": _EVENT}}
 _JSON: Json = {"application/json": {"schema": {}}}
 _DELETED: Json = {
     "202": {"description": "Unknown to new requests; running ones finish", "content": _JSON}
