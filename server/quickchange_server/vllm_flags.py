@@ -77,7 +77,7 @@ def _refused(name: str, instead: str, *, is_switch: bool = False) -> VllmFlag:
 
 
 _ONE_DEVICE = "one device computes the steps; start more servers on one --catalog and --store"
-_LOGS = "requests are not logged; /metrics counts them"
+_LOGS = "--log-level says what is logged: at info a line for each request, never its text"
 _TOOLS = "tool calls are not served: requests that ask for them are refused by name"
 _PROXY = "TLS and paths belong to the proxy in front; this server speaks plain HTTP"
 
@@ -161,6 +161,9 @@ VLLM_FLAGS: tuple[VllmFlag, ...] = (
         instead="bases generate text; embedding and pooling are not served",
     ),
     VllmFlag("uvicorn_log_level", accepts=ANYTHING, note=_LOGS),
+    _refused(
+        "otlp_traces_endpoint", "give --otlp-endpoint URL: OTLP over HTTP, port 4318 as a rule"
+    ),
     _switch(
         "enable_prefix_caching",
         "prefixes are always shared",
@@ -175,8 +178,13 @@ VLLM_FLAGS: tuple[VllmFlag, ...] = (
     _switch("enable_lora_bias", "adapters' biases are always served"),
     _switch("fully_sharded_loras", "one device is used"),
     _switch("disable_log_requests", _LOGS),
-    _switch("disable_log_stats", _LOGS),
-    _switch("enable_log_requests", _LOGS, _LOGS, is_on=False),
+    _switch("disable_log_stats", "/metrics has them, and no log"),
+    _switch(
+        "enable_log_requests",
+        _LOGS,
+        "--log-prompts writes the texts of prompts into the log",
+        is_on=False,
+    ),
     _switch("disable_frontend_multiprocessing", "one process serves"),
     _switch(
         "trust_remote_code",
