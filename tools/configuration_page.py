@@ -60,8 +60,8 @@ VLLM = """\
 
 A command line written for vLLM starts this server too. These are flags alone, and not shown by
 `--help`; `--model`, `--host` and the like, and those of the table above, mean the same in both
-(`--dtype half` and `--dtype float` are `float16` and `float32`). Each that has no effect is named by a
-warning at the start; one that is refused ends it, with what does the same here.
+(`--dtype half` and `--dtype float` are `float16` and `float32`). Each that has no effect is named
+by a warning at the start; one that is refused ends it, with what does the same here.
 
 """
 
