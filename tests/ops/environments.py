@@ -17,7 +17,7 @@ class NotHere(Exception):
     """A tool cannot be had on this machine."""
 
 
-def debian_package(name: str, binary: str) -> Path:
+def debian_package(name: str, binary: str, ops: Path = OPS) -> Path:
     """Return the folder with a package's `binary`: the system's own, or unpacked under .ops.
 
     Raises: NotHere.
@@ -25,19 +25,18 @@ def debian_package(name: str, binary: str) -> Path:
     installed = shutil.which(binary)
     if installed is not None:
         return Path(installed).parent
-    folder = OPS / name
+    folder = ops / name
     if not (folder / "usr/bin" / binary).exists():
-        _unpack(name, folder)
+        _unpack(name, folder, ops / "packages")
     if not (folder / "usr/bin" / binary).exists():
         raise NotHere(f"Debian's package {name} has no {binary}")
     return folder / "usr/bin"
 
 
-def _unpack(name: str, folder: Path) -> None:
+def _unpack(name: str, folder: Path, packages: Path) -> None:
     for tool in ("apt-get", "dpkg"):
         if shutil.which(tool) is None:
             raise NotHere(f"{name} comes as a Debian package, and there is no {tool}")
-    packages = OPS / "packages"
     packages.mkdir(parents=True, exist_ok=True)
     download = ["apt-get", "download", name]
     if _run(download, packages):
