@@ -7,7 +7,7 @@ PYTHON ?= python3
 TORCH ?= auto
 ARGS ?=
 BIN := .venv/bin
-SENTIMENT := adapters/examples/sentiment/adapter
+TASKS := sentiment shakespeare product
 
 help: ## Show what make can do
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,8 +22,8 @@ setup: ## Make .venv and install the server and the client into it
 setup-dev:
 	@PYTHON='$(PYTHON)' TORCH='$(TORCH)' tools/setup.sh dev
 
-serve: setup ## Serve the small built-in base and an example adapter on 127.0.0.1:8000
-	@$(BIN)/quickchange-server serve --adapter sentiment=$(SENTIMENT) $(ARGS)
+serve: setup ## Serve the small built-in base and three example tasks on 127.0.0.1:8000
+	@$(BIN)/quickchange-server serve $(foreach task,$(TASKS),--adapter $(task)=adapters/examples/$(task)/adapter) $(ARGS)
 
 test: check ## Check format, lint and types, then run all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal $(ARGS)

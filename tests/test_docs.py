@@ -40,6 +40,7 @@ RUN_ELSEWHERE = ("clients/python/", "adapters/examples/", "docs/benchmarks.md", 
 RUN_HERE = [each for each in PAGES if not each.name.startswith(RUN_ELSEWHERE)]
 URL = "http://127.0.0.1:8000"
 BASE = "smollm2-135m"
+EXAMPLES = ("sentiment", "shakespeare", "product")
 METRIC = re.compile(r"quickchange_(?!server\b|client\b|adapters/|adapters\.)\w+")
 
 
@@ -48,30 +49,32 @@ def named(each: Page) -> str:
 
 
 @pytest.fixture(scope="module")
-def example(tmp_path_factory: pytest.TempPathFactory, make_adapter: MakeAdapter) -> Path:
-    """Folder of what the pages call the example: random weights, and the example's own task."""
-    folder = tmp_path_factory.mktemp("example") / "adapter"
-    shutil.copytree(make_adapter(seed=3), folder)
-    shutil.copy(ROOT / "adapters/examples/sentiment/adapter/task.json", folder)
+def examples(tmp_path_factory: pytest.TempPathFactory, make_adapter: MakeAdapter) -> Path:
+    """Folder of the examples as the pages name them: random weights, each with its own task."""
+    folder = tmp_path_factory.mktemp("examples")
+    for seed, name in enumerate(EXAMPLES, start=3):
+        shutil.copytree(make_adapter(seed=seed), folder / name / "adapter")
+        shutil.copy(ROOT / f"adapters/examples/{name}/adapter/task.json", folder / name / "adapter")
     return folder
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, example: Path) -> Iterator[str]:
+def url(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, examples: Path) -> Iterator[str]:
     """Address of a real server that has what the pages speak of, in tiny."""
     with real_server(tiny_base, tmp_path_factory.mktemp("docs") / "store", BASE) as address:
         with Quickchange(address) as client:
-            client.adapters.upload(example, name="sentiment")
+            for name in EXAMPLES:
+                client.adapters.upload(examples / name / "adapter", name=name)
         yield address
 
 
 @pytest.fixture
-def folder(tmp_path: Path, make_adapter: MakeAdapter, example: Path) -> Path:
+def folder(tmp_path: Path, make_adapter: MakeAdapter, examples: Path) -> Path:
     """Folder that holds the files which the pages name."""
     (tmp_path / "my-adapter").symlink_to(make_adapter(seed=4))
     (tmp_path / "my-second-adapter").symlink_to(make_adapter(seed=5))
-    (tmp_path / "adapters/examples/sentiment").mkdir(parents=True)
-    (tmp_path / "adapters/examples/sentiment/adapter").symlink_to(example)
+    (tmp_path / "adapters").mkdir()
+    (tmp_path / "adapters/examples").symlink_to(examples)
     (tmp_path / ".curlrc").write_text("fail-with-body\nsilent\nshow-error\n")
     return tmp_path
 
@@ -101,7 +104,7 @@ def test_blocks_run_and_pages_clean_up(each: Page, folder: Path, url: str) -> No
         if block.is_run:
             run(block, folder, url)
     with Quickchange(url) as client:
-        assert [adapter.name for adapter in client.adapters.iterate()] == ["sentiment"]
+        assert sorted(adapter.name for adapter in client.adapters.iterate()) == sorted(EXAMPLES)
 
 
 def test_the_tour_is_among_the_blocks_that_run() -> None:

@@ -5,24 +5,30 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from quickchange_adapters.task import Task
+from quickchange_adapters.task import Task, read_task_file
 from quickchange_adapters.training.prompt_form import PromptForm
 from quickchange_server.api.app import AppServices, create_app
 from quickchange_server.tokenizer import Tokenizer
 from transformers import AutoTokenizer
 
-from tests.adapters.example_scripts import load_example
 from tests.conftest import CHAT_TEMPLATE
 from tests.server.conftest import serve_in_process
 from tests.server.scripted_adapters import ScriptedAdapters
 from tests.server.scripted_engine import ScriptedEngine
 
-CHAT_FORM = load_example("chat_form")
+EXAMPLES = Path(__file__).parents[2] / "adapters" / "examples"
 WITH_DEFAULT_SYSTEM = (
     "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
 ) + CHAT_TEMPLATE
-TASKS = {
-    "the example's": CHAT_FORM.TASK,
+
+
+def example_task(name: str) -> Task:
+    task = read_task_file(EXAMPLES / name / "adapter" / "task.json").task
+    assert task is not None
+    return task
+
+
+TASKS = {name: example_task(name) for name in ("sentiment", "shakespeare", "product")} | {
     "a form": Task(prompt="Review: {input}\n\nVerdict {of} it:"),
     "a form and a system message": Task(
         "<{input}>", "Answer with one word. 🙂", ("\n",), 4, 0.0, 0.5
@@ -53,7 +59,6 @@ async def test_training_and_serving_build_identical_token_ids(
     async for client in serve_in_process(app):
         for review in REVIEWS:
             trained = PromptForm(trainer, TASKS[name], "chat", ()).prompt_ids(review)
-            assert trained == CHAT_FORM.prompt_ids(trainer, review, TASKS[name])
             body: dict[str, Any] = {
                 "model": "ada",
                 "messages": [{"role": "user", "content": review}],
