@@ -60,7 +60,7 @@ def parsed_options() -> argparse.Namespace:
     parser.add_argument("--url", help="the server's address (default: QUICKCHANGE_URL)")
     parser.add_argument("--api-key", help="default: QUICKCHANGE_API_KEY")
     parser.add_argument("--name", default="film-reviews", help="what the adapter will be called")
-    parser.add_argument("--steps", type=int, default=40, help="of the second training")
+    parser.add_argument("--steps", type=int, default=20, help="of the second training")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--keep", action="store_true", help="leave the adapter on the server")
     return parser.parse_args()

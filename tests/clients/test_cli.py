@@ -212,8 +212,12 @@ def test_merge_and_unmerge(run_command: RunCommand, fake_server: FakeServer, pus
     assert json.loads(unmerged.stdout)["merged"] is False
 
 
-def test_load_and_unload(run_command: RunCommand, pushed: str) -> None:
+def test_load_and_unload(run_command: RunCommand, fake_server: FakeServer, pushed: str) -> None:
     assert "host" in run_command("load", pushed).stdout
+    assert fake_server.requests[-1][2] == {}
+    assert run_command("load", f"{pushed}:1", "--tier", "device").exit_code == 0
+    assert fake_server.requests[-1][2] == {"version": 1, "tier": "device"}
+    assert run_command("load", pushed, "--tier", "disk").exit_code == 2
     assert json.loads(run_command("unload", f"{pushed}:1", "--json").stdout)["tier"] == "disk"
 
 

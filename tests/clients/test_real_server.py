@@ -100,6 +100,8 @@ def test_an_adapter_from_upload_to_deletion(client: Quickchange, make_adapter: M
     assert in_use.value.code == "alias_in_use"
     assert client.adapters.delete_alias("sentiment", "canary").aliases == {"default": 2}
     assert client.adapters.delete("sentiment", 1).deleted
+    with pytest.raises(PreconditionFailed):
+        client.adapters.delete("sentiment", if_match=adapter.meta.etag)
     gone = client.adapters.delete("sentiment")
     assert gone.deleted
     assert gone.freed_bytes["disk"] > 0
@@ -148,6 +150,7 @@ def test_merged_and_unmerged_answer_alike(client: Quickchange, make_adapter: Mak
     assert client.complete("m", "the quick", max_tokens=8, temperature=0).text == unmerged.text
     assert client.adapters.unmerge("m").freed_bytes["merged"] == action.bytes["merged"]
     assert client.adapters.load("m").tier in ("host", "device")
+    assert client.adapters.load("m", tier="device").tier == "device"
     assert client.adapters.unload("m").tier == "disk"
 
 

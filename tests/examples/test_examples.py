@@ -46,7 +46,8 @@ def run(script: str, *words: str, url: str, python: str = sys.executable) -> lis
 
 
 def test_from_training_to_rolling_back(url: str, tiny_base: Path) -> None:
-    lines = run("train_and_roll_out.py", str(tiny_base), "--learning-rate", "1e-2", url=url)
+    harder = ("--steps", "40", "--learning-rate", "1e-2")
+    lines = run("train_and_roll_out.py", str(tiny_base), *harder, url=url)
     assert [line for line in lines if "NOT SO" in line] == []
     assert sum(line.startswith("   ok: ") for line in lines) == 6
     assert "   ok: the first version is live again" in lines

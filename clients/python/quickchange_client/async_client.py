@@ -20,7 +20,7 @@ from quickchange_client.adapter import (
 from quickchange_client.adapter_folder import AdapterFolder
 from quickchange_client.alias_history import DEFAULT_ALIAS, version_before
 from quickchange_client.answer import AnswerT
-from quickchange_client.call import Call, UploadOptions, Visibility
+from quickchange_client.call import Call, LoadTier, UploadOptions, Visibility
 from quickchange_client.client import CHAT_PATH, COMPLETION_PATH, DEFAULT_TIMEOUT_S, Events
 from quickchange_client.connection import AsyncConnection
 from quickchange_client.download import VersionFolder
@@ -222,13 +222,20 @@ class AsyncAdapters:
         return found
 
     async def delete(
-        self, name: str, version: int | None = None, *, timeout_s: float | None = None
+        self,
+        name: str,
+        version: int | None = None,
+        *,
+        timeout_s: float | None = None,
+        if_match: str | None = None,
     ) -> AdapterDeletion:
         """Delete one version, or with `version` None the whole adapter.
 
         New requests do not find it at once; running ones finish, waited for up to `timeout_s`.
+        `if_match` (an ETag) refuses if the adapter changed.
         """
-        return await self._connection.send(call.delete_adapter(name, version, timeout_s))
+        request = call.delete_adapter(name, version, timeout_s, if_match)
+        return await self._connection.send(request)
 
     async def set_alias(
         self, name: str, alias: str, version: int, *, if_match: str | None = None
@@ -261,9 +268,14 @@ class AsyncAdapters:
         version = version_before(adapter, await self.events(name), alias)
         return await self.set_alias(name, alias, version, if_match=adapter.meta.etag)
 
-    async def load(self, name: str, version: int | None = None) -> AdapterAction:
-        """Bring a version into host memory before the first request needs it."""
-        return await self._connection.send(call.act("load", name, version))
+    async def load(
+        self, name: str, version: int | None = None, *, tier: LoadTier | None = None
+    ) -> AdapterAction:
+        """Bring a version into memory before the first request needs it.
+
+        `tier` device: into the device's too; None is host.
+        """
+        return await self._connection.send(call.load(name, version, tier))
 
     async def unload(self, name: str, version: int | None = None) -> AdapterAction:
         """Give device, host and merged bytes back; the next request loads it again."""

@@ -25,7 +25,8 @@ JSON_TYPE = "application/json"
 WEIGHTS_TYPE = "application/octet-stream"
 
 Visibility = Literal["public", "private"]
-Verb = Literal["load", "unload", "pin", "unpin", "merge", "unmerge", "disable", "enable"]
+Verb = Literal["unload", "pin", "unpin", "merge", "unmerge", "disable", "enable"]
+LoadTier = Literal["host", "device"]
 MAX_EVENTS = 100
 
 
@@ -139,13 +140,19 @@ def get_config(name: str, version: int) -> Call[AdapterConfig]:
 
 
 def delete_adapter(
-    name: str, version: int | None, timeout_s: float | None
+    name: str, version: int | None, timeout_s: float | None, if_match: str | None
 ) -> Call[AdapterDeletion]:
     """Delete a version, or the whole adapter. Not repeated: the second answer would be 404."""
     more = () if version is None else ("versions", str(version))
     query: dict[str, str | int | float] = {} if timeout_s is None else {"timeout_s": timeout_s}
-    path = _adapter_path(name, *more)
-    return Call("DELETE", path, AdapterDeletion, query=query, is_repeatable=False)
+    return Call(
+        "DELETE",
+        _adapter_path(name, *more),
+        AdapterDeletion,
+        query=query,
+        headers=_if_match(if_match),
+        is_repeatable=False,
+    )
 
 
 def set_alias(name: str, alias: str, version: int, if_match: str | None) -> Call[Adapter]:
@@ -183,6 +190,14 @@ def act(
         query={"scope": "replica"} if here_only else {},
         headers=_if_match(if_match),
     )
+
+
+def load(name: str, version: int | None, tier: LoadTier | None) -> Call[AdapterAction]:
+    """Bring a version into memory; a repeat changes nothing."""
+    body: dict[str, Any] = {} if version is None else {"version": version}
+    if tier is not None:
+        body["tier"] = tier
+    return Call("POST", _adapter_path(name, "load"), AdapterAction, body=body or None)
 
 
 def list_models() -> Call[ModelList]:

@@ -21,7 +21,7 @@ from quickchange_client.adapter import (
 from quickchange_client.adapter_folder import AdapterFolder
 from quickchange_client.alias_history import DEFAULT_ALIAS, version_before
 from quickchange_client.answer import AnswerT
-from quickchange_client.call import Call, UploadOptions, Visibility
+from quickchange_client.call import Call, LoadTier, UploadOptions, Visibility
 from quickchange_client.connection import Connection
 from quickchange_client.download import VersionFolder
 from quickchange_client.generation import (
@@ -217,13 +217,20 @@ class Adapters:
         return found
 
     def delete(
-        self, name: str, version: int | None = None, *, timeout_s: float | None = None
+        self,
+        name: str,
+        version: int | None = None,
+        *,
+        timeout_s: float | None = None,
+        if_match: str | None = None,
     ) -> AdapterDeletion:
         """Delete one version, or with `version` None the whole adapter.
 
         New requests do not find it at once; running ones finish, waited for up to `timeout_s`.
+        `if_match` (an ETag) refuses if the adapter changed.
         """
-        return self._connection.send(call.delete_adapter(name, version, timeout_s))
+        request = call.delete_adapter(name, version, timeout_s, if_match)
+        return self._connection.send(request)
 
     def set_alias(
         self, name: str, alias: str, version: int, *, if_match: str | None = None
@@ -256,9 +263,14 @@ class Adapters:
         version = version_before(adapter, self.events(name), alias)
         return self.set_alias(name, alias, version, if_match=adapter.meta.etag)
 
-    def load(self, name: str, version: int | None = None) -> AdapterAction:
-        """Bring a version into host memory before the first request needs it."""
-        return self._connection.send(call.act("load", name, version))
+    def load(
+        self, name: str, version: int | None = None, *, tier: LoadTier | None = None
+    ) -> AdapterAction:
+        """Bring a version into memory before the first request needs it.
+
+        `tier` device: into the device's too; None is host.
+        """
+        return self._connection.send(call.load(name, version, tier))
 
     def unload(self, name: str, version: int | None = None) -> AdapterAction:
         """Give device, host and merged bytes back; the next request loads it again."""

@@ -1,30 +1,47 @@
 """Commands about versions: where their bytes are, and what they are to be."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
+from quickchange_client.call import LoadTier
 from quickchange_client.cli.adapter_reference import AdapterReference
 from quickchange_client.cli.adapter_tables import print_action
 from quickchange_client.cli.output import print_json
 from quickchange_client.cli.session import JsonOption, UrlOption, session
+from quickchange_client.errors import ArgumentInvalid
 
 REFERENCE_HELP = "NAME, NAME:3, NAME@ALIAS or NAME@sha256:DIGEST."
+TIERS: tuple[LoadTier, ...] = get_args(LoadTier)
 HERE_HELP = "Only on the server that answers, until it stops; others are not told."
 
 ReferenceArgument = Annotated[str, typer.Argument(metavar="ADAPTER", help=REFERENCE_HELP)]
 HereOption = Annotated[bool, typer.Option("--here", help=HERE_HELP)]
 
 
-def load(adapter: ReferenceArgument, url: UrlOption = None, as_json: JsonOption = False) -> None:
-    """Bring an adapter into host memory before the first request needs it.
+def load(
+    adapter: ReferenceArgument,
+    tier: Annotated[
+        str | None,
+        typer.Option("--tier", metavar="host|device", help="How far. Default: host memory."),
+    ] = None,
+    url: UrlOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Bring an adapter into memory before the first request needs it.
 
     Examples:
         quickchange load sentiment
 
-        quickchange load sentiment:2
+        quickchange load sentiment:2 --tier device
     """
-    _act("load", adapter, url, as_json)
+    with session(url, as_json) as client:
+        if tier not in (None, *TIERS):
+            raise ArgumentInvalid(f"--tier is {tier!r}, but must be {' or '.join(TIERS)}")
+        target = AdapterReference.resolve(client, adapter)
+        wanted: LoadTier | None = next((each for each in TIERS if each == tier), None)
+        action = client.adapters.load(target.name, target.version, tier=wanted)
+    print_json(action) if as_json else print_action(action)
 
 
 def unload(adapter: ReferenceArgument, url: UrlOption = None, as_json: JsonOption = False) -> None:

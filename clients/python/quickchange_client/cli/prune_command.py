@@ -10,6 +10,7 @@ import typer
 
 from quickchange_client.adapter import Adapter, AdapterDeletion, AdapterVersion
 from quickchange_client.cli.adapter_tables import short_digest
+from quickchange_client.cli.byte_progress import count_progress
 from quickchange_client.cli.duration import duration_s
 from quickchange_client.cli.output import (
     format_bytes,
@@ -91,7 +92,7 @@ def prune(
             for adapter in _adapters(client, names or [])
             for version in _prunable(client, adapter, rule)
         ]
-        done = [_delete(client, each) if yes else Pruned(each) for each in found]
+        done = _delete_all(client, found, is_shown=not as_json) if yes else list(map(Pruned, found))
     print_json_value(_json(done, is_dry_run=not yes)) if as_json else _print(done, yes)
     if any(each.error for each in done):
         raise typer.Exit(1)
@@ -109,6 +110,18 @@ def _prunable(client: Quickchange, adapter: Adapter, rule: PruneRule) -> list[Ad
         return []
     needed = rollback_targets(adapter, client.adapters.events(adapter.name))
     return [version for version in candidates if version.version not in needed]
+
+
+def _delete_all(
+    client: Quickchange, versions: Sequence[AdapterVersion], *, is_shown: bool
+) -> list[Pruned]:
+    done: list[Pruned] = []
+    with count_progress("deleting", is_shown=is_shown and bool(versions)) as progress:
+        for version in versions:
+            done.append(_delete(client, version))
+            if progress is not None:
+                progress(len(done), len(versions))
+    return done
 
 
 def _delete(client: Quickchange, version: AdapterVersion) -> Pruned:
