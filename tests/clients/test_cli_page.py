@@ -22,8 +22,8 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Outcome]
 
 
 def test_what_the_page_shows_is_what_the_commands_print(outcomes: list[Outcome]) -> None:
-    wrong = [each for each in outcomes if not each.is_right]
-    assert wrong == [], "run: python tools/cli_page.py --write"
+    wrong = "\n".join(str(each) for each in outcomes if not each.is_right)
+    assert wrong == "", f"run: python tools/cli_page.py --write\n{wrong}"
     assert rewritten(TEXT, outcomes) == TEXT
 
 

@@ -23,7 +23,7 @@ from quickchange_client.client import Quickchange
 from quickchange_client.errors import ApiError
 from quickchange_client.pruning import PruneRule, rollback_targets
 
-WAIT_S = 2.0
+WAIT_S = 5.0
 """For requests that run on an old version; it goes when they have finished in any case."""
 
 NamesArgument = Annotated[
