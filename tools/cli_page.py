@@ -48,7 +48,7 @@ _MASKS = (
     (re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"), "#"),
     (re.compile(r"^probe .*"), "probe #"),  # left out where it would take longer than a second
     (re.compile(r"127\.0\.0\.1:\d+"), "127.0.0.1:#"),
-    (re.compile(r"\d+\.\d+(e[-+]?\d+)?|\d[\d,]{3,}"), "#"),
+    (re.compile(r"\d+(?:\.\d+)+(e[-+]?\d+|\+\w+)?|\d[\d,]{3,}"), "#"),
     (re.compile(r"\b\d+ ([KMG]iB|B|s)\b|# ([KMG]iB|B|s)\b"), "#"),
     (re.compile(r"[ \t─]+"), " "),
 )
