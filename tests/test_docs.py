@@ -172,6 +172,7 @@ def known_options() -> dict[str, set[str]]:
     server: Any = typer.main.get_command(server_app)
     known["train"] = set().union(*map(options_of, server.commands["train"].commands.values()))
     known["export"] = options_of(server.commands["export"])
+    known["doctor"] = options_of(server.commands["doctor"])
     known["base"] = {"--model", "--revision", "--config", "--help"}
     return known
 
