@@ -130,12 +130,16 @@ def _prepare(recipe: "Recipe") -> "Prepared":
 
 def _hush() -> None:
     """Keep libraries from drawing bars of their own, and from warnings that no user can act on."""
+    import logging as standard
     import warnings
 
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    standard.getLogger("bitsandbytes").setLevel(standard.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    # Its kernel for one row has no gradient; it is only used where none is needed.
+    warnings.filterwarnings("ignore", message="bitsandbytes::gemv_4bit")
 
 
 def base_folder(recipe: "Recipe") -> Path:

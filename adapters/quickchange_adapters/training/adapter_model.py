@@ -110,8 +110,7 @@ def _is_linear(module: Any) -> bool:
 
 def count_parameters(model: Any) -> ParameterCount:
     """Return how many parameters are trained, of how many."""
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return ParameterCount(trainable, sum(p.numel() for p in model.parameters()))
+    return ParameterCount(*model.get_nb_trainable_parameters())
 
 
 def unserved(settings: AdapterSettings) -> tuple[Problem, ...]:

@@ -1,5 +1,6 @@
 """The frozen base that an adapter is trained on: read from its folder, rounded if asked for."""
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +21,44 @@ def fast_number_format(wanted: str) -> torch.dtype:
     return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
-def load_base(folder: Path, dtype: torch.dtype, bits: int) -> Any:
-    """Return the base with all its weights frozen, the blocks' linears rounded to `bits`.
+def load_base(folder: Path, dtype: torch.dtype, bits: int = 16, storage: str = "dense") -> Any:
+    """Return the base with all its weights frozen, the blocks' linears in `bits`.
 
     Raises: CannotTrain.
     """
     from transformers import AutoModelForCausalLM
 
+    is_packed = bits != 16 and storage == "bitsandbytes"
+    options = _bitsandbytes_options(dtype, bits) if is_packed else {}
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, **options
+        )
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CannotTrain(f"the base in {folder} cannot be read: {reason}") from error
     model.requires_grad_(False)
-    if bits != 16:
+    if bits != 16 and not is_packed:
         round_linears(model, bits)
     return model
+
+
+def _bitsandbytes_options(dtype: torch.dtype, bits: int) -> dict[str, Any]:
+    """Return how transformers is asked for a base that bitsandbytes holds: NF4, or int8."""
+    from transformers import BitsAndBytesConfig
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise CannotTrain(
+            'base_storage = "bitsandbytes" needs it: pip install "quickchange-server[bits]"; or '
+            "leave it out: the base is then rounded, and held dense"
+        )
+    if bits == 8:
+        config = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        config = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+        )
+    return {"quantization_config": config, "device_map": "cpu"}
 
 
 def context_length(config: Any) -> int:

@@ -122,7 +122,10 @@ def _warn_of_leaks(
 def _fingerprint(recipe: Recipe, base: Path, splits: Sequence[Split]) -> str:
     """Return a digest of all that decides what a run learns."""
     digest = hashlib.sha256()
-    settings = (recipe.adapter, recipe.loop, recipe.seed, recipe.base_bits)
+    settings = (
+        *(recipe.adapter, recipe.loop, recipe.seed),
+        *(recipe.base_bits, recipe.base_storage),
+    )
     digest.update(repr(settings).encode())
     for split in splits:
         digest.update(repr(split.rows).encode())

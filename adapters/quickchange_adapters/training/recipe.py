@@ -17,6 +17,7 @@ from quickchange_adapters.training.toml_table import TomlTable, read_toml
 METHODS = ("lora", "dora", "vera", "adalora")
 FORMS = ("chat", "completion")
 BASE_BITS = (16, 8, 4)
+BASE_STORAGES = ("dense", "bitsandbytes")
 NUMBER_FORMATS = ("bfloat16", "float32")
 METRICS = ("loss", "accuracy", "style", "form")
 ALL_LINEAR = "all-linear"
@@ -116,7 +117,10 @@ class EvaluationSettings:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """One training run. `output` is the folder that its files go to."""
+    """One training run. `output` is the folder that its files go to.
+
+    `base_storage`: what holds a base of fewer than 16 bits; dense is rounded and as large as ever.
+    """
 
     file: Path
     output: Path
@@ -124,6 +128,7 @@ class Recipe:
     task: Task = field(default_factory=Task)
     base: str = DEFAULT_BASE
     base_bits: int = 16
+    base_storage: str = "dense"
     form: str = "chat"
     seed: int = 0
     adapter: AdapterSettings = field(default_factory=AdapterSettings)
@@ -165,6 +170,7 @@ class _Reader:
             output=self._folder / root.text("output", "."),
             base=root.text("base", DEFAULT_BASE),
             base_bits=root.number_choice("base_bits", 16, BASE_BITS),
+            base_storage=root.choice("base_storage", "dense", BASE_STORAGES),
             form=root.choice("form", "chat", FORMS),
             seed=root.count("seed", 0, 0, (1 << 31) - 1),
             data=self._data(root.table("data")),

@@ -99,11 +99,11 @@ class TrainingRun:
     def _make_trainer(self) -> Trainer:
         recipe = self._recipe
         dtype = fast_number_format(recipe.loop.compute)
-        base = load_base(self._prepared.base_folder, dtype, recipe.base_bits)
+        base = load_base(self._prepared.base_folder, dtype, recipe.base_bits, recipe.base_storage)
         torch.manual_seed(recipe.seed)
         model = with_adapter(base, recipe.adapter, self.num_steps)
         self._say(str(count_parameters(model)))
-        if recipe.base_bits != 16:
+        if recipe.base_bits != 16 and recipe.base_storage == "dense":
             self._say(
                 f"the base's linears are rounded to {recipe.base_bits} bits and held dense: this "
                 "shows what fewer bits do to quality, and saves no memory"

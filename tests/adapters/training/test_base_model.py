@@ -1,9 +1,11 @@
 """The frozen base: what rounding its linears to fewer bits leaves of them."""
 
+import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
+from quickchange_adapters.errors import CannotTrain
 from quickchange_adapters.training.base_model import GROUP, context_length, load_base, rounded
 
 from tests.conftest import tiny_config
@@ -29,6 +31,19 @@ def test_blocks_are_rounded_and_the_head_is_not(tiny_base: Path) -> None:
     assert not torch.equal(before, after)
     assert torch.equal(after, rounded(before, 4))
     assert not any(parameter.requires_grad for parameter in four.parameters())
+
+
+@pytest.mark.parametrize(("bits", "dtype"), [(8, torch.int8), (4, torch.uint8)])
+def test_bitsandbytes_holds_fewer_bits_or_says_how_to_get_it(
+    bits: int, dtype: torch.dtype, tiny_base: Path
+) -> None:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        with pytest.raises(CannotTrain, match=r"quickchange-server\[bits\]"):
+            load_base(tiny_base, torch.bfloat16, bits, "bitsandbytes")
+        return
+    model = load_base(tiny_base, torch.bfloat16, bits, "bitsandbytes")
+    assert model.model.layers[0].mlp.up_proj.weight.dtype == dtype
+    assert model.lm_head.weight.dtype == torch.bfloat16
 
 
 def test_a_row_may_not_be_longer_than_a_sliding_window() -> None:
