@@ -167,13 +167,14 @@ class _Changes:
 
     async def _ask(self, parts: list[AdapterWeights]) -> None:
         self._next_id += 1
+        number = self._next_id  # others ask while this one loads
         refs = []
         for part in parts:
             await self._engine.load_adapter(part)
             refs.append(AdapterRef(part.digest, self._random.uniform(-2, 2)))
-        prompt = prompt_of(self._random.randint(1, 60), self._next_id)
+        prompt = prompt_of(self._random.randint(1, 60), number)
         sampling = SamplingParams(temperature=0)
-        asked = GenerationRequest(f"c{self._next_id}", prompt, tuple(refs), sampling, 4)
+        asked = GenerationRequest(f"c{number}", prompt, tuple(refs), sampling, 4)
         answer = await collect(self._engine.generate(asked))
         assert answer.finish_reason in ("length", "stop"), answer.last
         self.num_answers += 1
