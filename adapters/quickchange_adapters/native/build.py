@@ -72,12 +72,15 @@ def check_cpu() -> None:
         raise BuildFailed(f"the CPU has no {', '.join(sorted(missing))}")
 
 
-def library_path(folder: Path | None = None) -> Path:
+def library_path(folder: Path | None = None, *, needs_cpu: bool = True) -> Path:
     """Return the library's file, compiling it if it is not there.
+
+    Without `needs_cpu` it is not asked whether this machine could run it.
 
     Raises: BuildFailed.
     """
-    check_cpu()
+    if needs_cpu:
+        check_cpu()
     folder = folder or default_folder()
     path = folder / f"quickchange-{_fingerprint()}.so"
     try:
