@@ -5,6 +5,7 @@ A tool that cannot be had raises NotHere with the reason; its tests are skipped,
 
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 from benchmarks.machine import ROOT
@@ -60,3 +61,25 @@ def _run(command: list[str], folder: Path) -> str:
         return f"no end within {DOWNLOAD_S} s"
     lines = done.stderr.strip().splitlines() or ["it failed and said nothing"]
     return lines[-1] if done.returncode else ""
+
+
+def python_environment(name: str, *packages: str) -> Path:
+    """Return the interpreter of an environment under .ops that has these packages.
+
+    Raises: NotHere.
+    """
+    folder = OPS / name
+    python = folder / "bin" / "python"
+    stamp = folder / "packages"
+    wanted = "\n".join(packages)
+    if stamp.is_file() and stamp.read_text() == wanted:
+        return python
+    for command in (
+        [sys.executable, "-m", "venv", "--clear", str(folder)],
+        [str(python), "-m", "pip", "install", "--quiet", *packages],
+    ):
+        trouble = _run(command, OPS.parent)
+        if trouble:
+            raise NotHere(f"{' '.join(packages)}: {trouble}")
+    stamp.write_text(wanted)
+    return python

@@ -78,14 +78,18 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- if and $v.train.enabled (or (not $v.train.configMap) (not $v.train.name)) }}
 {{- fail "train.enabled: set train.configMap (recipe.toml and its data) and train.name" }}
 {{- end }}
-{{- if and (eq $v.strategy.type "RollingUpdate") (eq $v.store.type "volume") (eq $v.store.volume.accessMode "ReadWriteOnce") (gt (int $v.gpu.count) 0) (not (include "quickchange.isScaled" .)) }}
-{{- /* Allowed: the new pod lands on the same node if a second GPU is free there; see README. */}}
-{{- end }}
 {{- range $name := list "model" "host" "port" "admin_port" "store" "catalog" "admin_key_file" "insecure" "cache" "drain_delay" "drain_timeout" "served_model_name" "device" }}
 {{- if hasKey $v.config $name }}
 {{- fail (printf "config.%s: the chart sets this itself; use its own value" $name) }}
 {{- end }}
 {{- end }}
+{{- end }}
+
+{{/* A value as TOML. Helm's own toToml writes 64 as 64.0, which is no count. */}}
+{{- define "quickchange.toml" -}}
+{{- if kindIs "float64" . }}{{ if eq . (floor .) }}{{ int64 . }}{{ else }}{{ . }}{{ end }}
+{{- else if kindIs "map" . }}{ {{- $first := true }}{{ range $key, $value := . }}{{ if not $first }}, {{ end }}{{ $key | quote }} = {{ include "quickchange.toml" $value }}{{ $first = false }}{{ end -}} }
+{{- else }}{{ toJson . }}{{ end }}
 {{- end }}
 
 {{- define "quickchange.podSecurity" -}}
