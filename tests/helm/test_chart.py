@@ -193,7 +193,7 @@ def test_the_train_job_has_rank_and_alpha_and_pushes(scenarios: dict[str, Json])
     assert not deployed.items() <= job["metadata"]["labels"].items()  # no traffic for the job
 
 
-REFUSED = {
+REFUSED: dict[str, Json] = {
     "one of them": SECRETS
     | BUCKET
     | {"autoscaling": {"hpa": {"enabled": True}, "keda": {"enabled": True}}},

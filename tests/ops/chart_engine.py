@@ -9,9 +9,9 @@ import json
 import sys
 from typing import Any
 
-import kubernetes_validate
+import kubernetes_validate  # type: ignore[import-not-found]
 import yaml
-from helm_python import Chart, lint
+from helm_python import Chart, lint  # type: ignore[import-not-found]
 
 OTHERS_KINDS = {
     *("ScaledObject", "ServiceMonitor", "PodMonitor", "PrometheusRule"),
