@@ -7,6 +7,7 @@
 | a request while its version drains for a deletion | waits, then gets NotFound |
 | a load while another process removes the files | Unavailable, or NotFound if it was a deletion |
 | loads from a store that is slow | others' loads go on: they wait in threads of their own |
+| more loads than there is room for | `MAX_UNPACKED` hold tensors while they wait |
 | more requests for cold versions than may wait in the engine's line | QueueFull |
 """
 
@@ -16,6 +17,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Protocol, TypeVar
 from weakref import WeakValueDictionary
 
@@ -32,6 +34,8 @@ from quickchange_server.shared_tasks import SharedTasks
 DRAIN_POLL_S = 60.0
 MAX_LOADS = 3
 NUM_FETCHERS = 8
+MAX_UNPACKED = 2
+"""Versions that are read, packed or wait for room at once: what they hold, no ceiling counts."""
 READ_ERRORS = (AdapterRefused, BlobMissing, StoreUnavailable, OSError)
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -72,6 +76,7 @@ class AdapterLoader:
         self._threads = ThreadPoolExecutor(2, "quickchange-adapter", _use_one_thread)
         self._fetchers = ThreadPoolExecutor(NUM_FETCHERS, "quickchange-fetch")
         self._num_waiting = 0
+        self._unpacking = asyncio.Semaphore(MAX_UNPACKED)
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._loads: SharedTasks[None] = SharedTasks()
         self._unloads: SharedTasks[ResidentAdapter | None] = SharedTasks()
@@ -215,13 +220,15 @@ class AdapterLoader:
         try:
             if not self._files.is_on_disk(version):
                 await loop.run_in_executor(self._fetchers, self._files.fetch, version)
-            weights = await loop.run_in_executor(self._threads, self._files.read_weights, version)
+            async with self._unpacking:
+                read = partial(self._files.read_weights, version)
+                weights = await loop.run_in_executor(self._threads, read)
+                await self._engine.load_adapter(weights)
         except READ_ERRORS as error:
             if isinstance(error, BlobMissing | FileNotFoundError):
                 await self._read_again(version)
                 self._check_served(version)
             raise _answer(error, version) from error
-        await self._engine.load_adapter(weights)
 
     def _check_served(self, version: VersionRecord) -> None:
         if not self._is_served(version.digest):

@@ -6,7 +6,7 @@ import threading
 import pytest
 from quickchange_adapters.records import VersionRecord
 from quickchange_adapters.weights import AdapterWeights
-from quickchange_server.adapter_loader import AdapterLoader
+from quickchange_server.adapter_loader import MAX_UNPACKED, AdapterLoader
 from quickchange_server.errors import QueueFull
 
 from tests.server.adapter_records import version_record
@@ -65,4 +65,42 @@ async def test_no_more_requests_wait_for_loads_than_may_wait_at_all() -> None:
     await asyncio.gather(*waiting)
     await loader.load(version("far2"))
     assert len(engine.loaded) == 3
+    await loader.stop()
+
+
+class FullEngine(ScriptedEngine):
+    """Has no room until `may_come`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.may_come = asyncio.Event()
+
+    async def load_adapter(self, weights: AdapterWeights) -> None:
+        await self.may_come.wait()
+        await super().load_adapter(weights)
+
+
+class CountedFiles(SlowStore):
+    """Counts the versions whose tensors were read."""
+
+    num_read = 0
+
+    def read_weights(self, version: VersionRecord) -> AdapterWeights:
+        self.num_read += 1
+        return super().read_weights(version)
+
+
+async def test_loads_that_wait_for_room_hold_no_tensors_but_the_next_ones() -> None:
+    """Else as many copies as requests may wait lie beside the ceiling of host memory."""
+    engine, files = FullEngine(), CountedFiles()
+    loader = loader_of(engine, files)
+    loads = [asyncio.create_task(loader.load(version(f"near{index}"))) for index in range(20)]
+    async with asyncio.timeout(30):
+        while files.num_read < MAX_UNPACKED:
+            await asyncio.sleep(0.005)
+    await asyncio.sleep(0.2)
+    assert files.num_read == MAX_UNPACKED
+    engine.may_come.set()
+    await asyncio.gather(*loads)
+    assert len(engine.loaded) == files.num_read == 20
     await loader.stop()

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from quickchange_server.engine.scheduler import ScheduledRow
+from quickchange_server.engine.step_costs import StepLoad
 from quickchange_server.engine.step_groups import StepGroups, by_digest, load_of
 
 ASSUMED_SAVING = 0.1
@@ -49,7 +50,9 @@ class CopyDemand:
 
     def note(self, rows: Sequence[ScheduledRow], seconds: float) -> None:
         """Count the rows that were scheduled together, however many steps they ran in."""
-        uses = [(digest, self._use(own, rows, seconds)) for digest, own in by_digest(rows).items()]
+        whole = load_of(rows)
+        loads = {digest: load_of(own) for digest, own in by_digest(rows).items()}
+        uses = [(digest, self._use(own, whole, seconds)) for digest, own in loads.items()]
         with self._lock:
             self._demand.seconds += seconds
             self._demand.num_tokens += sum(row.num_tokens for row in rows)
@@ -58,18 +61,14 @@ class CopyDemand:
                 total.num_tokens += use.num_tokens
                 total.saved_s += use.saved_s
 
-    def _use(
-        self, own: Sequence[ScheduledRow], rows: Sequence[ScheduledRow], seconds: float
-    ) -> CopyUse:
-        num_tokens = sum(row.num_tokens for row in own)
-        if len(own) == len(rows):
-            return CopyUse(num_tokens, self._whole_saving(own, seconds))
-        others = [row for row in rows if not any(row is each for each in own)]
-        saved_s = self._groups.saving(own, others)
-        return CopyUse(num_tokens, saved_s) if saved_s else CopyUse()
+    def _use(self, own: StepLoad, whole: StepLoad, seconds: float) -> CopyUse:
+        if own == whole:
+            return CopyUse(own.num_tokens, self._whole_saving(own, seconds))
+        saved_s = self._groups.saving(own, whole - own)
+        return CopyUse(own.num_tokens, saved_s) if saved_s else CopyUse()
 
-    def _whole_saving(self, own: Sequence[ScheduledRow], seconds: float) -> float:
-        costs, load = self._groups.costs, load_of(own)
+    def _whole_saving(self, load: StepLoad, seconds: float) -> float:
+        costs = self._groups.costs
         if not costs.is_known:
             return ASSUMED_SAVING * seconds
         return costs.predict(load) - costs.predict(load.without_deltas())

@@ -56,6 +56,10 @@ class RowShares:
         kept = min(self._queue.num_recent_tenants, self._max_rows // 4)
         return num_running < self._max_rows - kept or self.has_guaranteed_row(sequence)
 
+    def is_exhausted(self, running: Collection[Sequence]) -> bool:
+        """Whether no tenant, whichever it is, can be given a row in this step."""
+        return len(running) >= self._max_rows and self._row_victim(running) is None
+
     def victims_for(
         self, sequence: Sequence, running: Collection[Sequence]
     ) -> list[Sequence] | None:

@@ -192,6 +192,8 @@ class Scheduler:
             has_row = self._shares.has_guaranteed_row(sequence)
             victims = self._shares.victims_for(sequence, self.running) if has_row else None
             if victims is None:
+                if self._shares.is_exhausted(self.running):
+                    break  # for every tenant that waits, and there may be thousands
                 self.waiting.set_tenant_aside(sequence)
                 continue
             if not victims and not self._has_budget(step):

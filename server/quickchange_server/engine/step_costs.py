@@ -45,6 +45,19 @@ class StepLoad:
             self.num_adapted_prompt + other.num_adapted_prompt,
         )
 
+    def __sub__(self, other: "StepLoad") -> "StepLoad":
+        return StepLoad(
+            self.num_decode - other.num_decode,
+            self.num_prompt - other.num_prompt,
+            self.num_adapted_decode - other.num_adapted_decode,
+            self.num_adapted_prompt - other.num_adapted_prompt,
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """All tokens."""
+        return self.num_decode + self.num_prompt
+
     def without_deltas(self) -> "StepLoad":
         """Return the same tokens on a merged copy."""
         return StepLoad(self.num_decode, self.num_prompt)

@@ -58,7 +58,7 @@ class StepGroups:
         rest, groups = list(rows), []
         for digest, own in self._by_size(rows):
             others = [row for row in rest if lone_digest(row) != digest]
-            if not others or self.saving(own, others):
+            if not others or self.saving(load_of(own), load_of(others)):
                 groups.append(StepGroup(own, self._copies[digest]))
                 rest = others
         if rest:
@@ -66,14 +66,13 @@ class StepGroups:
         groups.sort(key=lambda group: sum(row.num_tokens for row in group.rows))
         return groups
 
-    def saving(self, own: Sequence[ScheduledRow], others: Sequence[ScheduledRow]) -> float:
+    def saving(self, mine: StepLoad, theirs: StepLoad) -> float:
         """Return the seconds that an adapter's rows on its copy, then the others, save together.
 
         0 where they save nothing, by some margin, or where that is not known.
         """
         if not self._is_on or not self.costs.is_known:
             return 0.0
-        mine, theirs = load_of(own), load_of(others)
         together = self.costs.predict(mine + theirs)
         apart = self.costs.predict(mine.without_deltas()) + self.costs.predict(theirs)
         return together - apart if apart < MARGIN * together else 0.0

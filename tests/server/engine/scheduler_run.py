@@ -1,6 +1,9 @@
 """A scheduler without a model: sequences, slots that are counted, and steps taken by hand."""
 
 import itertools
+import sys
+from collections.abc import Callable
+from types import FrameType
 
 from quickchange_adapters.pool import Slot
 from quickchange_server.engine.kv_cache import BlockManager
@@ -73,3 +76,19 @@ def advance(scheduler: Scheduler) -> list[str]:
                 ended.append(sequence.request_id)
     scheduler.check_integrity()
     return ended
+
+
+def calls_of(work: Callable[[], object]) -> int:
+    """Count Python's calls while something runs: what it costs, whatever else the machine does."""
+    num_calls = 0
+
+    def count(frame: FrameType, event: str, argument: object) -> None:
+        nonlocal num_calls
+        num_calls += event == "call"
+
+    sys.setprofile(count)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return num_calls

@@ -1,14 +1,12 @@
 """The fair queue by itself: whose request is next, and what that costs."""
 
-import sys
 from collections import Counter
-from types import FrameType
 
 from quickchange_server.engine.fair_accounts import AGE_CREDIT
 from quickchange_server.engine.fair_queue import MAX_RETRIES, FairQueue
 from quickchange_server.engine.sequence import Sequence
 
-from tests.server.engine.scheduler_run import scheduler_of, sequence_of
+from tests.server.engine.scheduler_run import calls_of, scheduler_of, sequence_of
 
 
 def queue_of(*sequences: Sequence) -> FairQueue:
@@ -113,30 +111,24 @@ def test_accounts_that_no_longer_matter_are_forgotten() -> None:
     assert len(queue._tenants) <= 2
 
 
-def calls_of_a_step(num_waiting: int) -> int:
+def calls_of_a_step(num_waiting: int, num_tenants: int = 50, num_slots: int = 2) -> int:
     """Count Python's calls in one step with so many waiting, each for an adapter of its own."""
-    scheduler, _ = scheduler_of(num_slots=2, max_rows=4, max_step_tokens=64)
+    scheduler, _ = scheduler_of(num_slots=num_slots, max_rows=4, max_step_tokens=64)
     for index in range(num_waiting):
-        adapter, tenant = f"a{index}", f"t{index % 50}"
+        adapter, tenant = f"a{index}", f"t{index % num_tenants}"
         scheduler.add(sequence_of(2, (adapter,), max_tokens=200, tenant=tenant))
     for _ in range(10):
         for row in scheduler.schedule().rows:
             scheduler.note_computed(row)
             row.sequence.token_ids.append(1)
-    num_calls = 0
-
-    def count(frame: FrameType, event: str, argument: object) -> None:
-        nonlocal num_calls
-        num_calls += event == "call"
-
-    sys.setprofile(count)
-    try:
-        scheduler.schedule()
-    finally:
-        sys.setprofile(None)
-    return num_calls
+    return calls_of(scheduler.schedule)
 
 
 def test_a_step_costs_about_the_same_with_thousands_waiting() -> None:
     few, many = calls_of_a_step(2 * MAX_RETRIES), calls_of_a_step(100 * MAX_RETRIES)
+    assert many < 3 * few
+
+
+def test_a_step_costs_about_the_same_with_thousands_of_tenants_waiting() -> None:
+    few, many = (calls_of_a_step(n, num_tenants=n, num_slots=n) for n in (20, 2000))
     assert many < 3 * few

@@ -12,6 +12,8 @@ from quickchange_server.engine.sequence import Sequence
 from quickchange_server.engine.step_costs import StepCosts, StepLoad
 from quickchange_server.engine.step_groups import StepGroups, load_of
 
+from tests.server.engine.scheduler_run import calls_of
+
 IDS = itertools.count()
 COPIES = {"hot": MergedCopy("hot"), "warm": MergedCopy("warm")}
 
@@ -106,7 +108,7 @@ def test_demand_is_what_a_copy_would_serve_and_save() -> None:
     assert taken.num_tokens == 4 + 201 + 2
     assert taken.copies["hot"].num_tokens == 4 + 200
     alone = DEAR_STEPS.predict(StepLoad(4, 0, 4, 0)) - DEAR_STEPS.predict(StepLoad(4))
-    split = groups.saving([row_of("hot", num_tokens=200)], [row_of()])
+    split = groups.saving(load_of([row_of("hot", num_tokens=200)]), load_of([row_of()]))
     assert taken.copies["hot"].saved_s == pytest.approx(alone + split)
     assert taken.copies["cold"].num_tokens == 0
     assert demand.take().num_tokens == 0
@@ -116,3 +118,12 @@ def test_before_anything_is_known_a_copy_is_assumed_to_be_worth_a_try() -> None:
     demand = CopyDemand(StepGroups({}, StepCosts(), is_on=True))
     demand.note([row_of("hot")], 0.01)
     assert demand.take().copies["hot"].saved_s == pytest.approx(ASSUMED_SAVING * 0.01)
+
+
+def test_counting_demand_costs_a_row_the_same_however_many_adapters_a_step_mixes() -> None:
+    def num_calls(num_rows: int) -> int:
+        demand = CopyDemand(StepGroups({}, DEAR_STEPS, is_on=True))
+        rows = [row_of(f"a{index}") for index in range(num_rows)]
+        return calls_of(lambda: demand.note(rows, 1.0))
+
+    assert num_calls(128) < 5 * num_calls(32)
