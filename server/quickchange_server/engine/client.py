@@ -29,6 +29,7 @@ from quickchange_server.engine.request import GenerationRequest, RequestFailure,
 from quickchange_server.engine.rope import freeze_rope
 from quickchange_server.engine.self_check import check_architecture
 from quickchange_server.engine.settings import EngineSettings
+from quickchange_server.engine.step_budget import is_out_of_memory
 from quickchange_server.errors import (
     Conflict,
     InvalidRequest,
@@ -174,13 +175,20 @@ class EngineClient:
         await self._on_engine(lambda: self._engine.residency.unpin(digest))
 
     async def activate(self, digest: str) -> bool:
-        """Bring a version to the device while steps run. Raises: NotFound."""
+        """Bring a version to the device while steps run. Raises: NotFound, Unavailable."""
 
         def activate() -> Future[bool]:
             self._loaded(digest)
             return self._engine.residency.activate(digest)
 
-        return await asyncio.wrap_future(await self._on_engine(activate))
+        coming = await self._on_engine(activate)
+        try:
+            return await asyncio.wrap_future(coming)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            message = f"the device has no memory for adapter {digest[:12]} now: try again"
+            raise Unavailable(message, code="adapter_memory") from error
 
     async def merge(self, digest: str) -> MergeResult:
         """Compute a merged copy on a thread of its own, where it holds up no load.

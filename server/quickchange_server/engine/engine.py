@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
-from itertools import islice
 from typing import TypeVar
 
 import torch
@@ -151,7 +150,7 @@ class Engine:
             step = self.scheduler.schedule()
             self._can_admit = bool(step.rows)
             self._give_up_unplaced(outputs)
-            self.residency.prefetch(islice(self.scheduler.waiting, NUM_LOOKED_AHEAD))
+            self.residency.prefetch(self.scheduler.waiting.upcoming(NUM_LOOKED_AHEAD))
             if step.rows:
                 self._run_groups(step, outputs)
         finally:
@@ -227,13 +226,21 @@ class Engine:
         """End whatever still waits for this thread: requests, calls, unloads."""
         self._is_stopping = True
         self._inbox.close()
-        outputs = [self._end(sequence, "abort") for sequence in self._live_sequences()]
+        outputs = [self._end_anyhow(sequence) for sequence in self._live_sequences()]
         self._refresh_snapshot()
         self._publish(outputs)
         stopped = EngineStopped("the engine has stopped")
         self.residency.stop(stopped)
         self._departures.stop(stopped)
         self._on_exit()
+
+    def _end_anyhow(self, sequence: Sequence) -> TokenOutput:
+        """End a request although what it holds may be in disorder: nobody may go on waiting."""
+        try:
+            return self._end(sequence, "abort")
+        except Exception:
+            log.exception("request %s was not given back in order", sequence.request_id)
+            return TokenOutput(sequence.request_id, (), "abort")
 
     def _handle_inbox(self) -> None:
         """Run all waiting calls; sleep here while there is nothing to compute."""
@@ -281,7 +288,7 @@ class Engine:
             return None
 
     def _give_up_unplaced(self, outputs: list[TokenOutput]) -> None:
-        for sequence, error in self._unplaced:
+        for sequence, error in dict(self._unplaced).items():
             code = "out_of_memory" if is_out_of_memory(error) else "load_failed"
             message = f"its adapter could not be brought to the device: {type(error).__name__}"
             outputs.append(self._end(sequence, "error", failure=RequestFailure(code, message)))

@@ -73,6 +73,10 @@ class Accounts(Generic[A]):
         """Return who is next of those that are ready."""
         return self._ready.least()
 
+    def next_served(self, number: int) -> list[A]:
+        """Return about who is next, and behind them, of those that are ready."""
+        return self._ready.first(number)
+
     def begin_waiting(self, account: A, step: int, *, is_new: bool) -> None:
         """Count one more that waits; a new one lifts an account that did not wait before."""
         if not account.num_waiting:

@@ -11,11 +11,13 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TypeVar
 
+from quickchange_server.errors import Unavailable
+
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class EngineStopped(RuntimeError):
+class EngineStopped(Unavailable):
     """The engine thread has ended and takes no more calls."""
 
 

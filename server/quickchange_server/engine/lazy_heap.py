@@ -42,6 +42,21 @@ class LazyHeap(Generic[T]):
                 return item
         return None
 
+    def first(self, number: int) -> list[T]:
+        """Return about the `number` least that belong, by the keys their entries have."""
+        found: list[T] = []
+        border = [(*self._entries[0][:2], 0)] if self._entries else []
+        for _ in range(2 * number):
+            if not border or len(found) >= number:
+                break
+            *_, place = heapq.heappop(border)
+            item = self._entries[place][2]
+            if self._belongs(item):
+                found.append(item)
+            for child in range(2 * place + 1, min(2 * place + 3, len(self._entries))):
+                heapq.heappush(border, (*self._entries[child][:2], child))
+        return found
+
     def pop(self) -> T:
         """Take out what is at the top."""
         item = heapq.heappop(self._entries)[2]

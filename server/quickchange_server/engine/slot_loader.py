@@ -26,6 +26,9 @@ from quickchange_adapters.pool import AdapterPool, Slot
 MAX_REFUSALS = 8
 """So many steps in which somebody else went without may a filled slot wait for its request."""
 MAX_PREFETCHES = 2
+MAX_ROUNDS = 512
+"""So many steps may a hint wait for what is being filled for others; then it is told that there is
+no room. Who wants to unload the version waits for that."""
 log = logging.getLogger(__name__)
 
 
@@ -48,6 +51,7 @@ class Activation:
     """Somebody who wants a version on the device for no request; resolves to whether it is."""
 
     adapter: HostAdapter
+    since_round: int = 0
     done: "Future[bool]" = field(default_factory=Future)
 
 
@@ -71,6 +75,7 @@ class SlotLoader:
         self.refresh: Callable[[], None] = lambda: None
         self._reservations: dict[str, Reservation] = {}
         self._failures: dict[str, Exception] = {}
+        self._unfillable: set[str] = set()
         self._activations: list[Activation] = []
         self._filling: set[str] = set()
         self._finished: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -105,8 +110,8 @@ class SlotLoader:
         False: nothing more can be filled ahead now.
         """
         missing = [adapter for adapter in adapters if self._pool.get(adapter.digest) is None]
-        if not missing:
-            return True
+        if not missing or any(adapter.digest in self._unfillable for adapter in missing):
+            return True  # what failed once is tried again when it is its request's turn
         if len(self._filling) >= MAX_PREFETCHES:
             return False
         slots = self._pool.reserve(*missing, evictable=self._unused)
@@ -119,7 +124,7 @@ class SlotLoader:
 
     def activate(self, adapter: HostAdapter) -> "Future[bool]":
         """Fill a version's slot for a hint; False: what is in use holds the room."""
-        activation = Activation(adapter)
+        activation = Activation(adapter, self._round)
         activation.done.set_running_or_notify_cancel()  # from here on nobody can cancel it
         self._activations.append(activation)
         self._go_on_activating()
@@ -134,6 +139,7 @@ class SlotLoader:
     def retire(self, digest: str, adapter: object, on_done: Callable[[], None]) -> None:
         """Give back the memory of an idle version's slot, and of `adapter`; then call `on_done`."""
         slot = self._pool.retire(digest)
+        self._unfillable.discard(digest)
         held = [adapter]
         del adapter
 
@@ -171,6 +177,8 @@ class SlotLoader:
     def stop(self, error: Exception) -> None:
         """End the other thread; nobody goes on waiting."""
         self._executor.shutdown(wait=False, cancel_futures=True)
+        while self._news:
+            self._news.pop()()
         for activation in self._activations:
             activation.done.set_exception(error)
         self._activations.clear()
@@ -214,8 +222,10 @@ class SlotLoader:
     def _end_fill(self, slot: Slot, error: Exception | None) -> None:
         self._filling.discard(slot.digest)
         if error is None:
+            self._unfillable.discard(slot.digest)
             self._pool.publish(slot)
             return
+        self._unfillable.add(slot.digest)
         log.error("adapter %s cannot be brought to the device", slot.digest[:12], exc_info=error)
         for owner, reservation in list(self._reservations.items()):
             if slot in reservation.slots:
@@ -234,10 +244,15 @@ class SlotLoader:
             adapter = activation.adapter
             if self._pool.get(adapter.digest) is not None:
                 self._news.append(partial(activation.done.set_result, True))
-            elif self._start(adapter) or self._filling or self._pool.is_cramped:
+            elif self._start(adapter) or self._may_wait(activation):
                 self._activations.append(activation)
             else:
                 self._news.append(partial(activation.done.set_result, False))
+
+    def _may_wait(self, activation: Activation) -> bool:
+        """Whether there may be room soon: what is being filled may be idle once it is there."""
+        is_coming = bool(self._filling) or self._pool.is_cramped
+        return is_coming and self._round - activation.since_round < MAX_ROUNDS
 
     def _start(self, adapter: HostAdapter) -> bool:
         """Begin to fill a version's slot unless that was begun; False: there is no room now."""

@@ -132,3 +132,15 @@ def test_a_step_costs_about_the_same_with_thousands_waiting() -> None:
 def test_a_step_costs_about_the_same_with_thousands_of_tenants_waiting() -> None:
     few, many = (calls_of_a_step(n, num_tenants=n, num_slots=n) for n in (20, 2000))
     assert many < 3 * few
+
+
+def test_what_is_upcoming_is_of_every_tenant_and_adapter_whoever_came_first() -> None:
+    flood = [sequence_of(1, (f"f{index % 3}",), tenant="flood") for index in range(30)]
+    quiet = [sequence_of(1, (name,), tenant="quiet") for name in "ab"]
+    queue = queue_of(*flood, *quiet)
+    assert {*queue.upcoming(4)} == {*flood[:2], *quiet}
+    assert {*queue.upcoming(16)} == {*flood[:3], *quiet}
+    assert queue_of().upcoming(16) == []
+    for sequence in (*flood, *quiet):
+        assert queue.next() in queue.upcoming(2)
+        queue.remove(sequence)

@@ -4,6 +4,7 @@ import asyncio
 import random
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from quickchange_adapters.weights import AdapterWeights
 from quickchange_server.engine.client import EngineClient
 from quickchange_server.engine.engine import Engine
 from quickchange_server.engine.request import AdapterRef, GenerationRequest
+from quickchange_server.errors import Unavailable
 
 from tests.conftest import MakeAdapter
 from tests.server.engine.conftest import Answer, collect, peft_weights
@@ -169,3 +171,38 @@ async def test_a_waiting_request_s_adapter_is_brought_to_the_device_before_its_t
         first.cancel()
         answer: Answer = await second
         assert answer.finish_reason == "length"
+
+
+async def test_a_hint_for_which_the_device_has_no_memory_is_told_to_try_again(
+    tiny_base: Path, make_adapter: MakeAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(pool: AdapterPool, slot: Slot, adapter: HostAdapter) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    async with started(tiny_base) as engine:
+        await engine.load_adapter(peft_weights(make_adapter(), "large"))
+        monkeypatch.setattr(AdapterPool, "fill", fail)
+        with pytest.raises(Unavailable) as refused:
+            await engine.activate("large")
+        assert refused.value.code == "adapter_memory"
+        monkeypatch.undo()
+        assert await engine.activate("large")
+
+
+def test_an_engine_that_dies_in_disorder_still_answers_everybody(tiny_base: Path) -> None:
+    engine, _, outputs = faulty_engine(tiny_base)
+    ended = threading.Event()
+    engine._on_exit = ended.set
+    submit(engine, GenerationRequest("r", PROMPT, max_tokens=4))
+    engine.scheduler.remove = engine.scheduler.schedule = broken  # type: ignore[method-assign]
+    with pytest.raises(KeyError):
+        engine._run()
+    assert [(each.request_id, each.finish_reason) for each in outputs] == [("r", "abort")]
+    assert ended.is_set()
+    assert not engine.snapshot.is_alive
+    with pytest.raises(Unavailable, match="the engine has stopped"):
+        engine.call(lambda: None).result(0)
+
+
+def broken(*args: object, **kwargs: object) -> Any:
+    raise KeyError("a mistake of ours")

@@ -1,5 +1,6 @@
 """Slots are filled while others run: kept for who waits, all or none, nobody waits for ever."""
 
+import itertools
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from functools import cache
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from quickchange_adapters.host_adapter import HostAdapter
 from quickchange_adapters.pool import AdapterPool, Evictable, Slot
-from quickchange_server.engine.slot_loader import MAX_REFUSALS, SlotLoader
+from quickchange_server.engine.slot_loader import MAX_REFUSALS, MAX_ROUNDS, SlotLoader
 
 from tests.adapters.test_pool import adapter_of, assert_rows_equal, only, pool_of
 
@@ -253,6 +254,48 @@ def test_a_hint_waits_for_what_is_being_filled_but_not_for_what_runs() -> None:
     third = scene.loader.activate(adapter_of("c", 8))
     scene.finish()
     assert third.result(0) is False
+
+
+def test_a_hint_does_not_wait_for_ever_while_others_fill_in_turn() -> None:
+    """A deletion of the same version would wait as long."""
+    scene = Scene(16)
+    scene.users = dict.fromkeys("abcd", 1)
+    names = itertools.cycle("abcd")
+    for owner in ("r0", "r1"):
+        assert scene.loader.take(owner, [adapter_of(next(names), 8)]) is None
+    hinted = scene.loader.activate(adapter_of("hinted", 8))
+    for index in range(MAX_ROUNDS - 1):
+        scene.other_thread.run(1)
+        scene.loader.publish()
+        assert not hinted.done()
+        owner = f"r{index % 2}"
+        scene.loader.leave(owner)
+        assert scene.loader.take(owner, [adapter_of(next(names), 8)]) is None
+    scene.other_thread.run(1)
+    scene.loader.publish()
+    assert hinted.result(0) is False
+    assert not scene.loader.is_busy("hinted")
+
+
+def test_what_cannot_be_filled_is_not_prefetched_again_and_again() -> None:
+    scene = Scene(32, broken_pool(32))
+    for _ in range(3):
+        assert scene.loader.prefetch([adapter_of("bad", 8)])
+        num_jobs = len(scene.other_thread.jobs)
+        scene.finish()
+    assert num_jobs == 0
+    assert scene.loader.take("r", [adapter_of("bad", 8)]) is None  # in its turn it is tried
+    assert len(scene.other_thread.jobs) == 1
+
+
+def test_a_stop_answers_hints_whatever_was_not_told_yet() -> None:
+    scene = Scene(16)
+    scene.idle("there")
+    there, coming = (scene.loader.activate(adapter_of(name, 8)) for name in ("there", "coming"))
+    scene.loader.stop(RuntimeError("stopped"))
+    assert there.result(0) is True
+    with pytest.raises(RuntimeError, match="stopped"):
+        coming.result(0)
 
 
 def test_rows_that_are_being_filled_or_emptied_are_not_moved_and_not_given_to_anybody() -> None:
