@@ -77,6 +77,7 @@ class StepCosts:
         self._targets = np.zeros(5)
         self._coefficients: NDArray[np.float64] = np.zeros(5)
         self._is_fitted = False
+        self._typical_s = 0.0
         self._num_unfitted = 0
         self._num_seen = [0, 0]
 
@@ -95,6 +96,7 @@ class StepCosts:
         """Learn from one finished step."""
         if seconds <= 0:
             return
+        self._typical_s = FADE * (self._typical_s or seconds) + (1 - FADE) * seconds
         relative = load.features() / seconds
         self._products = FADE * self._products + np.outer(relative, relative)
         self._targets = FADE * self._targets + relative
@@ -114,7 +116,7 @@ class StepCosts:
     def _fit(self) -> None:
         """Solve for coefficients that are not negative: those that would be are held at zero."""
         self._num_unfitted, self._is_fitted = 0, True
-        inertia = INERTIA / max(float(self._coefficients[0]), 1e-5) ** 2
+        inertia = INERTIA / self._typical_s**2
         products = self._products + inertia * np.eye(5)
         targets = self._targets + inertia * self._coefficients
         free = np.arange(5)

@@ -89,3 +89,15 @@ def test_no_cost_is_negative() -> None:
         load = random_load(rng)
         costs.observe(load, 0.01 * rng.uniform(0.2, 5))
     assert min(costs.coefficients.values()) >= 0
+
+
+def test_a_fixed_part_that_once_looked_like_nothing_is_found_again() -> None:
+    costs, rng = StepCosts(), random.Random(5)
+    for _ in range(300):  # steps that seem to cost by the token alone
+        load = random_load(rng)
+        costs.observe(load, seconds_of(load) - MACHINE["fixed"])
+    assert costs.coefficients["fixed"] < 1e-3
+    for _ in range(3000):
+        load = random_load(rng)
+        costs.observe(load, seconds_of(load))
+    assert costs.coefficients["fixed"] == pytest.approx(MACHINE["fixed"], rel=0.2)
