@@ -34,6 +34,31 @@ def debian_package(name: str, binary: str, ops: Path = OPS) -> Path:
     return folder / "usr/bin"
 
 
+def python_beside(name: str, package: str, ops: Path = OPS) -> Path:
+    """Return the Python of an environment that has what this one has, and `package`.
+
+    What is here is not fetched again, and the pins of constraints.txt hold there too.
+
+    Raises: NotHere.
+    """
+    folder = ops / name
+    python = folder / "bin" / "python"
+    if (folder / "complete").exists():
+        return python
+    shutil.rmtree(folder, ignore_errors=True)
+    ours = next(path for path in sys.path if path.endswith("site-packages"))
+    installing = [str(python), "-m", "pip", "install", "-q", "-c", str(ROOT / "constraints.txt")]
+    trouble = _run([sys.executable, "-m", "venv", str(folder)], ROOT)
+    if not trouble:
+        theirs = next(folder.glob("lib/python*/site-packages"))
+        (theirs / "beside.pth").write_text(f"import site; site.addsitedir({ours!r})\n")
+        trouble = _run([*installing, package], ROOT)
+    if trouble:
+        raise NotHere(f"pip install {package}: {trouble}")
+    (folder / "complete").touch()
+    return python
+
+
 def _unpack(name: str, folder: Path, packages: Path) -> None:
     for tool in ("apt-get", "dpkg"):
         if shutil.which(tool) is None:

@@ -23,7 +23,7 @@ router = APIRouter(tags=["operations"], route_class=ScopedRoute)
 @probes.get("/livez")
 async def livez(services: Services) -> Json:
     """Say whether event loop and engine go on; 503 when the engine died or hangs."""
-    _check_engine(services)
+    check_engine(services)
     return {"status": "alive"}
 
 
@@ -37,11 +37,12 @@ async def readyz(request: Request, services: Services) -> Json:
         raise Unavailable("the server is shutting down", code="draining")
     if not request.app.state.is_ready:
         raise Unavailable("the server is starting or stopping", code="not_ready")
-    _check_engine(services)
+    check_engine(services)
     return {"status": "ready"}
 
 
-def _check_engine(services: AppServices) -> None:
+def check_engine(services: AppServices) -> None:
+    """Say nothing while the engine goes on. Raises: Unavailable when it died or hangs."""
     state = services.engine.snapshot()
     if not state.is_alive:
         raise Unavailable("the engine does not run", code="engine_dead")
