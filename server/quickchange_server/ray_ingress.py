@@ -11,7 +11,6 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
 from fastapi import FastAPI
-from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import Message, Receive, Scope, Send
 
@@ -143,9 +142,9 @@ def _client(request: Request) -> tuple[str, int] | None:
 
 
 def _is_upload(scope: Scope) -> bool:
-    return scope["method"] == "POST" and scope["path"].endswith(UPLOAD_PATH)
+    return bool(scope["method"] == "POST" and scope["path"].endswith(UPLOAD_PATH))
 
 
 def _is_events(start: Message) -> bool:
-    headers = Headers(raw=start["headers"])
-    return headers.get("content-type", "").startswith("text/event-stream") is True
+    headers: dict[bytes, bytes] = dict(start["headers"])
+    return headers.get(b"content-type", b"").startswith(b"text/event-stream")
