@@ -9,7 +9,9 @@ from pathlib import Path
 
 import httpx
 import pytest
+from quickchange_server.api.drain_guard import DrainGuard
 from quickchange_server.drain import Drain
+from starlette.types import Message, Receive, Scope, Send
 
 from tests.server.server_process import Server
 
@@ -33,6 +35,23 @@ async def test_it_lasts_as_long_as_the_delay_and_no_longer_than_the_timeout() ->
     with drain.accepted():
         assert await drain.finish(0.0, 0.1) == 1
         assert await drain.finish(60, 60, is_hurried=lambda: True) == 1
+
+
+async def test_whoever_reads_is_waited_for_too() -> None:
+    drain = Drain()
+    running = []
+
+    async def download(scope: Scope, receive: Receive, send: Send) -> None:
+        running.append(drain.num_running)
+
+    async def receive() -> Message:
+        raise AssertionError
+
+    async def send(_: Message) -> None:
+        raise AssertionError
+
+    await DrainGuard(download, drain)({"type": "http", "method": "GET"}, receive, send)
+    assert (running, drain.num_running) == ([1], 0)
 
 
 @pytest.fixture
@@ -69,11 +88,14 @@ def test_a_drain_loses_nothing_and_says_no_to_new_work(server: Server) -> None:
         server.process.send_signal(signal.SIGTERM)
         while (ready := kept_alive.get("/readyz")).status_code == 200:
             time.sleep(0.01)
-        assert ready.status_code == 503
+        assert (ready.status_code, ready.headers["connection"]) == (503, "close")
         refused = kept_alive.post("/v1/completions", json={**LONG, "max_tokens": 1})
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
         assert refused.headers["retry-after"] == "1"
         assert refused.headers["connection"] == "close"
+        for _ in range(3):  # a caller who still sends gets the answer, not a broken connection
+            refused = httpx.post(f"{server.url}/v1/adapters", content=bytes(8_000_000))
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
         assert httpx.get(f"{server.url}/livez").status_code == 200  # a new connection, too
         assert httpx.get(f"{server.url}/v1/models").status_code == 200
     for thread in threads:
