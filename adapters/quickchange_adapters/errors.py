@@ -216,6 +216,7 @@ class MergeBudgetExceeded(AdapterError):
     def __init__(self, needed_bytes: int, used_bytes: int, ceiling_bytes: int) -> None:
         super().__init__(
             f"a merged copy needs {needed_bytes} bytes; {used_bytes} of {ceiling_bytes} are in use"
+            ": unmerge another, or raise --merged-bytes"
         )
         self.needed_bytes = needed_bytes
         self.used_bytes = used_bytes

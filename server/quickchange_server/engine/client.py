@@ -78,6 +78,7 @@ class EngineClient:
         )
         self._loader = ThreadPoolExecutor(1, "quickchange-loader", _use_one_thread)
         self._merger = ThreadPoolExecutor(1, "quickchange-merger", _use_one_thread)
+        self._host_bytes: dict[str, int] = {}  # of each version that was ever loaded
         self._queues: dict[str, asyncio.Queue[TokenOutput]] = {}
         self._outputs = OutputLine(self._deliver)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -138,6 +139,7 @@ class EngineClient:
             return
         adapter = await self._in_loader(lambda: self._pack(weights))
         self._check_fits(adapter)
+        self._host_bytes[adapter.digest] = adapter.num_bytes
         try:
             coming = await self._on_engine(lambda: self._engine.residency.add_host(adapter))
             await asyncio.wrap_future(coming)
@@ -285,6 +287,15 @@ class EngineClient:
             raise InvalidRequest(
                 f"the {len(digests)} adapters of this mix do not fit together into the device "
                 f"pool of {pool.num_rows} rank rows: use fewer, or raise --adapter-device-bytes",
+                code="mix_too_large",
+                param="adapters",
+            )
+        needed = sum(self._host_bytes.get(digest, 0) for digest in digests)
+        if needed > self._settings.adapter_host_bytes:
+            raise InvalidRequest(
+                f"the {len(digests)} adapters of this mix need {needed} bytes of host memory "
+                f"together, of {self._settings.adapter_host_bytes}: use fewer, or raise "
+                "--adapter-host-bytes",
                 code="mix_too_large",
                 param="adapters",
             )
