@@ -22,7 +22,11 @@ from quickchange_server.config import OPTIONS, ServerConfig
 State = Literal["ok", "note", "problem"]
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "fastapi", "uvicorn", "pydantic")
 LEAST_FREE_BYTES = 1 << 30
-CREDENTIALS = re.compile(r"//[^/@]*@")
+CREDENTIALS = re.compile(r"//\S*@")
+"""Greedy, for passwords may hold slashes and at signs."""
+HALF_CREDENTIALS = re.compile(r"[^\s'\"/*]+@")
+"""What a driver shows of an address that it took apart in the wrong place."""
+SECRET_FIELDS = re.compile(r"(?i)([?&;]\w*(?:password|passwd|secret|token|key)\w*=)[^&;\s]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +58,7 @@ def examine(config: ServerConfig) -> list[Finding]:
             found += check(config)
         except Exception as error:  # one blind spot must not hide the rest
             reason = _masked(f"{type(error).__name__}: {error}".splitlines()[0])
+            reason = HALF_CREDENTIALS.sub("***@", reason)
             found.append(Finding(what, "problem", reason))
     return found
 
@@ -244,8 +249,8 @@ def _settings(config: ServerConfig) -> Iterator[Finding]:
 
 
 def _masked(text: str) -> str:
-    """Return a text without the name and password in any URL."""
-    return CREDENTIALS.sub("//***@", text)
+    """Return a text without the name and password in any URL, before its host or in its query."""
+    return SECRET_FIELDS.sub(r"\1***", CREDENTIALS.sub("//***@", text))
 
 
 def run(config: ServerConfig, *, is_json: bool) -> bool:

@@ -61,10 +61,9 @@ def set_up_logging(level: str, format: str, stream: TextIO | None = None) -> log
 
 def log_request(record: RequestRecord) -> None:
     """Write a request's line: at `info`, or at `warning` where the server failed."""
-    is_failure = record.status >= 500
-    if record.route in QUIET_ROUTES and not is_failure:
+    if record.route in QUIET_ROUTES and not record.is_failure:
         return
-    level = logging.WARNING if is_failure else logging.INFO
+    level = logging.WARNING if record.is_failure else logging.INFO
     log.log(
         level,
         "%s %s %d",

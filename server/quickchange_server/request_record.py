@@ -47,5 +47,11 @@ class RequestRecord:
     arrived_at: float = field(default_factory=time.time)
     generation: GenerationRecord | None = None
 
+    @property
+    def is_failure(self) -> bool:
+        """Whether the server failed: by status, or in a stream whose status was already sent."""
+        is_broken_off = self.generation is not None and self.generation.outcome == "error"
+        return self.status >= 500 or is_broken_off
+
 
 RequestObserver = Callable[[RequestRecord], None]

@@ -14,6 +14,7 @@ from quickchange_server.request_log import QUIET_ROUTES, stage_seconds
 from quickchange_server.request_record import GenerationRecord, RequestRecord
 
 NANO = 1_000_000_000
+MAX_PARENT_CHARS = 128
 STAGES = ("queue", "prefill", "decode")
 
 
@@ -34,7 +35,8 @@ class RequestTracer:
         if record.route in QUIET_ROUTES:
             return
         trace = self._trace
-        parent = self._propagator.extract({"traceparent": record.traceparent})
+        is_sane = len(record.traceparent) <= MAX_PARENT_CHARS  # others are warned of, each time
+        parent = self._propagator.extract({"traceparent": record.traceparent} if is_sane else {})
         span = self._tracer.start_span(
             _name(record),
             context=parent,
@@ -42,7 +44,7 @@ class RequestTracer:
             start_time=_nanoseconds(record.arrived_at),
             attributes=dict(_attributes(record)),
         )
-        if record.status >= 500:
+        if record.is_failure:
             span.set_status(trace.Status(trace.StatusCode.ERROR, record.error_code))
         if record.generation is not None:
             self._add_stages(record, record.generation, trace.set_span_in_context(span))

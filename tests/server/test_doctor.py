@@ -61,3 +61,19 @@ def test_the_command(tmp_path: Path, tiny_base: Path, is_sound: bool) -> None:
     states = {each["what"]: each["state"] for each in json.loads(done.stdout)["findings"]}
     assert states["quickchange"] == "ok"
     assert done.returncode == (0 if is_sound else 1), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://ada:se/cret@127.0.0.1:1/none",
+        "postgresql://ada:a@secret@127.0.0.1:1/none",
+        "postgresql://127.0.0.1:1/none?user=ada&password=secret&connect_timeout=1",
+    ],
+)
+def test_no_form_of_a_password_is_shown(tmp_path: Path, tiny_base: Path, url: str) -> None:
+    flags = {"model": str(tiny_base), "store": str(tmp_path), "port": "0", "catalog": url}
+    text = render(examine(load_config(flags)))
+    assert "cret" not in text
+    assert "--catalog postgresql://" in text
+    assert "***" in text

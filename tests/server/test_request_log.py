@@ -1,5 +1,6 @@
 """One line for each request, without anybody's words; and the same as spans."""
 
+import contextlib
 import io
 import json
 import logging
@@ -18,6 +19,7 @@ from quickchange_server.request_record import RequestRecord
 from quickchange_server.tracing import RequestTracer
 
 from tests.server.conftest import DIGEST_A, serve_in_process
+from tests.server.scripted_engine import ScriptedEngine
 
 SECRET = "the word nobody may read"
 TRACE = "0af7651916cd43dd8448eb211c80319c"
@@ -106,6 +108,65 @@ async def test_a_refusal_has_its_code_and_no_line_break(
         "POST /v1/completions 404",
     )
     assert missing["message"] == "GET /v1/??[31mforged 404"
+
+
+async def test_every_refusal_has_its_code(
+    observed: AppServices, records: list[RequestRecord]
+) -> None:
+    app = create_app(observed)
+    async for caller in serve_in_process(app):
+        body = {"model": "ada", "prompt": 3}
+        await caller.post("/v1/completions", json=body)
+        await caller.post("/v1/completions", content=b"x=1", headers={"content-type": "text/plain"})
+        await caller.get("/v1/models", headers={"host": "evil.example"})
+        app.state.drain.begin()
+        await caller.post("/generate", json={"inputs": "x"})
+    assert [(record.status, record.error_code) for record in records] == [
+        (400, "invalid_request"),
+        (415, "unsupported_media_type"),
+        (403, "foreign_host"),
+        (503, "draining"),
+    ]
+
+
+async def test_a_stream_that_breaks_off_is_a_failure_in_log_and_traces(
+    caller: httpx.AsyncClient,
+    scripted_engine: ScriptedEngine,
+    log_text: io.StringIO,
+    spans: InMemorySpanExporter,
+) -> None:
+    scripted_engine.fail_after = 1
+    body = {"model": "ada", "prompt": SECRET, "max_tokens": 3, "stream": True}
+    answer = await caller.post("/v1/completions", json=body)
+    assert (answer.status_code, "[DONE]" in answer.text) == (200, False)
+    (line,) = lines(log_text)
+    assert (line["level"], line["outcome"]) == ("warning", "error")
+    assert line["error"] == "not_finite"
+    whole = spans.get_finished_spans()[-1]
+    assert not whole.status.is_ok
+    assert dict(whole.attributes or {})["error.type"] == "not_finite"
+
+
+async def test_a_mistake_of_ours_has_a_code(
+    caller: httpx.AsyncClient, observed: AppServices, log_text: io.StringIO
+) -> None:
+    def fail() -> None:
+        raise RuntimeError("no")
+
+    object.__setattr__(observed.engine, "snapshot", fail)
+    with contextlib.suppress(RuntimeError):  # what calls in this process may see it
+        await caller.get("/readyz")
+    assert [(line["level"], line["error"]) for line in lines(log_text)] == [
+        ("warning", "internal_error")
+    ]
+
+
+async def test_a_parent_that_is_too_long_is_left_without_a_word(
+    caller: httpx.AsyncClient, log_text: io.StringIO, spans: InMemorySpanExporter
+) -> None:
+    await caller.get("/v1/models", headers={"traceparent": "0" * 5000})
+    assert len(lines(log_text)) == 1
+    assert spans.get_finished_spans()[-1].parent is None
 
 
 def test_text_lines_quote_what_could_be_mistaken() -> None:

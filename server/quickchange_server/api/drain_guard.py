@@ -6,7 +6,7 @@ from contextlib import suppress
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from quickchange_server.api.error_handlers import error_response
+from quickchange_server.api.error_handlers import refusal_of
 from quickchange_server.drain import Drain
 from quickchange_server.errors import Unavailable
 
@@ -56,7 +56,7 @@ class DrainGuard:
                 message = {"type": "http.response.body", "body": b""}
             await send(message)
 
-        await error_response(error, scope["path"])(scope, receive, send_and_linger)
+        await refusal_of(error, scope)(scope, receive, send_and_linger)
 
 
 async def _drop_body(receive: Receive) -> None:

@@ -11,6 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.routing import Match
+from starlette.types import Scope
 
 from quickchange_server.api.error_shapes import shape_of
 from quickchange_server.errors import (
@@ -82,14 +83,25 @@ def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(Exception, _on_mistake)
 
 
+def refusal_of(
+    error: QuickchangeError, scope: Scope, headers: Mapping[str, str] | None = None
+) -> Response:
+    """Return an error's answer to a request, and note its code in the request's record."""
+    note_error(error, scope)
+    return error_response(error, scope["path"], headers)
+
+
+def note_error(error: QuickchangeError, scope: Scope) -> None:
+    """Note an error's code in the request's record, for the log and for traces."""
+    record: RequestRecord | None = scope.get("state", {}).get("record")
+    if record is not None:
+        record.error_code = error.code
+
+
 def _answer(
     error: QuickchangeError, request: Request, headers: Mapping[str, str] | None = None
 ) -> Response:
-    """Return an error's answer, and note its code in the request's record."""
-    record: RequestRecord | None = getattr(request.state, "record", None)
-    if record is not None:
-        record.error_code = error.code
-    return error_response(error, _path(request), headers)
+    return refusal_of(error, request.scope, headers)
 
 
 async def _on_known(request: Request, error: Exception) -> Response:
@@ -167,14 +179,14 @@ async def _on_invalid(request: Request, error: Exception) -> Response:
     problems = error.errors()
     is_unread = any(p["loc"] == ("body",) and p["type"] != "missing" for p in problems)
     if is_unread and "json" not in content_type:
-        return error_response(
+        return _answer(
             UnsupportedMediaType(
                 f"the content type {content_type[:80]!r} is not read here; "
                 "send Content-Type: application/json"
             ),
-            _path(request),
+            request,
         )
-    return error_response(invalid_request(problems), _path(request))
+    return _answer(invalid_request(problems), request)
 
 
 def invalid_request(problems: Sequence[Mapping[str, Any]]) -> InvalidRequest:

@@ -13,7 +13,7 @@ from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from quickchange_server.api.auth import OPEN_PATHS, authenticate, check_loopback
-from quickchange_server.api.error_handlers import error_response
+from quickchange_server.api.error_handlers import internal_error, note_error, refusal_of
 from quickchange_server.errors import QuickchangeError
 from quickchange_server.keyring import Keyring
 from quickchange_server.metrics import ServerMetrics
@@ -60,6 +60,9 @@ class RequestContext:
 
         try:
             return await self._app(scope, receive, send_with_id)
+        except Exception:
+            note_error(internal_error(), scope)  # it is answered further out, when this is told
+            raise
         finally:
             principal = state.get("principal")
             record.tenant = principal.tenant if principal is not None else ""
@@ -127,7 +130,7 @@ class LoopbackGuard:
                 needs_host = not _is_old_probe(scope)
                 check_loopback(Headers(scope=scope), self._cors_origins, needs_host=needs_host)
             except QuickchangeError as error:
-                return await error_response(error, scope["path"])(scope, receive, send)
+                return await refusal_of(error, scope)(scope, receive, send)
         return await self._app(scope, receive, send)
 
 
@@ -149,7 +152,7 @@ class KeyGuard:
             try:
                 principal = authenticate(Headers(scope=scope), self._keyring)
             except QuickchangeError as error:
-                return await error_response(error, scope["path"])(scope, receive, send)
+                return await refusal_of(error, scope)(scope, receive, send)
             scope.setdefault("state", {})["principal"] = principal
         return await self._app(scope, receive, send)
 

@@ -11,7 +11,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from quickchange_server.api.answer_format import AnswerFormat
-from quickchange_server.api.error_handlers import as_quickchange_error
+from quickchange_server.api.error_handlers import as_quickchange_error, note_error
 from quickchange_server.api.error_shapes import error_body
 from quickchange_server.api.generation_session import GenerationSession
 from quickchange_server.errors import QuickchangeError
@@ -73,7 +73,7 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the stream until it ends or the client leaves."""
         tasks = (
-            asyncio.create_task(self._send_all(send)),
+            asyncio.create_task(self._send_all(scope, send)),
             asyncio.create_task(wait_for_disconnect(receive)),
         )
         try:
@@ -84,7 +84,7 @@ class EventStream(Response):
             await self._session.close()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _send_all(self, send: Send) -> None:
+    async def _send_all(self, scope: Scope, send: Send) -> None:
         await send(
             {"type": "http.response.start", "status": 200, "headers": list(self.raw_headers)}
         )
@@ -93,7 +93,9 @@ class EventStream(Response):
         except OSError:
             return
         except Exception as error:
-            await _send_bytes(send, event(self._shape.failure(_told(error))))
+            told = _told(error)
+            note_error(told, scope)
+            await _send_bytes(send, event(self._shape.failure(told)))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _send_answer(self, send: Send) -> None:
