@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from quickchange_server.config import OPTIONS, load_config, unknown_variables
+from quickchange_server.early_signal import end_at_sigterm
 from quickchange_server.errors import CannotStart, ConfigInvalid, QuickchangeError
 from quickchange_server.export_command import export
 from quickchange_server.fsck_command import fsck
@@ -52,6 +53,7 @@ def serve(**flags: Any) -> None:
 
     QUICKCHANGE_MAX_QUEUE=64 quickchange serve --config serve.toml
     """
+    end_at_sigterm()
     with _exit_on_error():
         meant, notes = translate(_with_bare_modules(flags))
         config = load_config(meant)

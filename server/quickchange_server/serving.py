@@ -248,7 +248,8 @@ async def _serve(
     async with app.router.lifespan_context(app):
         await add_static_adapters(services.adapters, config.static_adapters)
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, _note_signal)  # uvicorn raises them again when it is done
+            # Also what comes before uvicorn listens to them, and what it raises again at its end.
+            signal.signal(number, server.handle_exit)
         announcement = asyncio.create_task(
             _announce(server, listeners, config, not services.keyring.is_open)
         )
@@ -289,10 +290,6 @@ def _leave() -> None:
     _say("left calls to a store or catalog that did not answer")
     sys.stdout.flush()
     os._exit(0)
-
-
-def _note_signal(number: int, _frame: object) -> None:
-    """Take a signal that was already obeyed."""
 
 
 async def _announce(

@@ -6,11 +6,16 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
+from fastapi import FastAPI
+from quickchange_server import serving
 from quickchange_server.api.drain_guard import DrainGuard
+from quickchange_server.config import load_config
 from quickchange_server.drain import Drain
+from quickchange_server.listeners import ApiServer, DrainTimes, bind
 from starlette.types import Message, Receive, Scope, Send
 
 from tests.server.server_process import Server
@@ -116,3 +121,43 @@ def test_what_does_not_finish_in_time_is_cut_off_and_the_exit_is_clean(server: S
             list(lines)
     assert server.process.wait(60) == 0
     assert "1 requests did not finish" in server.log.read_text()
+
+
+def test_a_signal_while_it_starts_ends_it_at_once(tmp_path: Path, tiny_base: Path) -> None:
+    server = Server(["--model", str(tiny_base)], tmp_path)
+    try:
+        while not handles_sigterm(server.process.pid):
+            assert server.process.poll() is None, server.log.read_text()
+            time.sleep(0.02)
+        assert server.stop() == 0
+        assert "stopped before it was ready" in server.log.read_text()
+    finally:
+        server.process.kill()
+        server.process.wait()
+
+
+def handles_sigterm(pid: int) -> bool:
+    """Whether a process has a handler of its own, as the first of a container needs."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    caught = next(line.split()[1] for line in lines if line.startswith("SigCgt"))
+    return bool(int(caught, 16) >> (signal.SIGTERM - 1) & 1)
+
+
+async def test_a_signal_just_before_it_listens_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def signalled(app: FastAPI) -> FastAPI:
+        """Stand for the moment between the end of loading and uvicorn's own handlers."""
+        signal.raise_signal(signal.SIGTERM)
+        return app
+
+    monkeypatch.setattr(serving, "create_admin_app", signalled)
+    app = FastAPI()
+    app.state.services = SimpleNamespace(adapters=None, keyring=SimpleNamespace(is_open=True))
+    server = ApiServer(app, Drain(), DrainTimes(0.0, 60.0))
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        with bind("127.0.0.1", 0) as listener:
+            serve = serving._serve(app, server, (listener, None), load_config({}))
+            await asyncio.wait_for(serve, 20)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -34,13 +34,15 @@ class Settings:
     ) -> "Settings":
         """Take what is given, then the environment, then the default.
 
-        Raises: ArgumentInvalid if the address is not an http(s) one.
+        Raises: ArgumentInvalid if the address is not an http(s) one, or the key can be none.
         """
         variables = os.environ if environ is None else environ
         address = url or variables.get(URL_VARIABLE) or DEFAULT_URL
         return cls(
             url=_clean_url(address),
-            api_key=api_key or variables.get(API_KEY_VARIABLE) or None,
+            api_key=_clean_secret(
+                api_key or variables.get(API_KEY_VARIABLE), f"the API key ({API_KEY_VARIABLE})"
+            ),
         )
 
 
@@ -61,11 +63,24 @@ class HubSettings:
         url = (variables.get(HUB_VARIABLE) or DEFAULT_HUB).strip().rstrip("/")
         if not _is_http(url):
             raise ArgumentInvalid(f"{HUB_VARIABLE} is {url!r}; give an address like {DEFAULT_HUB}")
-        return cls(url, variables.get(HUB_TOKEN_VARIABLE) or None)
+        return cls(url, _clean_secret(variables.get(HUB_TOKEN_VARIABLE), HUB_TOKEN_VARIABLE))
+
+
+def _clean_secret(text: str | None, what: str) -> str | None:
+    """Return a key as it can stand in a header. Raises: ArgumentInvalid, without repeating it."""
+    text = (text or "").strip()
+    if not (text.isascii() and text.isprintable()):
+        raise ArgumentInvalid(
+            f"{what} holds characters that no key has; copy it again, on one line and unquoted"
+        )
+    return text or None
 
 
 def _is_http(url: str) -> bool:
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return False
     return parts.scheme in ("http", "https") and bool(parts.netloc)
 
 
