@@ -1,4 +1,4 @@
-"""The Ray application on a real local Ray: two engines, one of which is killed."""
+"""The Ray application on a real local Ray: two engines, one of which is killed; and autoscaling."""
 
 import json
 import time
@@ -163,3 +163,20 @@ def test_a_killed_replica_loses_only_its_own_streams_and_comes_back(pair: RaySit
     with httpx.Client(base_url=pair.url, timeout=60) as client:
         wait_for(lambda: pair.replicas(client, 20) == set(pair.engines()))
     assert ask(pair, "ada", LONG).json()["choices"][0]["text"] == expected["ada"]
+
+
+def test_load_adds_an_engine(python: Path, base: Path, tmp_path: Path) -> None:
+    layout = ["min_replicas=1", "max_replicas=2", "target_ongoing_requests=1", "upscale_delay_s=1"]
+    with ray_site(python, [*arguments(base, tmp_path), *layout], tmp_path) as site:
+        assert len(site.engines()) == 1
+        end_s = time.monotonic() + SEEN_S
+
+        def load() -> None:
+            while len(site.engines()) < 2 and time.monotonic() < end_s:
+                assert ask(site, "tiny", 500).status_code == 200
+
+        with ThreadPoolExecutor(4) as clients:
+            for each in [clients.submit(load) for _ in range(4)]:
+                each.result()
+        with httpx.Client(base_url=site.url, timeout=60) as client:
+            wait_for(lambda: len(site.replicas(client, 20)) == 2)
