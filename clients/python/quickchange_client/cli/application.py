@@ -8,6 +8,7 @@ import typer
 from quickchange_client.cli import (
     action_commands,
     adapter_commands,
+    bench_command,
     compare_command,
     folder_commands,
     generate_command,
@@ -53,6 +54,7 @@ app.command("unmerge", rich_help_panel=ADAPTERS)(action_commands.unmerge)
 app.command("disable", rich_help_panel=ADAPTERS)(action_commands.disable)
 app.command("enable", rich_help_panel=ADAPTERS)(action_commands.enable)
 app.command("memory", rich_help_panel=SERVER)(memory_command.memory)
+app.command("bench", rich_help_panel=SERVER)(bench_command.bench)
 app.add_typer(key_commands.app, rich_help_panel=SERVER)
 add_plugins(app, rich_help_panel=SERVER)
 
