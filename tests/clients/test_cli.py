@@ -21,8 +21,9 @@ SAID = "".join(WORDS)
 COMMANDS = sorted(str(command.name) for command in app.registered_commands)
 HEADINGS = ["NAME", "ALIASES", "VERSIONS", "TIER", "RANK", "BYTES", "LAST USED", "REQUESTS"]
 OWN = sorted(
-    ("alias", "compare", "disable", "enable", "generate", "list", "load", "memory", "merge", "pin")
-    + ("prune", "pull", "push", "rm", "rollback", "show", "unload", "unmerge", "unpin", "validate")
+    ("alias", "bench", "compare", "disable", "enable", "generate", "list", "load", "memory")
+    + ("merge", "pin", "prune", "pull", "push", "rm", "rollback", "show", "unload", "unmerge")
+    + ("unpin", "validate")
 )
 
 
