@@ -36,4 +36,4 @@ def test_a_small_run_measures_both(tiny_base: Path, tmp_path: Path) -> None:
     assert "beside the flood" in done.stdout
     (result,) = json.loads(results.read_text())["results"]
     assert len(result["alone_s"]) == len(result["beside_s"]) == 3
-    assert result["step_s"] > 0
+    assert result["step_s"] >= 0  # so short a run may have no step of a full batch

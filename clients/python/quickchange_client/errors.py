@@ -22,6 +22,7 @@ QuickchangeError
     ├── NotFound                     404 model_not_found, adapter_not_found, …
     ├── MethodNotAllowed             405 method_not_allowed
     ├── TooSlow                      408 upload_too_slow
+    │   └── BodyTooSlow              408 body_too_slow
     ├── Conflict                     409 conflict, alias_in_use, merge_budget, …
     ├── PreconditionFailed           412 the ETag has changed
     ├── TooLarge                     413 too_large
@@ -159,6 +160,10 @@ class TooSlow(ApiError):
     """408: the body came too slowly, so the server did not wait for the rest."""
 
 
+class BodyTooSlow(TooSlow):
+    """408: the same of a body that is no upload."""
+
+
 class Conflict(ApiError):
     """409: the state of the thing does not allow this now; repeating it will not help."""
 
@@ -200,6 +205,7 @@ class GenerationFailed(InternalError):
 
 
 _BY_CODE: dict[str, type[ApiError]] = {
+    "body_too_slow": BodyTooSlow,
     "context_length_exceeded": ContextLengthExceeded,
     "generation_failed": GenerationFailed,
     "rate_limited": RateLimited,

@@ -55,6 +55,7 @@ async def test_a_pinned_version_survives_others_in_host_memory_and_on_the_device
             assert held["pinned"].device_bytes > 0
             assert sum(each.host_bytes for each in held.values()) <= 8 * size
         assert engine._engine.runner.pool.num_evictions > evicted_before
+        assert await serve(engine, weights)  # what was never used yet would be kept for a while
         await engine.unpin("pinned")
         for index in range(NUM_OTHERS):
             await serve(engine, renamed(weights, f"e{index}"))
