@@ -153,6 +153,7 @@ async def _started(
             raise
         else:
             return session
+    services.requests.release(plan.head.id)  # the last admission held it once more
     raise Unavailable("the adapter is being loaded and unloaded in turn: try again")
 
 
