@@ -9,7 +9,6 @@ import os
 import platform
 import re
 import shutil
-import socket
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -227,17 +226,15 @@ def _catalog(config: ServerConfig) -> Iterator[Finding]:
 
 
 def _port(config: ServerConfig) -> Iterator[Finding]:
-    host = config.host.strip("[]")
-    family, *_, address = socket.getaddrinfo(host, config.port, type=socket.SOCK_STREAM)[0]
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(address)
-        except OSError as error:
-            text = f"{host} port {config.port}: {error.strerror}; a server may run already"
-            yield Finding("port", "problem", text)
-            return
-    yield Finding("port", "ok", f"{host} port {config.port} is free")
+    from quickchange_server.errors import CannotStart
+    from quickchange_server.listeners import bind
+
+    try:
+        bind(config.host, config.port).close()
+    except CannotStart as error:
+        yield Finding("port", "problem", f"{error}; a server may run already")
+        return
+    yield Finding("port", "ok", f"{config.host} port {config.port} is free")
 
 
 def _settings(config: ServerConfig) -> Iterator[Finding]:

@@ -9,12 +9,8 @@ import pytest
 from quickchange_client import ArgumentInvalid, HubFetchFailed
 from quickchange_client.hub import Hub, HubSource
 from quickchange_client.settings import HubSettings
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import Route
 
-from tests.clients.app_thread import serve_app
+from tests.clients.cli_world import hub_of
 from tests.clients.conftest import RunCommand
 from tests.clients.fake_hub import COMMIT, HUB, REPO, STORAGE, FakeHub
 from tests.clients.fake_server import FakeServer
@@ -147,16 +143,7 @@ def test_where_the_hub_is() -> None:
 @pytest.fixture
 def hub_url(adapter_folder: Path) -> Iterator[str]:
     """Return the address of a fake Hub on a socket, with the adapter's files."""
-    hub = FakeHub({file.name: file.read_bytes() for file in adapter_folder.iterdir()})
-
-    async def answer(request: Request) -> Response:
-        asked = httpx.Request("GET", f"{HUB}{request.scope['raw_path'].decode()}")
-        given = hub(asked)
-        if given.status_code == 302:
-            given = hub(httpx.Request("GET", given.headers["location"]))
-        return Response(given.content, given.status_code)
-
-    with serve_app(Starlette(routes=[Route("/{path:path}", answer)])) as url:
+    with hub_of(adapter_folder) as url:
         yield url
 
 
