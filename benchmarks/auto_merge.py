@@ -1,9 +1,9 @@
 """What does `--auto-merge` bring, and does it ever cost anything?
 
 Two servers, with and without it, take turns on the same work. For each mix (a share of requests for
-one hot adapter, the rest for the base and three others), the one with it is first given it for a while,
-so that what traffic asks for is merged or unmerged; then rounds of the base, of one server and of the
-other are measured. Ratios are medians of the ratios of single rounds.
+one hot adapter, the rest for the base and three others), the one with it is first given it for a
+while, so that what traffic asks for is merged or unmerged; then rounds of the base, of one server
+and of the other are measured. Ratios are medians of the ratios of single rounds.
 
     python benchmarks/auto_merge.py
     python benchmarks/auto_merge.py --clients 1 --shares 0.9,1.0 --repeats 5

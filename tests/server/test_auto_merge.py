@@ -93,7 +93,7 @@ async def test_what_is_hot_is_merged_and_stays_and_is_unmerged_when_it_cools(sit
     assert site.merged == ["a"]
     await site.serve(2 * DWELL_S, a=0.02)
     assert site.merged == ["a"]
-    await site.serve(DWELL_S, a=0.001)
+    await site.serve(3 * DWELL_S, a=0.001)
     assert site.merged == []
     assert site.told["unmerge", "cold"] == 1
     assert "a:1 is unmerged: it has cooled" in site.said[-1]
