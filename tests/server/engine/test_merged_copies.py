@@ -33,7 +33,7 @@ from tests.server.engine.test_engine_peft import (
     request,
 )
 
-NUM_OPERATIONS = int(os.environ.get("QUICKCHANGE_BASE_OPERATIONS", "120"))
+NUM_OPERATIONS = int(os.environ.get("QUICKCHANGE_BASE_OPERATIONS", "1000"))
 NUM_TOKENS = 8
 
 
