@@ -8,7 +8,6 @@ from quickchange_adapters.training.evaluation import (
     Contender,
     Evaluation,
     best_trivial,
-    first_figure,
     row_order,
 )
 from quickchange_adapters.training.recipe import Recipe
@@ -38,20 +37,29 @@ def _test_name(recipe: Recipe) -> str:
 
 
 def _headline(evaluation: Evaluation) -> str:
-    adapter, base = evaluation.models[ADAPTER], evaluation.models[BASE]
-    figure, value = first_figure(adapter.scores)
+    scores = evaluation.models[ADAPTER].scores
+    figures = list(scores.figures)[: scores.num_headlines]
+    return "\n".join(_verdict(evaluation, figure) for figure in figures)
+
+
+def _verdict(evaluation: Evaluation, figure: str) -> str:
+    """Return what one figure says of the adapter, the base, and what needs no model."""
+    value, of_base = (evaluation.models[name].scores.figures[figure] for name in (ADAPTER, BASE))
     sentence = (
         f"**{figure[0].upper()}{figure[1:]}: {_percent(value)} with the adapter, "
-        f"{_percent(base.scores.figures[figure])} with the base alone.**"
+        f"{_percent(of_base)} with the base alone.**"
     )
     best = best_trivial(evaluation, figure)
     if best is None:
         return sentence
     name, reached = best
     if value > reached + _TIE:
-        return sentence
+        return f"{sentence} Without a model, {name}: {_percent(reached)}."
     verdict = "ties with" if value >= reached - _TIE else "does worse than"
-    return f"{sentence} By this figure the adapter {verdict} what needs no model: {name}."
+    return (
+        f"{sentence} By this figure the adapter {verdict} what needs no model: {name} "
+        f"({_percent(reached)})."
+    )
 
 
 def _table(evaluation: Evaluation) -> str:

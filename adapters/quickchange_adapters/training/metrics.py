@@ -16,6 +16,7 @@ from quickchange_adapters.errors import CannotTrain, RecipeInvalid
 from quickchange_adapters.training.answers import Answer
 from quickchange_adapters.training.examples import Example
 from quickchange_adapters.training.recipe import Recipe
+from quickchange_adapters.training.sari import sari
 
 MAX_FORM_BYTES = 1 << 10
 _SHORTEST_CONTENT_WORD = 4
@@ -24,10 +25,14 @@ _SHARED_LETTERS = 4
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """`figures`: shares from 0 to 1, by what they are a share of; `rows`: a score for each row."""
+    """`figures`: shares from 0 to 1, by what they are a share of; `rows`: a score for each row.
+
+    `num_headlines`: the first so many figures are what an evaluation is about.
+    """
 
     figures: Mapping[str, float]
     rows: Sequence[float]
+    num_headlines: int = 1
 
 
 class Metric(Protocol):
@@ -160,7 +165,7 @@ class ChrF(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Style:
-    """The same content said otherwise: like the wanted text, and the source's words kept."""
+    """The same content said otherwise: like the wanted text, changed as wanted, the words kept."""
 
     chrf: ChrF
     words: "re.Pattern[str]" = field(default_factory=lambda: re.compile(r"[^\W\d_]+"))
@@ -172,14 +177,17 @@ class Style:
         kept = [self.kept(example.input, answer.text) for example, answer in pairs]
         wanted = [self.kept(example.input, example.answer) for example in examples]
         changed = [float(answer.text.strip() != e.input.strip()) for e, answer in pairs]
+        edits = [sari(e.input, answer.text, e.answer) for e, answer in pairs]
         figures = {
             "chrF against the wanted text": _mean(likeness),
+            "SARI against source and wanted text": _mean([e.score for e in edits]),
+            "its add part: F1 of new words and runs of words": _mean([e.add for e in edits]),
             "content words of the source kept": _mean(kept),
             "the same, of the wanted text": _mean(wanted),
             "differs from the source": _mean(changed),
             "ends by itself": _ended(answers),
         }
-        return Scores(figures, likeness)
+        return Scores(figures, likeness, num_headlines=2)
 
     def kept(self, source: str, answer: str) -> float:
         """Return the share of the source's content words that an answer has in some form.

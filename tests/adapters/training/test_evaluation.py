@@ -17,7 +17,7 @@ from quickchange_adapters.training.evaluation import (
 )
 from quickchange_adapters.training.evaluation_page import evaluation_page
 from quickchange_adapters.training.examples import Example
-from quickchange_adapters.training.metrics import Accuracy
+from quickchange_adapters.training.metrics import Accuracy, Style, load_chrf
 from quickchange_adapters.training.prepared import Prepared
 from quickchange_adapters.training.run import TrainingRun
 from quickchange_adapters.training.word_baseline import NAME as WORD_BASELINE
@@ -101,9 +101,40 @@ def test_a_tie_with_what_needs_no_model_is_said(trained: Prepared) -> None:
     assert "the adapter ties with what needs no model: always 'no'" in tie
     worse = evaluation_page(trained.recipe, made_up(["yes"] * 4, labels))
     assert "the adapter does worse than what needs no model: always 'no'" in worse
+    assert "always 'no' (75.0 %)." in worse
     better = evaluation_page(trained.recipe, made_up(labels, labels))
+    assert "Without a model, always 'no': 75.0 %." in better
     assert "needs no model" not in better
     assert "No row was worse." in better
+
+
+def test_style_is_told_by_chrf_and_by_sari(trained: Prepared) -> None:
+    source, wanted = "You walked slowly to my garden.", "Thou walkedst slowly to my garden."
+    rows = [Example(source, wanted, Path("f"), 1, {})]
+    page = evaluation_page(trained.recipe, scored_by_style(rows, adapter=source, base="No."))
+    chrf, by_sari = page.split("\n\n")[2].split("\n")
+    assert chrf.startswith("**ChrF against the wanted text: ")
+    assert "ties with what needs no model: the input, copied" in chrf
+    assert by_sari.startswith("**SARI against source and wanted text: ")
+    assert "ties with what needs no model: the input, copied" in by_sari
+    page = evaluation_page(trained.recipe, scored_by_style(rows, adapter=wanted, base="No."))
+    assert "**SARI against source and wanted text: 100.0 % with the adapter, " in page
+    assert "| its add part: F1 of new words and runs of words | 0.0 % | 100.0 % |" in page
+    assert "| its add part: F1 of new words and runs of words | 0.0 % | 0.0 % |" in page
+
+
+def scored_by_style(rows: list[Example], **said: str) -> Evaluation:
+    metric = Style(load_chrf())
+
+    def contender(answers: list[Answer], loss: float | None = None) -> Contender:
+        return Contender(answers, metric.score(rows, answers), loss)
+
+    models = {
+        name: contender([Answer(said[key], True)] * len(rows), 1.0)
+        for name, key in ((BASE, "base"), (ADAPTER, "adapter"))
+    }
+    trivial = {name: contender(answers) for name, answers in metric.trivial(rows).items()}
+    return Evaluation(rows, models, trivial)
 
 
 def test_samples_are_good_and_bad_and_cannot_break_the_table(trained: Prepared) -> None:

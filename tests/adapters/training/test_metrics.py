@@ -53,6 +53,20 @@ def test_style_gives_nothing_for_one_word_of_it() -> None:
     assert (copied["content words of the source kept"], copied["differs from the source"]) == (1, 0)
 
 
+def test_style_tells_a_changed_text_from_a_copy() -> None:
+    source, wanted = "You walked slowly to my garden.", "Thou walkedst slowly to my garden."
+    metric = Style(load_chrf())
+    rows = examples((source, wanted), (wanted, source))
+    copied = metric.score(rows, metric.trivial(rows)["the input, copied"])
+    right = metric.score(rows, answers(wanted, source))
+    names = list(copied.figures)[: copied.num_headlines]
+    assert names == ["chrF against the wanted text", "SARI against source and wanted text"]
+    add = "its add part: F1 of new words and runs of words"
+    assert (copied.figures[add], right.figures[add]) == (0, 1)
+    assert copied.figures[names[0]] > 0.7
+    assert copied.figures[names[1]] < 1 / 3 < right.figures[names[1]] == 1
+
+
 def test_a_form_must_match_whole_name_its_thing_and_end() -> None:
     metric = form_metric(r"\w[^\n]+\n- [^\n]+")
     rows = examples(("i", "o"), name="Alma Lamp")
