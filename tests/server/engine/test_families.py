@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from quickchange_server.engine.base_model import UnsupportedBase, load_base
+from quickchange_server.engine.self_check import check_architecture
 from quickchange_server.engine.settings import EngineSettings
 from safetensors.torch import load_file, save_file
 
@@ -183,6 +184,14 @@ def test_a_family_that_computes_differently_here_is_found_out_at_start(tmp_path:
     base = save_tiny_base(tmp_path / "base", "gpt_oss", num_local_experts=2, head_dim=16)
     with pytest.raises(UnsupportedBase, match="gpt_oss"):
         make_engine(base)
+
+
+def test_the_check_of_the_architecture_says_nothing_about_kernels(
+    tiny_base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        check_architecture(tiny_base)
+    assert "kernels" not in caplog.text
 
 
 @pytest.mark.parametrize("model_type", ["bloom", "falcon", "gptj", "mamba", "rwkv"])
