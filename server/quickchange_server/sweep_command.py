@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from quickchange_server.train_command import base_folder, exit_on_error, say
+from quickchange_server.train_command import base_folder
+from quickchange_server.train_exit import exit_on_error, say
 
 
 def sweep(
@@ -45,7 +46,11 @@ def sweep(
         from quickchange_adapters.training import sweep_page
         from quickchange_adapters.training.sweep_run import run_sweep
 
-        results = run_sweep(study, base_folder(study.cells[0].recipe), say)
+        try:
+            results = run_sweep(study, base_folder(study.cells[0].recipe), say)
+        except KeyboardInterrupt:
+            say("stopped; the same command goes on from there")
+            raise
         page = sweep_page.sweep_page(study.recipe_file.name, results)
         (study.output / sweep_page.TABLE).write_text(page, encoding="utf-8")
         typer.echo(page.split("\n\n")[2], nl=False)

@@ -3,8 +3,6 @@
 What it needs is imported when it runs, so that other commands begin as fast as before.
 """
 
-import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,56 +11,63 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from quickchange_adapters.errors import AdapterError, CannotTrain
 
 from quickchange_server.config import load_config
-from quickchange_server.errors import CannotStart, QuickchangeError
+from quickchange_server.train_exit import exit_on_error, say
+from quickchange_server.train_push import push_target
 
 if TYPE_CHECKING:
     from quickchange_adapters.training.prepared import Prepared
     from quickchange_adapters.training.recipe import Recipe
     from quickchange_adapters.training.run import RunResult
+    from quickchange_adapters.training.stop_signals import StopSignals
     from quickchange_adapters.training.tracking import Tracker
 
 HUB_NAMES = {"builtin:smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 """Under which name other tools find a built-in base."""
 
+Output = Annotated[
+    Path | None,
+    typer.Option(metavar="FOLDER", help="Where files go. Default: beside the recipe."),
+]
+Check = Annotated[
+    bool, typer.Option("--check", help="Only read recipe and data, and say what is wrong.")
+]
+Restart = Annotated[
+    bool, typer.Option("--restart", help="Forget an unfinished run and begin at step 1.")
+]
+Evaluate = Annotated[
+    bool | None,
+    typer.Option(
+        "--evaluate/--no-evaluate",
+        help="Write EVAL.md at the end. Default: if the recipe names test rows.",
+    ),
+]
+EvaluateOnly = Annotated[
+    bool, typer.Option("--evaluate-only", help="Write EVAL.md for the adapter that is there.")
+]
+Track = Annotated[
+    str | None, typer.Option(metavar="TRACKER", help="Also log to a tracker: mlflow.")
+]
+Push = Annotated[str | None, typer.Option(metavar="URL", help="Upload the adapter to this server.")]
+Name = Annotated[
+    str | None,
+    typer.Option(metavar="N", help="Name to serve it under. Default: the output's folder."),
+]
+Alias = Annotated[str | None, typer.Option(metavar="A", help="Point this alias at the upload.")]
+
 
 def train(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A TOML file.")],
-    output: Annotated[
-        Path | None,
-        typer.Option(metavar="FOLDER", help="Where files go. Default: beside the recipe."),
-    ] = None,
-    check: Annotated[
-        bool, typer.Option("--check", help="Only read recipe and data, and say what is wrong.")
-    ] = False,
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Forget an unfinished run and begin at step 1.")
-    ] = False,
-    evaluate: Annotated[
-        bool | None,
-        typer.Option(
-            "--evaluate/--no-evaluate",
-            help="Write EVAL.md at the end. Default: if the recipe names test rows.",
-        ),
-    ] = None,
-    evaluate_only: Annotated[
-        bool, typer.Option("--evaluate-only", help="Write EVAL.md for the adapter that is there.")
-    ] = False,
-    track: Annotated[
-        str | None, typer.Option(metavar="TRACKER", help="Also log to a tracker: mlflow.")
-    ] = None,
-    push: Annotated[
-        str | None, typer.Option(metavar="URL", help="Upload the adapter to this server.")
-    ] = None,
-    name: Annotated[
-        str | None,
-        typer.Option(metavar="N", help="Name to serve it under. Default: the output's folder."),
-    ] = None,
-    alias: Annotated[
-        str | None, typer.Option(metavar="A", help="Point this alias at the upload.")
-    ] = None,
+    output: Output = None,
+    check: Check = False,
+    restart: Restart = False,
+    evaluate: Evaluate = None,
+    evaluate_only: EvaluateOnly = False,
+    track: Track = None,
+    push: Push = None,
+    name: Name = None,
+    alias: Alias = None,
 ) -> None:
     """Train an adapter as a recipe says, and write what serving and PEFT load.
 
@@ -84,18 +89,19 @@ def train(
 
     quickchange train recipe.toml --push http://127.0.0.1:8000 --name verdict
     """
-    with exit_on_error():
+    with exit_on_error() as signals:
         followed = read_with_base_name(recipe, output)
+        target = push_target(push, name, alias, followed.output)
         prepared = _prepare(followed)
         if check:
             return
         if not evaluate_only:
-            _train(prepared, restart, track)
+            _train(prepared, restart, track, signals)
         has_test = prepared.test is not None if evaluate is None else evaluate
         if has_test or evaluate_only:
             _evaluate(prepared)
-    if push is not None:
-        _push(adapter_folder(followed), push, name or followed.output.resolve().name, alias)
+        if target is not None:
+            target.push(adapter_folder(followed))
 
 
 def read_with_base_name(file: Path, output: Path | None) -> "Recipe":
@@ -156,24 +162,24 @@ def base_folder(recipe: "Recipe") -> Path:
     return resolve_base(settings.model, None, settings.cache_folder)
 
 
-def _train(prepared: "Prepared", restart: bool, track: str | None) -> None:
-    from quickchange_adapters.training.checkpoint import drop_checkpoint
+def _train(prepared: "Prepared", restart: bool, track: str | None, signals: "StopSignals") -> None:
     from quickchange_adapters.training.run import TrainingRun
-    from quickchange_adapters.training.tracking import tracker_of
+    from quickchange_adapters.training.tracking import tracked, tracker_of
 
-    recipe = prepared.recipe
-    tracker = tracker_of(track, recipe)
-    if restart:
-        drop_checkpoint(recipe.output)
-    with _step_bar(tracker) as on_step:
-        result = TrainingRun(prepared, say, on_step).run()
+    with tracked(tracker_of(track, prepared.recipe, say)) as tracker:
+        with _step_bar(tracker) as on_step:
+            result = TrainingRun(prepared, say, on_step, signals).run(restart)
+        _say_result(result)
+        log = draw_losses(prepared.recipe.output)
+        tracker.finish(_figures(result), [log, *sorted(result.adapter_folder.iterdir())])
+
+
+def _say_result(result: "RunResult") -> None:
     say(
         f"best validation loss {result.best_loss:.4f} at step {result.best_step} of "
         f"{result.steps}; {result.seconds:.0f} s"
     )
     say(f"written: {result.adapter_folder} ({result.adapter_bytes / 1e6:.2f} MB)")
-    log = draw_losses(recipe.output)
-    tracker.finish(_figures(result), [log, *sorted(result.adapter_folder.iterdir())])
 
 
 def _figures(result: "RunResult") -> dict[str, float]:
@@ -202,7 +208,12 @@ def _evaluate(prepared: "Prepared") -> None:
     from quickchange_adapters.training.evaluation import evaluate
     from quickchange_adapters.training.evaluation_page import NAME, evaluation_page
 
-    found = evaluate(prepared, adapter_folder(prepared.recipe), row_bar)
+    folder = adapter_folder(prepared.recipe)
+    try:
+        found = evaluate(prepared, folder, row_bar)
+    except KeyboardInterrupt:
+        say(f"stopped; {folder} is whole, and --evaluate-only writes {NAME} for it")
+        raise
     page = evaluation_page(prepared.recipe, found)
     file = prepared.recipe.output / NAME
     file.write_text(page, encoding="utf-8")
@@ -245,36 +256,3 @@ def _step_bar(tracker: "Tracker") -> Iterator[Any]:
 
     with bar:
         yield show
-
-
-def _push(folder: Path, url: str, name: str, alias: str | None) -> None:
-    """Upload with the client's own command: the client stands alone, and nothing imports it."""
-    beside = Path(sys.executable).with_name("quickchange")
-    command = str(beside) if beside.exists() else shutil.which("quickchange")
-    if command is None:
-        say("error: uploading needs the client; get it with: pip install quickchange-client")
-        raise typer.Exit(1)
-    words = [command, "push", str(folder), "--name", name, "--url", url]
-    done = subprocess.run([*words, *(["--alias", alias] if alias else [])])
-    if done.returncode != 0:
-        raise typer.Exit(done.returncode)
-
-
-@contextmanager
-def exit_on_error() -> Iterator[None]:
-    """Print what a user can cause as one sentence, and exit with 1, or 2 for wrong input."""
-    try:
-        yield
-    except (CannotTrain, CannotStart) as error:
-        say(f"error: {error}")
-        raise typer.Exit(error.exit_code) from error
-    except (AdapterError, QuickchangeError, OSError) as error:
-        say(f"error: {error}")
-        raise typer.Exit(1) from error
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
-
-
-def say(sentence: str) -> None:
-    """Print a sentence beside the output."""
-    print(sentence, file=sys.stderr, flush=True)

@@ -41,5 +41,33 @@ def test_what_was_trained_is_served(
         for row in ROWS[::6]:
             answer = client.chat("animals", row["input"])
             assert answer.text == row["answer"]
-    done = CliRunner().invoke(app, [*words, "--evaluate-only", "--push", url])
+    short = RECIPE.replace("epochs = 12", "max_steps = 1")
+    (tmp_path / "recipe.toml").write_text(short.format(base=tiny_base))
+    done = CliRunner().invoke(app, [*words, "--push", url])
     assert done.exit_code != 0
+    assert f"warning: {url} does not answer now" in done.stderr
+    assert f"to try again: quickchange push {tmp_path / 'adapter'} --name animals" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--name", "animals"], "--name goes with --push URL"),
+        (["--alias", "canary"], "--alias goes with --push URL"),
+        (["--push", "ftp://x", "--name", "a"], "must begin with http:// or https://"),
+        (["--push", "http://127.0.0.1:9", "--name", "My Task"], "'My Task' is not allowed"),
+        (["--push", "http://127.0.0.1:9"], "'No Name' is not allowed"),
+        (["--push", "http://127.0.0.1:9", "--name", "a", "--alias", "3"], "alias '3'"),
+    ],
+)
+def test_what_could_not_be_uploaded_is_said_before_anything_is_trained(
+    words: list[str], sentence: str, tmp_path: Path, tiny_base: Path
+) -> None:
+    folder = tmp_path / "No Name"
+    folder.mkdir()
+    write_rows(folder / "train.jsonl", ROWS)
+    (folder / "recipe.toml").write_text(RECIPE.format(base=tiny_base))
+    done = CliRunner().invoke(app, ["train", str(folder / "recipe.toml"), *words])
+    assert done.exit_code == 2
+    assert sentence in done.stderr
+    assert not (folder / "adapter").exists()

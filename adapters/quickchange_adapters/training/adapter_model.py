@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from quickchange_adapters.config import read_config
 from quickchange_adapters.errors import CannotTrain, Problem
 from quickchange_adapters.training.recipe import ALL_LINEAR, ATTENTION, AdapterSettings
+from quickchange_adapters.training.run_folder import replace_file
 
 SEED_OF_SHARED_MATRICES = 0
 _ATTENTION_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "c_attn", "query_key_value")
@@ -145,17 +146,14 @@ def adapter_tensors(model: Any, dtype: torch.dtype) -> dict[str, Tensor]:
 def write_adapter(
     folder: Path, config: Mapping[str, Any], tensors: dict[str, Tensor], task: Mapping[str, Any]
 ) -> None:
-    """Write the three files of an adapter, each complete before it takes its name."""
+    """Write the three files of an adapter, each complete before it takes its name.
+
+    Raises: CannotTrain when the disk does not take them.
+    """
     from safetensors.torch import save
 
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
+    replace_file(folder / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
     for name, values in (("adapter_config.json", config), ("task.json", task)):
         text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
-        _replace(folder / name, text.encode())
-
-
-def _replace(file: Path, data: bytes) -> None:
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_bytes(data)
-    partial.replace(file)
+        replace_file(folder / name, text.encode())

@@ -1,5 +1,6 @@
 """The frozen base that an adapter is trained on: read from its folder, rounded if asked for."""
 
+import hashlib
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 
 from quickchange_adapters.errors import CannotTrain
 
+_SAMPLES = 64
+_SAMPLE_BYTES = 4096
 GROUP = 64
 """Weights of one input group share a scale when they are rounded to 4 bits."""
 
@@ -59,6 +62,22 @@ def _bitsandbytes_options(dtype: torch.dtype, bits: int) -> dict[str, Any]:
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
         )
     return {"quantization_config": config, "device_map": "cpu"}
+
+
+def weights_sample(folder: Path) -> bytes:
+    """Return a digest of the weights' files: their sizes, and blocks spread over each.
+
+    Reading all of a large base at each start would take minutes; training moves all of it.
+    """
+    digest = hashlib.sha256()
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\n".encode())
+        with file.open("rb") as stream:
+            for number in range(_SAMPLES):
+                stream.seek(size * number // _SAMPLES)
+                digest.update(stream.read(_SAMPLE_BYTES))
+    return digest.digest()
 
 
 def context_length(config: Any) -> int:

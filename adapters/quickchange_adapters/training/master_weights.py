@@ -75,14 +75,13 @@ class MasterWeights:
         """Return the masters as they are now."""
         return {name: master.detach().clone() for name, master in self.masters.items()}
 
-    def state(self) -> dict[str, Any]:
-        """Return what a checkpoint needs."""
-        return {"masters": self.copy(), "optimizer": self._optimizer.state_dict()}
+    def optimizer_state(self) -> dict[str, Any]:
+        """Return what a checkpoint needs of the optimizer."""
+        return self._optimizer.state_dict()
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` returned."""
-        self.take_over(state["masters"])
-        self._optimizer.load_state_dict(state["optimizer"])
+    def load_optimizer_state(self, state: dict[str, Any]) -> None:
+        """Go on from what `optimizer_state` returned."""
+        self._optimizer.load_state_dict(state)
 
 
 def learning_rate_share(number: int, num_steps: int, warmup_share: float) -> float:

@@ -12,7 +12,7 @@ from typing import Any
 
 from quickchange_adapters.errors import CannotTrain, DataInvalid, RecipeInvalid
 from quickchange_adapters.training.adapter_model import unserved
-from quickchange_adapters.training.base_model import context_length
+from quickchange_adapters.training.base_model import context_length, weights_sample
 from quickchange_adapters.training.examples import Example, read_examples
 from quickchange_adapters.training.metrics import metric_of
 from quickchange_adapters.training.prompt_form import (
@@ -129,7 +129,6 @@ def _fingerprint(recipe: Recipe, base: Path, splits: Sequence[Split]) -> str:
     digest.update(repr(settings).encode())
     for split in splits:
         digest.update(repr(split.rows).encode())
-    for file in sorted(base.glob("*.safetensors")):
-        digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+    digest.update(weights_sample(base))
     digest.update((base / "config.json").read_bytes())
     return digest.hexdigest()

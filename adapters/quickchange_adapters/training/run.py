@@ -3,13 +3,14 @@
 import math
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from quickchange_adapters.errors import CannotTrain
 from quickchange_adapters.training.adapter_model import (
     ParameterCount,
     adapter_tensors,
@@ -22,13 +23,15 @@ from quickchange_adapters.training.base_model import fast_number_format, load_ba
 from quickchange_adapters.training.checkpoint import (
     Checkpoint,
     drop_checkpoint,
+    forget_checkpoint,
     load_checkpoint,
     save_checkpoint,
 )
 from quickchange_adapters.training.prepared import Prepared, Say
 from quickchange_adapters.training.run_folder import run_folder
 from quickchange_adapters.training.run_log import RunLog
-from quickchange_adapters.training.trainer import Batch, StepResult, Trainer, plan_batches
+from quickchange_adapters.training.stop_signals import Stopped, StopSignals
+from quickchange_adapters.training.trainer import Batch, Learned, StepResult, Trainer, plan_batches
 
 ADAPTER_FOLDER = "adapter"
 CHECKPOINT_EVERY_S = 30.0
@@ -52,15 +55,21 @@ class RunResult:
 
 
 class TrainingRun:
-    """Follows one prepared recipe. `run` may be interrupted and done again."""
+    """Follows one prepared recipe. `run` may be interrupted and done again.
 
-    def __init__(self, prepared: Prepared, say: Say, on_step: OnStep) -> None:
+    `signals` end it after a step, with a checkpoint; whatever else ends it leaves the last one.
+    """
+
+    def __init__(
+        self, prepared: Prepared, say: Say, on_step: OnStep, signals: StopSignals | None = None
+    ) -> None:
+        self._signals = signals or StopSignals()
         self._prepared = prepared
         self._recipe = prepared.recipe
         self._say = say
         self._on_step = on_step
         self._batches = plan_batches(prepared.train.rows, self._recipe.loop, self._recipe.seed)
-        self._best: dict[str, Tensor] | None = None
+        self._best: Learned | None = None
         self._best_loss = math.inf
         self._best_step = 0
         self._num_worse = 0
@@ -71,12 +80,16 @@ class TrainingRun:
         """How many steps there are unless validation ends the run early."""
         return len(self._batches)
 
-    def run(self) -> RunResult:
+    def run(self, restart: bool = False) -> RunResult:
         """Train, keep what does best on the validation rows, and write it.
 
-        Raises: CannotTrain.
+        `restart`: forget an unfinished run, and begin at step 1.
+
+        Raises: CannotTrain; Stopped when a signal ended it between two steps.
         """
         with run_folder(self._recipe.output):
+            if restart:
+                forget_checkpoint(self._recipe.output)
             return self._run()
 
     def _run(self) -> RunResult:
@@ -86,14 +99,8 @@ class TrainingRun:
         if found is not None:
             self._go_on_from(found, trainer)
         log = RunLog(self._recipe.output, self._step)
-        try:
-            self._loop(trainer, log)
-        except KeyboardInterrupt:
-            self._save(trainer)
-            self._say(f"stopped after step {self._step}; the same command goes on from there")
-            raise
-        finally:
-            log.close()
+        with closing(log):
+            self._loop_until_told(trainer, log)
         return self._finish(trainer, time.monotonic() - started)
 
     def _make_trainer(self) -> Trainer:
@@ -111,23 +118,33 @@ class TrainingRun:
         return Trainer(model, recipe.loop, self.num_steps)
 
     def _go_on_from(self, found: Checkpoint, trainer: Trainer) -> None:
-        trainer.weights.load_state(found.state)
+        trainer.load_state(found.state)
         self._step = found.step
         self._best, self._best_loss = found.best, found.best_loss
         self._best_step, self._num_worse = found.best_step, found.num_worse
         self._say(f"going on after step {self._step} of {self.num_steps}")
 
     def _save(self, trainer: Trainer) -> None:
-        state = trainer.weights.state()
+        state = trainer.state()
         best = (self._best, self._best_loss, self._best_step, self._num_worse)
         checkpoint = Checkpoint(self._prepared.fingerprint, self._step, state, *best)
         save_checkpoint(self._recipe.output, checkpoint)
+
+    def _loop_until_told(self, trainer: Trainer, log: RunLog) -> None:
+        with self._signals.held():
+            try:
+                self._loop(trainer, log)
+            except Stopped:
+                self._save(trainer)
+                self._say(f"stopped after step {self._step}; the same command goes on from there")
+                raise
 
     def _loop(self, trainer: Trainer, log: RunLog) -> None:
         saved_at_s = time.monotonic()
         while self._step < self.num_steps and self._num_worse < self._recipe.loop.patience:
             values = self._one_step(trainer, self._batches[self._step])
             log.write(**values)
+            self._signals.obey()
             self._on_step(self._step, self.num_steps, values)
             is_due = time.monotonic() - saved_at_s > CHECKPOINT_EVERY_S
             if is_due or "validation_loss" in values:
@@ -138,6 +155,11 @@ class TrainingRun:
         started, cpu_started = time.monotonic(), time.process_time()
         torch.manual_seed(self._recipe.seed * 1_000_003 + self._step)  # for dropout
         result = trainer.step(self._step + 1, batch)
+        if not math.isfinite(result.loss):
+            raise CannotTrain(
+                f"step {self._step + 1}: the loss is {result.loss}; try a lower "
+                "training.learning_rate, with --restart"
+            )
         self._step += 1
         values = _values(self._step, result, self._recipe.loop.learning_rate)
         if self._step % self._validate_every() == 0 or self._step == self.num_steps:
@@ -156,7 +178,7 @@ class TrainingRun:
         loss = trainer.loss(self._prepared.validation.rows)
         if loss < self._best_loss:
             self._best_loss, self._best_step, self._num_worse = loss, self._step, 0
-            self._best = trainer.weights.copy()
+            self._best = trainer.learned()
         else:
             self._num_worse += 1
         return loss
@@ -165,8 +187,12 @@ class TrainingRun:
         recipe = self._recipe
         if self._step < self.num_steps:
             self._say(f"no better for {self._num_worse} looks: ended after step {self._step}")
-        if self._best is not None:
-            trainer.weights.take_over(self._best)
+        if self._best is None:
+            raise CannotTrain(
+                "the validation loss was never a number; try a lower training.learning_rate, "
+                "with --restart"
+            )
+        trainer.take_over(self._best)
         folder = recipe.output / ADAPTER_FOLDER
         dtype = getattr(torch, recipe.adapter.number_format)
         tensors = adapter_tensors(trainer.model, dtype)

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from quickchange_adapters.training.run_folder import cannot_write, replace_file
+
 NAME = "train_log.jsonl"
 
 
@@ -13,15 +15,18 @@ class RunLog:
     def __init__(self, folder: Path, after_step: int) -> None:
         self.file = folder / NAME
         lines = [line for line in read_log(self.file) if 0 < line.get("step", 0) <= after_step]
-        partial = self.file.with_name(f".{NAME}.partial")
-        partial.write_text("".join(map(_line, lines)), encoding="utf-8")
-        partial.replace(self.file)
-        self._stream = self.file.open("a", encoding="utf-8")
+        replace_file(self.file, "".join(map(_line, lines)).encode())
+        self._stream = self.file.open("ab", buffering=0)
 
     def write(self, **values: Any) -> None:
-        """Append a line."""
-        self._stream.write(_line(values))
-        self._stream.flush()
+        """Append a line.
+
+        Raises: CannotTrain when the disk does not take it.
+        """
+        try:
+            self._stream.write(_line(values).encode())
+        except OSError as error:
+            raise cannot_write(self.file, error) from error
 
     def close(self) -> None:
         """Close the file."""
@@ -29,15 +34,18 @@ class RunLog:
 
 
 def read_log(file: Path) -> list[dict[str, Any]]:
-    """Return the lines of a log; a last one that was cut off is left out."""
+    """Return the lines of a log; what comes after one that was cut off is left out."""
     if not file.exists():
         return []
     found = []
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in file.read_bytes().splitlines():
         try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
+            values = json.loads(line)
+        except ValueError:
             break
+        if not isinstance(values, dict):
+            break
+        found.append(values)
     return found
 
 

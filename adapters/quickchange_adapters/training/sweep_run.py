@@ -3,22 +3,30 @@
 A cell that is done is not done again; one that was interrupted goes on.
 """
 
+import hashlib
 import json
 import multiprocessing
 import resource
-import time
+import sys
 from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quickchange_adapters.errors import CannotTrain
 from quickchange_adapters.training.prepared import Prepared, Say, prepare
+from quickchange_adapters.training.run_log import NAME as LOG
+from quickchange_adapters.training.run_log import read_log
+from quickchange_adapters.training.stop_signals import Interrupted, StopSignals
 from quickchange_adapters.training.sweep import Cell, Sweep
 
+if TYPE_CHECKING:
+    from quickchange_adapters.training.run import RunResult
+
 RESULTS = "results.jsonl"
+TRAINED = "trained.jsonl"
+"""In a cell's own folder, so that one whose test was interrupted is not trained again."""
 BASE_CELL = "base alone"
 
 Result = dict[str, Any]
@@ -26,19 +34,42 @@ RunCell = Callable[[Cell, Path], Result]
 
 
 def in_own_process(cell: Cell, base_folder: Path) -> Result:
-    """Run a cell in a process of its own.
+    """Run a cell in a process of its own, which is told to stop when this one is.
 
     Raises: CannotTrain.
     """
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        try:
-            return pool.submit(run_cell, cell, base_folder).result()
-        except BrokenProcessPool as error:
-            raise CannotTrain(
-                f"the process of {cell.name!r} was ended from outside, perhaps for want of "
-                "memory; the same command goes on from there"
-            ) from error
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send_result, args=(sender, cell, base_folder))
+    process.start()
+    sender.close()
+    try:
+        found: Result | str = receiver.recv()
+    except EOFError as error:
+        raise CannotTrain(
+            f"the process of {cell.name!r} was ended from outside, perhaps for want of "
+            "memory; the same command goes on from there"
+        ) from error
+    except KeyboardInterrupt:
+        process.terminate()
+        raise
+    finally:
+        process.join()
+    if isinstance(found, str):
+        raise CannotTrain(found)
+    return found
+
+
+def _send_result(sender: Connection, cell: Cell, base_folder: Path) -> None:
+    """Run a cell and send its result, or why there is none; send nothing if told to stop."""
+    signals = StopSignals()
+    try:
+        with signals.obeyed():
+            sender.send(run_cell(cell, base_folder, signals))
+    except CannotTrain as error:
+        sender.send(str(error))
+    except Interrupted as interrupted:
+        sys.exit(interrupted.exit_code)
 
 
 def run_sweep(
@@ -69,10 +100,12 @@ def run_sweep(
 
 def _fingerprint(prepared: Prepared) -> str:
     """Return what decides a cell's figures: what is learned, and what it is tested on."""
-    tested = prepared.test.rows if prepared.test is not None else []
-    evaluation = prepared.recipe.evaluation
-    most = min(len(tested), evaluation.max_rows)
-    return f"{prepared.fingerprint} {evaluation.metric} {most}"
+    if prepared.test is None:
+        return prepared.fingerprint
+    recipe = prepared.recipe
+    tested = prepared.test.rows[: recipe.evaluation.max_rows]
+    digest = hashlib.sha256(repr((recipe.evaluation, recipe.task, tested)).encode())
+    return f"{prepared.fingerprint} {digest.hexdigest()}"
 
 
 class Results:
@@ -102,28 +135,39 @@ class Results:
             stream.write("\n" + json.dumps(result))
 
 
-def run_cell(cell: Cell, base_folder: Path) -> Result:
+def run_cell(cell: Cell, base_folder: Path, signals: StopSignals | None = None) -> Result:
     """Train and test one cell; for the base alone, only test it."""
     _hush()
     prepared = prepare(cell.recipe, base_folder, _nobody)
     if cell.name == BASE_CELL:
         return {"name": cell.name, "settings": {}, **_tested(prepared, None)}
-    result, adapter = _trained(cell, prepared)
+    result, adapter = _trained(cell, prepared, signals)
     return result | _tested(prepared, adapter)
 
 
-def _trained(cell: Cell, prepared: Prepared) -> tuple[Result, Path]:
-    """Train a cell; return what it came to, and where its adapter is."""
+def _trained(cell: Cell, prepared: Prepared, signals: StopSignals | None) -> tuple[Result, Path]:
+    """Train a cell unless that was done; return what it came to, and where its adapter is."""
     from quickchange_adapters.training.checkpoint import drop_checkpoint, load_checkpoint
-    from quickchange_adapters.training.run import TrainingRun
+    from quickchange_adapters.training.run import ADAPTER_FOLDER, TrainingRun
 
-    try:
-        load_checkpoint(cell.recipe.output, prepared.fingerprint)
-    except CannotTrain:  # of the cell as it was written before
-        drop_checkpoint(cell.recipe.output)
-    cpu_started = time.process_time()
-    done = TrainingRun(prepared, _nobody, _nobody).run()
-    result = {
+    file, adapter = cell.recipe.output / TRAINED, cell.recipe.output / ADAPTER_FOLDER
+    result = Results(file).get(prepared.fingerprint)
+    if result is None:
+        file.unlink(missing_ok=True)  # it is of the adapter that is now replaced
+        try:
+            load_checkpoint(cell.recipe.output, prepared.fingerprint)
+        except CannotTrain:  # of the cell as it was written before
+            drop_checkpoint(cell.recipe.output)
+        done = TrainingRun(prepared, _nobody, _nobody, signals).run()
+        result = _result(cell, done) | {"fingerprint": prepared.fingerprint}
+        Results(file).add(result)
+    return result, adapter
+
+
+def _result(cell: Cell, done: "RunResult") -> Result:
+    """Return what training came to. Its times are those of all steps, also before a stop."""
+    log = read_log(cell.recipe.output / LOG)
+    return {
         "name": cell.name,
         "settings": dict(cell.settings),
         "parameters": done.parameters.trainable,
@@ -131,11 +175,10 @@ def _trained(cell: Cell, prepared: Prepared) -> tuple[Result, Path]:
         "steps": done.steps,
         "best_step": done.best_step,
         "validation_loss": round(done.best_loss, 5),
-        "seconds": round(done.seconds, 1),
-        "cpu_seconds": round(time.process_time() - cpu_started, 1),
+        "seconds": round(sum(line["seconds"] for line in log), 1),
+        "cpu_seconds": round(sum(line["cpu_seconds"] for line in log), 1),
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10,
     }
-    return result, done.adapter_folder
 
 
 def _tested(prepared: Prepared, adapter: Path | None) -> Result:

@@ -8,12 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quickchange_adapters.training.adalora_ranks import AdaloraRanks
 from quickchange_adapters.training.master_weights import MasterWeights
 from quickchange_adapters.training.packing import Pack, packs
 from quickchange_adapters.training.prompt_form import TokenRow
 from quickchange_adapters.training.recipe import LoopSettings
 
 Batch = list[TokenRow]
+
+Learned = dict[str, Any]
+"""`masters`: the learned numbers by name; `rank_pattern`: the ranks that AdaLoRA keeps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +36,7 @@ class Trainer:
         self.model = model
         self.weights = MasterWeights(model, settings, num_steps)
         self._settings = settings
-        self._allocates_ranks = hasattr(model.base_model, "update_and_allocate")
+        self._ranks = AdaloraRanks(model)
         if settings.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             model.enable_input_require_grads()
@@ -47,14 +51,34 @@ class Trainer:
             torch.autograd.backward(loss)
             total += loss.item()
             num_tokens += each.num_tokens
-        if self._allocates_ranks:
+        if self._ranks.are_allocated:
             torch.autograd.backward(orthogonality_loss(self.model))
         share = self.weights.step(number)
-        if self._allocates_ranks:
-            self.model.base_model.update_and_allocate(number)
+        if self._ranks.are_allocated:
+            self._ranks.allocate(number)
             self.weights.take_over_zeros()
         self.model.zero_grad()
         return StepResult(total, num_tokens, share)
+
+    def learned(self) -> Learned:
+        """Return what is learned, as it is now."""
+        return {"masters": self.weights.copy(), "rank_pattern": self._ranks.pattern}
+
+    def take_over(self, learned: Learned) -> None:
+        """Go back to what was learned at an earlier time."""
+        self._ranks.keep(learned["rank_pattern"])
+        self.weights.take_over(learned["masters"])
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint needs."""
+        optimizer = self.weights.optimizer_state()
+        return {"learned": self.learned(), "optimizer": optimizer, "ranks": self._ranks.state()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` returned."""
+        self.take_over(state["learned"])
+        self.weights.load_optimizer_state(state["optimizer"])
+        self._ranks.load_state(state["ranks"])
 
     def loss(self, rows: Sequence[TokenRow]) -> float:
         """Return the mean loss of the answers' tokens of held-out rows."""

@@ -1,5 +1,6 @@
 """Studies: which cells there are, that none is done twice, and what the table says."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from quickchange_adapters.training.sweep import read_sweep
 from quickchange_adapters.training.sweep_page import sweep_page, write_sweep_picture
 from quickchange_adapters.training.sweep_run import RESULTS, in_own_process, run_cell, run_sweep
 
-from tests.adapters.training.training_world import write_world
+from tests.adapters.training.training_world import ROWS, write_rows, write_world
 
 RECIPE = """\
 base = "{base}"
@@ -104,9 +105,40 @@ def test_a_cell_is_done_once_and_a_changed_one_again(folder: Path, tiny_base: Pa
     assert again["validation_loss"] != first[1]["validation_loss"]
 
 
+def test_other_test_rows_make_a_cell_be_done_again(folder: Path, tiny_base: Path) -> None:
+    recipe = folder / "recipe.toml"
+    recipe.write_text(recipe.read_text().replace("[data]", '[data]\ntest = "test.jsonl"'))
+    test = write_rows(folder / "test.jsonl", ROWS[:3])
+    file = sweep_file(folder, "[[cell]]\nrank = 2\n")
+    said: list[str] = []
+    run_sweep(read_sweep(file), tiny_base, said.append, run_cell)
+    run_sweep(read_sweep(file), tiny_base, said.append, run_cell)
+    assert said[2:] == ["1 of 2: base alone: done before", "2 of 2: rank-2: done before"]
+    write_rows(test, ROWS[3:6])
+    run_sweep(read_sweep(file), tiny_base, said.append, run_cell)
+    assert said[4:] == ["1 of 2: base alone", "2 of 2: rank-2"]
+
+
+def test_a_cell_whose_test_was_interrupted_is_not_trained_again(
+    folder: Path, tiny_base: Path
+) -> None:
+    (cell,) = read_sweep(sweep_file(folder, "[[cell]]\nrank = 2\n")).cells
+    first = run_cell(cell, tiny_base)
+    weights = cell.recipe.output / "adapter" / "adapter_model.safetensors"
+    written_ns = weights.stat().st_mtime_ns
+    assert run_cell(cell, tiny_base) == first
+    assert weights.stat().st_mtime_ns == written_ns
+    (changed,) = read_sweep(sweep_file(folder, "[[cell]]\nrank = 2\n[set]\nseed = 3\n")).cells
+    assert run_cell(changed, tiny_base)["validation_loss"] != first["validation_loss"]
+    again = run_cell(cell, tiny_base)
+    assert again["validation_loss"] == first["validation_loss"]
+    assert weights.stat().st_mtime_ns != written_ns
+
+
 def test_a_process_of_its_own_comes_to_the_same(folder: Path, tiny_base: Path) -> None:
     (cell,) = read_sweep(sweep_file(folder, "[[cell]]\nrank = 2\n")).cells
-    alone, here = in_own_process(cell, tiny_base), run_cell(cell, tiny_base)
+    beside = replace(cell, recipe=replace(cell.recipe, output=folder / "beside"))
+    alone, here = in_own_process(cell, tiny_base), run_cell(beside, tiny_base)
     assert alone["peak_bytes"] > 100 << 20
     varies = {"seconds", "cpu_seconds", "peak_bytes"}
     assert {k: v for k, v in alone.items() if k not in varies} == {
