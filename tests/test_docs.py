@@ -44,6 +44,12 @@ EXAMPLES = ("sentiment", "shakespeare", "product")
 METRIC = re.compile(r"quickchange_(?!server\b|client\b|adapters/|adapters\.)\w+")
 
 
+def test_no_merge_was_left_half_done() -> None:
+    marks = re.compile(r"^(<<<<<<<|=======|>>>>>>>)( |$)", re.MULTILINE)
+    files = (ROOT / each.name for each in PAGES)
+    assert not [file for file in files if marks.search(file.read_text())]
+
+
 def named(each: Page) -> str:
     return each.name
 

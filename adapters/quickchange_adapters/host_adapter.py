@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from quickchange_adapters.layout import AdapterLayout, GroupShape, Place, round_up_rows
+from quickchange_adapters.packed_size import PackedSize
 from quickchange_adapters.weights import AdapterWeights, LoraPair
 from quickchange_adapters.zero_memory import lazy_zeros
 
@@ -56,6 +57,12 @@ class HostAdapter:
     def num_vocabulary_bytes(self) -> int:
         """Bytes outside the arenas."""
         return sum(pair.num_bytes for pair in (self.head, self.embedding) if pair is not None)
+
+    @property
+    def size(self) -> PackedSize:
+        """What it takes, tier by tier."""
+        rows = {kind: group.num_rows for kind, group in self.groups.items()}
+        return PackedSize(rows, self.num_bytes, self.num_vocabulary_bytes)
 
 
 def pack_adapter(

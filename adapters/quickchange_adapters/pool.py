@@ -33,6 +33,7 @@ from quickchange_adapters.arena import Arena, RowRange
 from quickchange_adapters.copy_stream import CopyStream
 from quickchange_adapters.host_adapter import HostAdapter
 from quickchange_adapters.layout import ROW_UNIT, AdapterLayout
+from quickchange_adapters.packed_size import PackedSize
 from quickchange_adapters.weights import LoraPair
 from quickchange_adapters.zero_memory import resident_bytes
 
@@ -131,9 +132,9 @@ class AdapterPool:
         """Whether `tidy` has something to do."""
         return self.is_cramped or self._has_holes
 
-    def can_ever_hold(self, *adapters: HostAdapter) -> bool:
-        """Whether an empty pool would hold all these adapters together."""
-        return self._is_within_ceilings([], adapters)
+    def can_ever_hold(self, *sizes: PackedSize) -> bool:
+        """Whether an empty pool would hold adapters of these sizes together."""
+        return self._is_within_ceilings([], sizes)
 
     def reserve(
         self, *adapters: HostAdapter, evictable: Evictable | None = None
@@ -298,16 +299,16 @@ class AdapterPool:
         """Whether all of these fit once every slot that may go is gone."""
         gone = {slot.digest for slot in self._idle(evictable)} - set(wanted)
         stay = [slot for slot in self._slots.values() if slot.digest not in gone]
-        return self._is_within_ceilings([*stay, *self._retired], missing)
+        return self._is_within_ceilings([*stay, *self._retired], [each.size for each in missing])
 
-    def _is_within_ceilings(self, slots: Iterable[Slot], adapters: Iterable[HostAdapter]) -> bool:
+    def _is_within_ceilings(self, slots: Iterable[Slot], sizes: Iterable[PackedSize]) -> bool:
         vocabulary_bytes, rows = 0, Counter[str]()
         for slot in slots:
             vocabulary_bytes += slot.num_vocabulary_bytes
             rows.update({kind: held.num_rows for kind, held in slot.ranges.items()})
-        for adapter in adapters:
-            vocabulary_bytes += adapter.num_vocabulary_bytes
-            rows.update({kind: group.num_rows for kind, group in adapter.groups.items()})
+        for size in sizes:
+            vocabulary_bytes += size.num_vocabulary_bytes
+            rows.update(size.rows)
         return vocabulary_bytes <= self.vocabulary_ceiling_bytes and all(
             num_rows <= self.num_rows for num_rows in rows.values()
         )

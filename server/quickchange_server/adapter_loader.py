@@ -7,23 +7,25 @@
 | a request while its version drains for a deletion | waits, then gets NotFound |
 | a load while another process removes the files | Unavailable, or NotFound if it was a deletion |
 | loads from a store that is slow | others' loads go on: they wait in threads of their own |
-| more loads than there is room for | `MAX_UNPACKED` hold tensors while they wait |
+| more loads than there is room for | they wait without tensors, and hold nothing |
+| versions that one request mixes | they have room together, or wait for all of it |
 | more requests for cold versions than may wait in the engine's line | QueueFull |
 """
 
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
-from functools import partial
+from contextlib import asynccontextmanager, contextmanager
 from typing import Protocol, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
 from quickchange_adapters.errors import AdapterRefused, BlobMissing, StoreUnavailable
+from quickchange_adapters.packed_size import PackedSize
 from quickchange_adapters.records import VersionRecord
+from quickchange_adapters.structure import Structure
 from quickchange_adapters.weights import AdapterWeights
 
 from quickchange_server.engine.interface import GenerationEngine, MergeResult, ResidentAdapter
@@ -35,7 +37,7 @@ DRAIN_POLL_S = 60.0
 MAX_LOADS = 3
 NUM_FETCHERS = 8
 MAX_UNPACKED = 2
-"""Versions that are read, packed or wait for room at once: what they hold, no ceiling counts."""
+"""Versions that are read and packed at once: what they hold meanwhile, no ceiling counts."""
 READ_ERRORS = (AdapterRefused, BlobMissing, StoreUnavailable, OSError)
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -49,6 +51,9 @@ class AdapterFiles(Protocol):
 
     def fetch(self, version: VersionRecord) -> None:
         """Bring the files to this machine."""
+
+    def measure(self, version: VersionRecord) -> Structure:
+        """Return what a version's files hold, without its numbers."""
 
     def read_weights(self, version: VersionRecord) -> AdapterWeights:
         """Return a version's tensors."""
@@ -76,6 +81,8 @@ class AdapterLoader:
         self._threads = ThreadPoolExecutor(2, "quickchange-adapter", _use_one_thread)
         self._fetchers = ThreadPoolExecutor(NUM_FETCHERS, "quickchange-fetch")
         self._num_waiting = 0
+        self._together: dict[str, str] = {}
+        self._num_bookings = 0
         self._unpacking = asyncio.Semaphore(MAX_UNPACKED)
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._loads: SharedTasks[None] = SharedTasks()
@@ -93,8 +100,40 @@ class AdapterLoader:
 
         Raises: NotFound, Conflict, Unavailable, QueueFull.
         """
-        if self._engine.is_loaded(version.digest):
+        if not self._engine.is_loaded(version.digest):
+            with self._one_more_waiting():
+                await self._join_load(version)
+
+    async def load_together(self, owner: str, versions: Sequence[VersionRecord]) -> None:
+        """Make sure that the engine holds versions that a request mixes, all at the same time.
+
+        They stay until `part(owner)`, which is to be called also if this raises.
+
+        Raises: InvalidRequest (they never fit together), and what `load` raises.
+        """
+        by_digest = {version.digest: version for version in versions}
+        if len(by_digest) == 1 or all(map(self._engine.is_loaded, by_digest)):
+            for version in by_digest.values():
+                await self.load(version)
             return
+        with self._one_more_waiting():
+            with self._failures_told():
+                sizes = {digest: await self._size_of(each) for digest, each in by_digest.items()}
+            self.part(owner)
+            self._together[owner] = booking = self._new_booking()
+            await self._engine.book_room(booking, sizes)
+            for version in by_digest.values():
+                if not self._engine.is_loaded(version.digest):
+                    await self._join_load(version)
+
+    def part(self, owner: str) -> None:
+        """Let versions go that were loaded together; a repeat is a no-op."""
+        booking = self._together.pop(owner, None)
+        if booking is not None:
+            self._engine.end_booking(booking)
+
+    @contextmanager
+    def _one_more_waiting(self) -> Iterator[None]:
         limit = self._engine.max_requests
         if self._num_waiting >= limit:
             raise QueueFull(
@@ -103,9 +142,12 @@ class AdapterLoader:
             )
         self._num_waiting += 1
         try:
-            await self._loads.run(version.digest, lambda: self._load(version))
+            yield
         finally:
             self._num_waiting -= 1
+
+    async def _join_load(self, version: VersionRecord) -> None:
+        await self._loads.run(version.digest, lambda: self._load(version))
 
     async def activate(self, version: VersionRecord) -> None:
         """Load a version and bring it to the device.
@@ -205,25 +247,50 @@ class AdapterLoader:
             return
         self._check_served(version)
         is_on_disk, started_s = self._files.is_on_disk(version), time.monotonic()
-        try:
+        with self._failures_told():
             await self._bring(version)
+        seconds = time.monotonic() - started_s
+        self.observer.on_load("disk" if is_on_disk else "remote", "host", seconds)
+
+    async def _bring(self, version: VersionRecord) -> None:
+        """Load a version, room first: who waits for room holds no tensors."""
+        size, booking = await self._size_of(version), self._new_booking()
+        try:
+            await self._engine.book_room(booking, {version.digest: size})
+            async with self._unpacking:
+                weights = await self._read(version, self._files.read_weights)
+                await self._engine.load_adapter(weights)
+        finally:
+            self._engine.end_booking(booking)
+
+    def _new_booking(self) -> str:
+        self._num_bookings += 1
+        return str(self._num_bookings)
+
+    @contextmanager
+    def _failures_told(self) -> Iterator[None]:
+        """Have loads counted that fail, unless there is nothing to be loaded any more."""
+        try:
+            yield
         except NotFound:
             raise
         except QuickchangeError as error:
             self.observer.on_load_failure(error.code)
             raise
-        seconds = time.monotonic() - started_s
-        self.observer.on_load("disk" if is_on_disk else "remote", "host", seconds)
 
-    async def _bring(self, version: VersionRecord) -> None:
+    async def _size_of(self, version: VersionRecord) -> PackedSize:
+        size = self._engine.size_of(version.digest)
+        if size is None:
+            size = self._engine.packed_size(await self._read(version, self._files.measure))
+        return size
+
+    async def _read(self, version: VersionRecord, read: Callable[[VersionRecord], T]) -> T:
+        """Read a version's files in a thread; they are fetched if they are not on this machine."""
         loop = asyncio.get_running_loop()
         try:
             if not self._files.is_on_disk(version):
                 await loop.run_in_executor(self._fetchers, self._files.fetch, version)
-            async with self._unpacking:
-                read = partial(self._files.read_weights, version)
-                weights = await loop.run_in_executor(self._threads, read)
-                await self._engine.load_adapter(weights)
+            return await loop.run_in_executor(self._threads, read, version)
         except READ_ERRORS as error:
             if isinstance(error, BlobMissing | FileNotFoundError):
                 await self._read_again(version)

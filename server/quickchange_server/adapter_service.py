@@ -41,6 +41,7 @@ from quickchange_server.adapter_upload import (
     stage_file,
 )
 from quickchange_server.adapter_uploader import AdapterUploader, ThreadValidator, Validator
+from quickchange_server.adapter_uses import AdapterUses
 from quickchange_server.adapter_views import (
     AdapterPage,
     AdapterView,
@@ -55,7 +56,6 @@ from quickchange_server.auto_merge import AutoMerge, TrafficSource
 from quickchange_server.catalog_poll import POLL_S, CatalogPoll, OnChange
 from quickchange_server.desired_state import DesiredState
 from quickchange_server.engine.interface import GenerationEngine
-from quickchange_server.errors import Conflict
 from quickchange_server.live_catalog import LiveCatalog
 from quickchange_server.load_observer import LoadObserver
 from quickchange_server.state_actions import StateActions
@@ -77,8 +77,9 @@ class AdapterService:
     """Everything the routes may do with adapters.
 
     `version` arguments: a number, or None for what the bare name means (alias `default`).
-    What moves a version between tiers is `AdapterActions`', what says how it is to be
-    `StateActions`', what changes its rows `AdapterChanges`'; all are called here.
+    What requests need is `AdapterUses`', what moves a version between tiers `AdapterActions`', what
+    says how it is to be `StateActions`', what changes its rows `AdapterChanges`'; all are called
+    here.
     `names` and `loading` (digests) are for the thread that renders metrics.
     `validator` says where uploads are checked; None: in threads of this process. `poll_s`: how
     often the catalog is asked for what other processes did. `probe_ids`: the prompt that uploads
@@ -151,6 +152,8 @@ class AdapterService:
         self._downloads = AdapterDownloads(self._lookup, self._files)
         self.open_file = self._downloads.open_file
         self.loading = self._loader.loading
+        uses = AdapterUses(self._engine, self._lookup, self._loader, self._views)
+        self.acquire, self.acquire_mix, self.part = uses.acquire, uses.acquire_mix, uses.part
         changes = AdapterChanges(self._live, self._lookup, self._remover, self._views)
         self.set_alias, self.delete_alias = changes.set_alias, changes.delete_alias
         self.delete_version = changes.delete_version
@@ -324,27 +327,6 @@ class AdapterService:
             version.number,
             read_version_task(version),
         )
-
-    async def acquire(self, resolved: ResolvedModel) -> None:
-        """Make sure that requests for `resolved` can be submitted; a no-op for the base.
-
-        Await it right before `engine.generate`. Requests that come at once load it once.
-
-        Raises: NotFound (deleted since), Conflict (it does not fit this base, or
-        adapter_quarantined), Unavailable.
-        """
-        if resolved.kind == "base":
-            return
-        version = self._lookup.still_served(resolved)
-        if version.digest in self._engine.snapshot().quarantined:
-            raise Conflict(
-                f"{version.name}:{version.number} gave values that are not finite, repeatedly: "
-                "upload a corrected version, or unload it to try again",
-                code="adapter_quarantined",
-            )
-        self._views.note_use(version)
-        self._loader.observer.on_hit(self._views.tier(version))
-        await self._loader.load(version)
 
     def models(self, *, tenant: str = DEFAULT_TENANT, names: Names = None) -> Sequence[ModelView]:
         """Return the entries of `GET /v1/models`: base names, bare names, `name@alias`."""

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import torch
 from quickchange_adapters.base_spec import BaseSpec
+from quickchange_adapters.errors import AdapterRefused
 from quickchange_adapters.limits import AdapterLimits
 from quickchange_adapters.loading import load_weights
 from quickchange_adapters.records import CONFIG_FILE, WEIGHTS_FILE, VersionRecord
 from quickchange_adapters.store import Store
+from quickchange_adapters.structure import Structure, check_structure
 from quickchange_adapters.weights import AdapterWeights
 
 from quickchange_server.static_folder import check_unchanged
@@ -57,6 +59,19 @@ class VersionFiles:
         """
         with self.held(version, CONFIG_FILE, WEIGHTS_FILE):
             pass
+
+    def measure(self, version: VersionRecord) -> Structure:
+        """Return what a version's files hold, without its numbers.
+
+        Raises: AdapterRefused, OSError, and what `held` raises.
+        """
+        with self.held(version, CONFIG_FILE, WEIGHTS_FILE) as paths:
+            structure = check_structure(
+                paths[CONFIG_FILE], paths[WEIGHTS_FILE], self._base, self._limits
+            )
+        if structure.problems:
+            raise AdapterRefused(structure.problems)
+        return structure
 
     def read_staged(self, config: Path, weights: Path, digest: str) -> AdapterWeights:
         """Return the tensors of an upload that is not in the store yet.

@@ -55,6 +55,7 @@ class ScriptedAdapters(AdapterService):
         self.base_names = (base,)
         self.names = AdapterNames()
         self.loading = list[str]
+        self.part = lambda owner: None
         self.digests = digests or {}
         self.tasks: dict[str, Task] = {}
         self.problems: list[Problem] = []
@@ -112,9 +113,15 @@ class ScriptedAdapters(AdapterService):
         task = self.tasks.get(name)
         return ResolvedModel("adapter", name, self.digests[model], version=1, task=task)
 
-    async def acquire(self, resolved: ResolvedModel) -> None:
+    async def acquire(self, resolved: ResolvedModel, *, is_repeat: bool = False) -> None:
         """Remember what was asked for."""
         self.acquired.append(resolved.digest)
+
+    async def acquire_mix(
+        self, owner: str, parts: Sequence[ResolvedModel], *, is_repeat: bool = False
+    ) -> None:
+        """Remember what was asked for."""
+        self.acquired += [part.digest for part in parts]
 
     def digests_of(self, tenant: str) -> None:
         """Hide nothing."""

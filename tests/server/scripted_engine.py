@@ -1,11 +1,13 @@
 """A deterministic engine that says what a test tells it to; no model, no thread."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
 
 from quickchange_adapters.base_spec import BaseSpec, ModuleSpec
+from quickchange_adapters.packed_size import PackedSize
+from quickchange_adapters.structure import Structure
 from quickchange_adapters.weights import AdapterWeights
 from quickchange_server.engine.interface import EngineSnapshot, MergeResult, ResidentAdapter
 from quickchange_server.engine.request import (
@@ -72,6 +74,7 @@ class ScriptedEngine:
     live: set[str] = field(default_factory=set)
     loaded: dict[str, AdapterWeights] = field(default_factory=dict)
     merged: dict[str, int] = field(default_factory=dict)
+    booked: dict[str, tuple[str, ...]] = field(default_factory=dict)
     quarantined: set[str] = field(default_factory=set)
     pinned: set[str] = field(default_factory=set)
 
@@ -163,6 +166,22 @@ class ScriptedEngine:
             return None
         num_top = request.prompt_logprobs
         return (None, *(scripted_logprobs(i, num_top) for i in request.prompt_ids[1:]))
+
+    def packed_size(self, structure: Structure) -> PackedSize:
+        """Weigh nothing."""
+        return PackedSize({}, 0)
+
+    def size_of(self, digest: str) -> PackedSize | None:
+        """Weigh nothing."""
+        return PackedSize({}, 0) if digest in self.loaded else None
+
+    async def book_room(self, owner: str, sizes: Mapping[str, PackedSize]) -> None:
+        """Remember it; there is always room."""
+        self.booked[owner] = tuple(sizes)
+
+    def end_booking(self, owner: str) -> None:
+        """Forget it."""
+        self.booked.pop(owner, None)
 
     async def load_adapter(self, weights: AdapterWeights) -> None:
         """Keep the weights."""

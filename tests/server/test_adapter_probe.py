@@ -11,6 +11,7 @@ import httpx
 import pytest
 import torch
 from quickchange_adapters.records import VersionRecord
+from quickchange_adapters.structure import Structure
 from quickchange_adapters.weights import AdapterWeights
 from quickchange_server.adapter_loader import AdapterLoader
 from quickchange_server.adapter_probe import PROBE_PROMPT, AdapterProber, NotProbed
@@ -168,6 +169,9 @@ class NoFiles:
 
     def fetch(self, version: VersionRecord) -> None:
         raise AssertionError("nothing is fetched here")
+
+    def measure(self, version: VersionRecord) -> Structure:
+        return Structure()
 
     def read_weights(self, version: VersionRecord) -> AdapterWeights:
         return no_weights()

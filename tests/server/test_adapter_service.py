@@ -72,6 +72,7 @@ async def test_an_upload_is_served_at_once(world: World) -> None:
         m for m in SPEC.modules if m.endswith("q_proj")
     }
     await world.service.acquire(resolved)
+    await world.service.acquire(resolved, is_repeat=True)  # the same request, tried once more
     view = await world.service.get_version("sentiment")
     assert view.to_json()["requests"] == 2
     assert (view.tier, view.host_bytes > 0, view.last_used_at is not None) == ("device", True, True)

@@ -1,14 +1,18 @@
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import httpx
 import pytest
 import pytest_asyncio
 from fastapi import FastAPI
-from quickchange_server.api.app import AppServices, create_app
+from quickchange_server.adapter_views import AdapterView
+from quickchange_server.api.app import AppServices, BodyLimits, create_app
 from starlette.types import Message
 
 from tests.server.conftest import serve_in_process
+from tests.server.scripted_adapters import ScriptedAdapters
+from tests.server.scripted_engine import ScriptedEngine
 
 PAGE = "https://app.example"
 Headers = Sequence[tuple[bytes, bytes]]
@@ -138,6 +142,61 @@ async def test_allowed_origin_gets_cors_headers(cors_client: httpx.AsyncClient) 
     assert preflight.status_code == 200
     other = await cors_client.get("/v1/models", headers={"origin": "https://evil.example"})
     assert other.status_code == 403
+
+
+class Failing(ScriptedAdapters):
+    """Makes a mistake in a look-up."""
+
+    async def get(self, name: str, *, tenant: str = "default") -> AdapterView:
+        raise RuntimeError("a mistake of ours")
+
+
+REFUSED: list[tuple[str, str, dict[str, Any], int]] = [
+    ("GET", "/v1/adapters/ada", {}, 500),
+    ("GET", "/nowhere", {}, 404),
+    ("POST", "/v1/completions", {"json": {"model": 3}}, 400),
+    ("POST", "/v1/completions", {"content": b"x" * 2000}, 413),
+    ("POST", "/v1/completions", {"json": {"model": "tiny", "prompt": "a"}}, 429),
+    ("GET", "/v1/models", {"headers": {"host": "evil.example"}}, 403),
+]
+
+
+@pytest.mark.parametrize(("method", "path", "sent", "status"), REFUSED)
+async def test_pages_can_read_every_refusal(
+    services: AppServices,
+    scripted_engine: ScriptedEngine,
+    method: str,
+    path: str,
+    sent: dict[str, Any],
+    status: int,
+) -> None:
+    limits = BodyLimits(json_bytes=1000)
+    changed = replace(services, cors_origins=(PAGE,), limits=limits, adapters=Failing())
+    scripted_engine.max_queue = 0
+    headers = {"origin": PAGE, "x-request-id": "r-1", **sent.pop("headers", {})}
+    async for client in serve_in_process(create_app(changed)):
+        answer = await client.request(method, path, headers=headers, **sent)
+        assert answer.status_code == status
+        assert answer.headers["access-control-allow-origin"] == PAGE
+        assert answer.headers["x-request-id"] == "r-1"
+
+
+async def test_pages_can_read_that_a_server_drains(services: AppServices) -> None:
+    app = create_app(replace(services, cors_origins=(PAGE,)))
+    body = {"model": "tiny", "prompt": "a"}
+    async for client in serve_in_process(app):
+        app.state.drain.begin()
+        asking = {"origin": PAGE, "access-control-request-method": "POST"}
+        preflight = await client.options("/v1/completions", headers=asking)
+        refused = await client.post("/v1/completions", json=body, headers={"origin": PAGE})
+        read = await client.get("/v1/models", headers={"origin": PAGE})
+        assert [preflight.status_code, refused.status_code, read.status_code] == [200, 503, 200]
+        assert refused.json()["error"]["code"] == "draining"
+        assert "retry-after" in refused.headers
+        for answer in (preflight, refused, read):
+            assert answer.headers["access-control-allow-origin"] == PAGE
+            assert answer.headers["connection"] == "close"
+        assert app.state.drain.num_running == 0
 
 
 async def test_http_requests_are_counted_by_template(client: httpx.AsyncClient) -> None:

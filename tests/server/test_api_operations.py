@@ -11,6 +11,7 @@ from quickchange_server.engine.interface import EngineSnapshot
 
 from tests.server.conftest import BASE_URL, serve_in_process
 from tests.server.scripted_engine import ScriptedEngine
+from tests.server.socket_server import serve_on_socket
 
 
 async def test_probes_of_a_running_server(client: httpx.AsyncClient) -> None:
@@ -25,6 +26,20 @@ async def test_probes_may_ask_with_head(
     assert (await client.head(path)).status_code == 200
     scripted_engine.is_running = False
     assert (await client.head(path)).status_code == 503
+
+
+async def test_what_operators_read_may_be_asked_for_by_head(services: AppServices) -> None:
+    """On one connection: a body behind an answer to HEAD would be read as the next answer."""
+    async with serve_on_socket(create_app(services)) as client:
+        for path in ("/livez", "/readyz", "/health", "/version", "/metrics"):
+            asked, read = await client.head(path), await client.get(path)
+            assert (asked.status_code, asked.content, read.status_code) == (200, b"", 200)
+            assert asked.headers["content-type"] == read.headers["content-type"]
+        scraped = {"accept": "application/openmetrics-text"}
+        assert (
+            "openmetrics"
+            in (await client.head("/metrics", headers=scraped)).headers["content-type"]
+        )
 
 
 async def test_not_ready_before_start_and_after_stop(services: AppServices) -> None:

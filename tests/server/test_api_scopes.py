@@ -93,7 +93,8 @@ async def test_every_other_route_is_401_without_a_key_and_with_a_wrong_one(
                 continue
             assert answer.status_code == 401, each
             assert answer.headers["www-authenticate"] == "Bearer"
-            assert code_and_message(answer)[0] == "invalid_api_key", each
+            if each.method != "HEAD":
+                assert code_and_message(answer)[0] == "invalid_api_key", each
 
 
 async def test_every_route_is_403_for_a_key_of_all_other_scopes(
@@ -104,9 +105,11 @@ async def test_every_route_is_403_for_a_key_of_all_other_scopes(
             continue
         headers = keys.make(*(scope for scope in KEY_SCOPES if scope != each.scope))
         answer = await keyed.request(each.method, each.path, headers=headers)
-        code, message = code_and_message(answer)
-        assert (answer.status_code, code) == (403, "scope_missing"), each
-        assert f"'{each.scope}'" in message
+        assert answer.status_code == 403, each
+        if each.method != "HEAD":
+            code, message = code_and_message(answer)
+            assert code == "scope_missing", each
+            assert f"'{each.scope}'" in message
 
 
 async def test_the_scope_alone_is_enough(

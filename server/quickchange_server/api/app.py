@@ -21,13 +21,14 @@ from quickchange_server.api import (
     operations,
 )
 from quickchange_server.api.body_pace import BodyPace
-from quickchange_server.api.drain_guard import DrainGuard
+from quickchange_server.api.drain_guard import DrainGuard, DrainParting
 from quickchange_server.api.error_handlers import add_error_handlers
 from quickchange_server.api.middleware import (
     BodyLimit,
     HttpMetrics,
     KeyGuard,
     LoopbackGuard,
+    MistakeAnswer,
     RequestContext,
 )
 from quickchange_server.api.services import AppServices, BodyLimits
@@ -97,7 +98,9 @@ def _add_middleware(app: FastAPI, services: AppServices) -> None:
     if services.is_loopback_only:
         origins = services.cors_origins
         app.add_middleware(LoopbackGuard, cors_origins=origins, keyring=services.keyring)
-    if services.cors_origins:
+    app.add_middleware(DrainGuard, drain=app.state.drain)
+    app.add_middleware(MistakeAnswer)
+    if services.cors_origins:  # outside of all that answers, so that pages can read any refusal
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(services.cors_origins),
@@ -105,7 +108,7 @@ def _add_middleware(app: FastAPI, services: AppServices) -> None:
             allow_headers=["*"],
             expose_headers=["*"],
         )
-    app.add_middleware(DrainGuard, drain=app.state.drain)
+    app.add_middleware(DrainParting, drain=app.state.drain)
     routers = (*(room.router for room in ROOMS), operations.probes)
     routes = [route for router in routers for route in router.routes]
     app.add_middleware(HttpMetrics, metrics=services.metrics, routes=routes)

@@ -18,10 +18,7 @@ bytes is reset, and a caller who still sends would lose the answer."""
 
 
 class DrainGuard:
-    """Counts requests, downloads too, and answers 503 `draining` to new work once a drain began.
-
-    From then on every answer ends its connection: the caller's next one may reach another server.
-    """
+    """Counts requests, downloads too, and answers 503 `draining` to new work once a drain began."""
 
     def __init__(self, app: ASGIApp, drain: Drain) -> None:
         self._app = app
@@ -31,16 +28,10 @@ class DrainGuard:
         """Pass a request on, or refuse it."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-
-        async def send_and_part(message: Message) -> None:
-            if message["type"] == "http.response.start" and self._drain.is_begun:
-                MutableHeaders(scope=message)["connection"] = "close"
-            await send(message)
-
         if self._drain.is_begun and scope["method"] not in READING:
-            return await self._refuse(scope, receive, send_and_part)
+            return await self._refuse(scope, receive, send)
         with self._drain.accepted():
-            return await self._app(scope, receive, send_and_part)
+            return await self._app(scope, receive, send)
 
     async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
         error = Unavailable(
@@ -57,6 +48,27 @@ class DrainGuard:
             await send(message)
 
         await refusal_of(error, scope)(scope, receive, send_and_linger)
+
+
+class DrainParting:
+    """Ends the connection with every answer once a drain began, whoever gave that answer.
+
+    The caller's next connection may reach another server.
+    """
+
+    def __init__(self, app: ASGIApp, drain: Drain) -> None:
+        self._app = app
+        self._drain = drain
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on."""
+
+        async def send_and_part(message: Message) -> None:
+            if message["type"] == "http.response.start" and self._drain.is_begun:
+                MutableHeaders(scope=message)["connection"] = "close"
+            await send(message)
+
+        await self._app(scope, receive, send_and_part)
 
 
 async def _drop_body(receive: Receive) -> None:

@@ -4,7 +4,7 @@ Everything that can be refused is refused before the first header goes out.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
 from fastapi import Request
@@ -45,8 +45,10 @@ class AnswerWay:
     headers: dict[str, str] = field(default_factory=dict)
 
 
-async def admit(plan: GenerationPlan, services: AppServices) -> None:
+async def admit(plan: GenerationPlan, services: AppServices, *, is_repeat: bool = False) -> None:
     """Make sure that the plan may be submitted now; it counts as in flight until its session ends.
+
+    `is_repeat`: it was admitted before, and is still the same request.
 
     Raises: InvalidRequest when it never can be, QueueFull, RateLimited, Unavailable, NotFound,
     Conflict when an adapter is quarantined.
@@ -56,26 +58,35 @@ async def admit(plan: GenerationPlan, services: AppServices) -> None:
     services.engine.check_admission(len(plan.requests))
     services.requests.hold(plan.head.id, plan.tenant, len(plan.requests), num_places)
     try:
-        await _acquire(plan, services)
+        await _acquire(plan, services, is_repeat)
     except BaseException:
-        services.requests.release(plan.head.id)
+        _give_back(plan, services)
         raise
 
 
-async def _acquire(plan: GenerationPlan, services: AppServices) -> None:
-    """Have the plan's adapters loaded; cold ones count for its tenant."""
+def _give_back(plan: GenerationPlan, services: AppServices) -> None:
+    """Give back what `admit` took; a repeat is a no-op."""
+    services.adapters.part(plan.head.id)
+    services.requests.release(plan.head.id)
+
+
+async def _acquire(plan: GenerationPlan, services: AppServices, is_repeat: bool) -> None:
+    """Have the plan's adapters loaded, together if it mixes; cold ones count for its tenant."""
+    parts = [resolved for resolved in plan.model.resolved if resolved.kind == "adapter"]
     quarantined = services.engine.snapshot().quarantined
-    for resolved in plan.model.resolved:
-        if resolved.kind == "adapter" and resolved.digest in quarantined:
+    for resolved in parts:
+        if resolved.digest in quarantined:
             raise Conflict(
                 f"the adapter {resolved.served_name!r} gave non-finite values repeatedly and is "
                 "out of service; upload a sound version",
                 code="adapter_quarantined",
             )
-    for resolved in plan.model.resolved:
-        if resolved.kind == "adapter":
-            count_if_cold(resolved.digest, services, plan.tenant)
-        await services.adapters.acquire(resolved)
+    for digest in dict.fromkeys(part.digest for part in parts):
+        count_if_cold(digest, services, plan.tenant)
+    if len(parts) == 1:
+        await services.adapters.acquire(parts[0], is_repeat=is_repeat)
+    elif parts:
+        await services.adapters.acquire_mix(plan.head.id, parts, is_repeat=is_repeat)
 
 
 def _check_num_choices(plan: GenerationPlan, max_requests: int) -> None:
@@ -137,24 +148,30 @@ async def _started(
 
     Raises: QueueFull, Unavailable, NotFound, Conflict.
     """
-    for _ in range(MAX_STARTS):
-        session = GenerationSession(
-            label, services.metrics, lambda: services.requests.release(plan.head.id)
-        )
-        try:
-            await session.start(_choices(plan, services, reader_of))
-        except Unavailable as error:
-            await session.close()
-            if error.code != "adapter_not_loaded":
-                raise
-            await admit(plan, services)
-        except BaseException:
-            await session.close()
+    session = GenerationSession(label, services.metrics, lambda: _give_back(plan, services))
+    try:
+        for _ in range(MAX_STARTS):
+            if await _has_started(session, _choices(plan, services, reader_of)):
+                services.adapters.part(plan.head.id)  # its requests hold them now
+                return session
+            await admit(plan, services, is_repeat=True)
+        raise Unavailable("the adapter is being loaded and unloaded in turn: try again")
+    except BaseException:
+        await session.close()
+        raise
+
+
+async def _has_started(
+    session: GenerationSession, choices: Sequence[AsyncIterator[ChoiceDelta]]
+) -> bool:
+    """Start a session; False: an adapter is not loaded any more."""
+    try:
+        await session.start(choices)
+    except Unavailable as error:
+        if error.code != "adapter_not_loaded":
             raise
-        else:
-            return session
-    services.requests.release(plan.head.id)  # the last admission held it once more
-    raise Unavailable("the adapter is being loaded and unloaded in turn: try again")
+        return False
+    return True
 
 
 def _choices(

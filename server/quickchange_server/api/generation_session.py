@@ -76,13 +76,17 @@ class GenerationSession:
     async def start(self, choices: Sequence[AsyncIterator[ChoiceDelta]]) -> None:
         """Submit every choice. A refusal at this point is raised here, before any header.
 
+        After a refusal it may be started again: it stays one request.
+
         Raises: QueueFull, Unavailable.
         """
         self._metrics.on_request_start(self._label.adapters)
+        self._outcome, self._failure, self._queue = "cancelled", None, asyncio.Queue()
         self._tasks = [asyncio.create_task(self._pump(choice)) for choice in choices]
         await asyncio.sleep(0)
         if self._failure is not None:
             self._outcome = "rejected"
+            await self._end_tasks()
             raise self._failure
 
     async def _pump(self, choice: AsyncIterator[ChoiceDelta]) -> None:
@@ -166,8 +170,6 @@ class GenerationSession:
         if outcome is None:
             return
         self._on_close()
-        for task in self._tasks:
-            task.cancel()
         usage = self.usage
         duration_s = time.monotonic() - self._label.arrival_s if outcome == "ok" else None
         counted = usage.num_prompt_tokens if self._ttft_s is not None else 0
@@ -183,6 +185,11 @@ class GenerationSession:
         )
         if self._label.record is not None:
             self._fill(self._label.record, outcome, usage)
+        await self._end_tasks()
+
+    async def _end_tasks(self) -> None:
+        for task in self._tasks:
+            task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def _fill(self, record: GenerationRecord, outcome: Outcome, usage: Usage) -> None:

@@ -77,6 +77,29 @@ class RequestContext:
                 log.exception("an observer of requests failed")
 
 
+class MistakeAnswer:
+    """Answer our own mistakes (500) here, where the answer still gets the headers of the others."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on; what it raises is answered, if nothing was, and raised again."""
+        has_begun = False
+
+        async def send_and_note(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_and_note)
+        except Exception:
+            if scope["type"] == "http" and not has_begun:
+                await refusal_of(internal_error(), scope)(scope, receive, send)
+            raise
+
+
 class HttpMetrics:
     """Count requests by route template, method and status.
 

@@ -53,6 +53,7 @@ def check_engine(services: AppServices) -> None:
         )
 
 
+@probes.head("/version", include_in_schema=False)
 @probes.get("/version")
 async def version(services: Services) -> Json:
     """Show what is running."""
@@ -60,6 +61,7 @@ async def version(services: Services) -> Json:
     return {"version": __version__, "base": base.name, "base_digest": base.digest}
 
 
+@probes.head("/metrics", include_in_schema=False)
 @probes.get("/metrics", response_class=Response)
 async def metrics(request: Request, services: Services, caller: Scraper) -> Response:
     """Show the metrics in Prometheus' text format, or OpenMetrics when asked for."""

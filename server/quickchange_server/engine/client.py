@@ -5,7 +5,7 @@ One `call_soon_threadsafe` a step brings the tokens of all requests over to the 
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +15,9 @@ import torch
 from quickchange_adapters.errors import NotFinite
 from quickchange_adapters.host_adapter import HostAdapter, pack_adapter, pin_adapter
 from quickchange_adapters.merge import MergedCopy, merge_adapter, merged_bytes_of
+from quickchange_adapters.packed_size import PackedSize, packed_size
 from quickchange_adapters.pool import AdapterPool
+from quickchange_adapters.structure import Structure
 from quickchange_adapters.weights import AdapterWeights
 
 from quickchange_server.engine.base_model import check_config, end_token_ids, load_base
@@ -78,7 +80,6 @@ class EngineClient:
         )
         self._loader = ThreadPoolExecutor(1, "quickchange-loader", _use_one_thread)
         self._merger = ThreadPoolExecutor(1, "quickchange-merger", _use_one_thread)
-        self._host_bytes: dict[str, int] = {}  # of each version that was ever loaded
         self._queues: dict[str, asyncio.Queue[TokenOutput]] = {}
         self._outputs = OutputLine(self._deliver)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -130,6 +131,34 @@ class EngineClient:
         """Whether a request for this digest can be submitted now."""
         return self._engine.residency.host_copy(digest) is not None
 
+    def packed_size(self, structure: Structure) -> PackedSize:
+        """Return what a version will take, by its files' headers."""
+        return packed_size(structure, self._base_model.layout, self.dtype.itemsize)
+
+    def size_of(self, digest: str) -> PackedSize | None:
+        """Return what a loaded version takes."""
+        adapter = self._engine.residency.host_copy(digest)
+        return None if adapter is None else adapter.size
+
+    async def book_room(self, owner: str, sizes: Mapping[str, PackedSize]) -> None:
+        """Keep room for versions, all of them or none. Raises: InvalidRequest, Unavailable."""
+        for size in sizes.values():
+            self._check_fits(size)
+        self._check_together(sizes.values())
+        num_bytes = {digest: size.num_bytes for digest, size in sizes.items()}
+        residency = self._engine.residency
+        if residency.book_free_room(owner, num_bytes):
+            return
+        try:
+            coming = await self._on_engine(lambda: residency.book_room(owner, num_bytes))
+            await asyncio.wrap_future(coming)
+        except MemoryError as error:
+            raise Unavailable(str(error), code="adapter_memory") from error
+
+    def end_booking(self, owner: str) -> None:
+        """Give booked room back."""
+        self._engine.call(lambda: self._engine.residency.end_booking(owner))
+
     async def load_adapter(self, weights: AdapterWeights) -> None:
         """Pack a version on the loader thread and keep it in host memory, as soon as there is room.
 
@@ -138,8 +167,7 @@ class EngineClient:
         if self.is_loaded(weights.digest):
             return
         adapter = await self._in_loader(lambda: self._pack(weights))
-        self._check_fits(adapter)
-        self._host_bytes[adapter.digest] = adapter.num_bytes
+        self._check_fits(adapter.size)
         try:
             coming = await self._on_engine(lambda: self._engine.residency.add_host(adapter))
             await asyncio.wrap_future(coming)
@@ -282,30 +310,33 @@ class EngineClient:
     def _check_mix(self, request: GenerationRequest) -> None:
         digests = {adapter.digest for adapter in request.adapters}
         held = [self._engine.residency.host_copy(digest) for digest in digests]
-        pool = self._engine.runner.pool
-        if not pool.can_ever_hold(*(adapter for adapter in held if adapter is not None)):
+        self._check_together([adapter.size for adapter in held if adapter is not None])
+
+    def _check_together(self, sizes: Collection[PackedSize]) -> None:
+        """Refuse a mix whose parts never fit together, so that nobody waits for that."""
+        pool, host_bytes = self._engine.runner.pool, self._settings.adapter_host_bytes
+        needed = sum(size.num_bytes for size in sizes)
+        if len(sizes) > 1 and not pool.can_ever_hold(*sizes):
             raise InvalidRequest(
-                f"the {len(digests)} adapters of this mix do not fit together into the device "
+                f"the {len(sizes)} adapters of this mix do not fit together into the device "
                 f"pool of {pool.num_rows} rank rows: use fewer, or raise --adapter-device-bytes",
                 code="mix_too_large",
                 param="adapters",
             )
-        needed = sum(self._host_bytes.get(digest, 0) for digest in digests)
-        if needed > self._settings.adapter_host_bytes:
+        if len(sizes) > 1 and needed > host_bytes:
             raise InvalidRequest(
-                f"the {len(digests)} adapters of this mix need {needed} bytes of host memory "
-                f"together, of {self._settings.adapter_host_bytes}: use fewer, or raise "
-                "--adapter-host-bytes",
+                f"the {len(sizes)} adapters of this mix need {needed} bytes of host memory "
+                f"together, of {host_bytes}: use fewer, or raise --adapter-host-bytes",
                 code="mix_too_large",
                 param="adapters",
             )
 
-    def _check_fits(self, adapter: HostAdapter) -> None:
+    def _check_fits(self, size: PackedSize) -> None:
         pool = self._engine.runner.pool
-        if not pool.can_ever_hold(adapter):
-            rows = max((group.num_rows for group in adapter.groups.values()), default=0)
+        if not pool.can_ever_hold(size):
+            rows = max(size.rows.values(), default=0)
             raise InvalidRequest(
-                f"the adapter needs {rows} rank rows and {adapter.num_vocabulary_bytes} bytes for "
+                f"the adapter needs {rows} rank rows and {size.num_vocabulary_bytes} bytes for "
                 f"head and embedding; the device pool has {pool.num_rows} and "
                 f"{pool.vocabulary_ceiling_bytes}: raise --adapter-device-bytes",
                 code="rank_too_large",

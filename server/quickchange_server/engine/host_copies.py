@@ -4,16 +4,21 @@
 |---|---|
 | is in use, pinned, merged, or on its way to the device | it stays |
 | came and was not used yet | it stays, for `keep_s` at most: whoever asked is about to use it |
+| has room booked for it, or for others with it | it stays until the booking ends |
 | is idle | it goes when room is needed, least recently used first |
 | finds no room because others are in use | it waits for them, first come, first served |
 | would find no room if nobody used anything | it is refused |
+
+Who wants several copies together books room for all of them or waits for all of it, so that two who
+want much never hold half of it each. Whoever has room never waits for anybody who waits for room:
+what needs no more of it passes those who wait.
 
 Knows no pool and no requests. Its owner calls it under a lock of its own.
 """
 
 import time
-from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -24,9 +29,14 @@ KEEP_S = 2.0
 
 @dataclass(slots=True)
 class Arrival:
-    """A copy that waits for room; resolves when it is there."""
+    """Who waits for room: a copy, or the owner of a booking; resolves when there is room.
 
-    adapter: HostAdapter
+    `sizes`: bytes by digest of all that is to be there together.
+    """
+
+    sizes: Mapping[str, int]
+    adapter: HostAdapter | None = None
+    owner: str = ""
     done: "Future[None]" = field(default_factory=Future)
 
 
@@ -56,6 +66,9 @@ class HostCopies:
         self._keep_s = keep_s
         self._copies: OrderedDict[str, HostAdapter] = OrderedDict()
         self._kept_until_s: dict[str, float] = {}
+        self._booked: dict[str, Mapping[str, int]] = {}
+        self._expected: dict[str, int] = {}  # bytes of what has room booked, here or not
+        self._num_bookings: Counter[str] = Counter()
         self._arrivals: deque[Arrival] = deque()
 
     def __contains__(self, digest: str) -> bool:
@@ -73,39 +86,44 @@ class HostCopies:
 
     def has_free_room(self, adapter: HostAdapter) -> bool:
         """Whether a copy could be kept without another one's going, or waiting longer."""
-        return not self._arrivals and self.num_bytes + adapter.num_bytes <= self.ceiling_bytes
+        return not self._arrivals and self._excess({adapter.digest: adapter.num_bytes}) <= 0
 
     def add(self, adapter: HostAdapter) -> "Future[None]":
         """Keep a copy, now or when those in use leave room for it.
 
         Raises: MemoryError if it does not fit beside those that stay whoever uses them.
         """
-        arrival = Arrival(adapter)
-        if adapter.digest in self._copies:
-            arrival.done.set_result(None)
-            return arrival.done
-        if self._is_hopeless(adapter):
-            raise MemoryError(self._no_room(adapter))
-        self._arrivals.append(arrival)
+        return self._receive(Arrival({adapter.digest: adapter.num_bytes}, adapter))
+
+    def book(self, owner: str, sizes: Mapping[str, int]) -> "Future[None]":
+        """Keep room for copies that are there or to come, all of them or none, until `end_booking`.
+
+        Raises: MemoryError if they do not fit beside those that stay whoever uses them.
+        """
+        return self._receive(Arrival(sizes, owner=owner))
+
+    def book_free(self, owner: str, sizes: Mapping[str, int]) -> bool:
+        """Keep room as `book` does, if no copy has to go for it and nobody waits."""
+        if self._arrivals or self._excess(sizes) > 0:
+            return False
+        self._book(owner, sizes)
+        return True
+
+    def end_booking(self, owner: str) -> None:
+        """Give booked room back, or no longer wait for it; a repeat is a no-op."""
+        for digest in self._booked.pop(owner, ()):
+            self._num_bookings[digest] -= 1
+            if not self._num_bookings[digest]:
+                del self._num_bookings[digest], self._expected[digest]
+        for arrival in self._arrivals:
+            if arrival.owner == owner:
+                arrival.done.cancel()
         self.admit()
-        return arrival.done
 
     def admit(self) -> None:
-        """Keep those that wait, as far as there is room by now."""
-        while self._arrivals:
-            arrival = self._arrivals[0]
-            if arrival.done.cancelled():
-                self._arrivals.popleft()
-            elif self._make_room(arrival.adapter):
-                self._arrivals.popleft()
-                self._keep(arrival.adapter)
-                if arrival.done.set_running_or_notify_cancel():
-                    arrival.done.set_result(None)
-            elif not self._is_hopeless(arrival.adapter):
-                return
-            else:
-                self._arrivals.popleft()
-                _fail(arrival.done, MemoryError(self._no_room(arrival.adapter)))
+        """Give room to those that wait, as far as there is some by now."""
+        while self._arrivals and self._is_settled(self._arrivals[0]):
+            self._arrivals.popleft()
 
     def touch(self, digest: str) -> None:
         """Take note that a version is used: it is no longer kept for its first use."""
@@ -125,6 +143,50 @@ class HostCopies:
         while self._arrivals:
             _fail(self._arrivals.popleft().done, error)
 
+    def _receive(self, arrival: Arrival) -> "Future[None]":
+        if not self._missing(arrival.sizes):
+            self._grant(arrival)
+        elif self._is_hopeless(arrival.sizes):
+            raise MemoryError(self._no_room(arrival.sizes))
+        else:
+            self._arrivals.append(arrival)
+            self.admit()
+        return arrival.done
+
+    def _is_settled(self, arrival: Arrival) -> bool:
+        """Give room to the first that waits, or refuse it; False: it goes on waiting."""
+        if arrival.done.done():
+            return True
+        if self._make_room(arrival.sizes):
+            self._grant(arrival)
+            self._let_pass()
+            return True
+        if self._is_hopeless(arrival.sizes):
+            _fail(arrival.done, MemoryError(self._no_room(arrival.sizes)))
+            return True
+        return False
+
+    def _grant(self, arrival: Arrival) -> None:
+        if not arrival.done.set_running_or_notify_cancel():
+            return
+        if arrival.adapter is not None:
+            self._keep(arrival.adapter)
+        else:
+            self._book(arrival.owner, arrival.sizes)
+        arrival.done.set_result(None)
+
+    def _book(self, owner: str, sizes: Mapping[str, int]) -> None:
+        assert owner not in self._booked, f"booking {owner} was made twice"
+        self._booked[owner] = sizes
+        self._expected.update(sizes)
+        self._num_bookings.update(sizes.keys())
+
+    def _let_pass(self) -> None:
+        """Grant what needs no room any more: whoever has it may wait for just that."""
+        for arrival in self._arrivals:
+            if not arrival.done.done() and not self._missing(arrival.sizes):
+                self._grant(arrival)
+
     def _keep(self, adapter: HostAdapter) -> None:
         if adapter.digest not in self._copies:
             self._copies[adapter.digest] = adapter
@@ -132,13 +194,11 @@ class HostCopies:
             self.changed.add(adapter.digest)
             self._kept_until_s[adapter.digest] = time.monotonic() + self._keep_s
 
-    def _make_room(self, adapter: HostAdapter) -> bool:
-        """Drop idle copies until one fits; none of them if it would not fit even then."""
-        excess = self.num_bytes + adapter.num_bytes - self.ceiling_bytes
-        if adapter.digest in self._copies or excess <= 0:
-            return True
+    def _make_room(self, sizes: Mapping[str, int]) -> bool:
+        """Drop idle copies until these fit; none of them if they would not fit even then."""
+        excess = self._excess(sizes)
         going = []
-        for digest in self._idle():
+        for digest in self._idle(sizes) if excess > 0 else ():
             going.append(digest)
             excess -= self._copies[digest].num_bytes
             if excess <= 0:
@@ -150,24 +210,40 @@ class HostCopies:
             self.num_evictions += 1
         return True
 
-    def _idle(self) -> Iterator[str]:
+    def _excess(self, sizes: Mapping[str, int]) -> int:
+        """How many bytes too many there would be with these; nothing if they need no more."""
+        missing = self._missing(sizes)
+        if not missing:
+            return 0
+        to_come = sum(size for d, size in self._expected.items() if d not in self._copies)
+        return self.num_bytes + to_come + sum(missing.values()) - self.ceiling_bytes
+
+    def _missing(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        """Return what is neither here nor expected."""
+        known = (self._copies, self._expected)
+        return {d: size for d, size in sizes.items() if not any(d in each for each in known)}
+
+    def _idle(self, wanted: Mapping[str, int]) -> Iterator[str]:
         now_s = time.monotonic()
         for digest in self._copies:
             is_kept = self._kept_until_s.get(digest, 0.0) > now_s
-            if not is_kept and not self._is_fixed(digest) and self._is_idle(digest):
+            is_wanted = digest in wanted or digest in self._expected
+            if not (is_kept or is_wanted or self._is_fixed(digest)) and self._is_idle(digest):
                 yield digest
 
-    def _is_hopeless(self, adapter: HostAdapter) -> bool:
-        return self._fixed_bytes() + adapter.num_bytes > self.ceiling_bytes
+    def _is_hopeless(self, sizes: Mapping[str, int]) -> bool:
+        return self._fixed_bytes(sizes) + sum(sizes.values()) > self.ceiling_bytes
 
-    def _fixed_bytes(self) -> int:
-        fixed = (self._copies[digest] for digest in self._copies if self._is_fixed(digest))
-        return sum(adapter.num_bytes for adapter in fixed)
+    def _fixed_bytes(self, wanted: Mapping[str, int]) -> int:
+        """Return the bytes of those that stay in any case, but for the wanted ones."""
+        fixed = [d for d in self._copies if d not in wanted and self._is_fixed(d)]
+        return sum(self._copies[digest].num_bytes for digest in fixed)
 
-    def _no_room(self, adapter: HostAdapter) -> str:
+    def _no_room(self, sizes: Mapping[str, int]) -> str:
+        what = "adapter needs" if len(sizes) == 1 else f"{len(sizes)} adapters together need"
         return (
-            f"adapter needs {adapter.num_bytes} bytes of host memory; of {self.ceiling_bytes} "
-            f"{self._fixed_bytes()} are of adapters that are pinned or merged: raise "
+            f"{what} {sum(sizes.values())} bytes of host memory; of {self.ceiling_bytes} "
+            f"{self._fixed_bytes(sizes)} are of adapters that are pinned or merged: raise "
             "--adapter-host-bytes, or unpin or unmerge some"
         )
 

@@ -3,11 +3,13 @@
 The HTTP edge and the adapter service know only this; tests may drive them with a scripted engine.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from quickchange_adapters.base_spec import BaseSpec
+from quickchange_adapters.packed_size import PackedSize
+from quickchange_adapters.structure import Structure
 from quickchange_adapters.weights import AdapterWeights
 
 from quickchange_server.engine.request import GenerationRequest, TokenOutput
@@ -89,6 +91,25 @@ class GenerationEngine(Protocol):
 
         Raises: QueueFull, Unavailable, at the first `__anext__`.
         """
+
+    def packed_size(self, structure: Structure) -> PackedSize:
+        """Return what a version whose files fit the base will take."""
+
+    def size_of(self, digest: str) -> PackedSize | None:
+        """Return what a loaded version takes; None: it is not loaded."""
+
+    async def book_room(self, owner: str, sizes: Mapping[str, PackedSize]) -> None:
+        """Keep room in host memory for versions (by digest), all of them or none, and wait for it.
+
+        They stay until `end_booking(owner)`, which is to be called whatever happens here. No two
+        bookings have the same owner.
+
+        Raises: InvalidRequest (never, not even alone: mix_too_large, rank_too_large), Unavailable
+        (pinned and merged ones leave no room).
+        """
+
+    def end_booking(self, owner: str) -> None:
+        """Give booked room back; a repeat is a no-op."""
 
     async def load_adapter(self, weights: AdapterWeights) -> None:
         """Put a version into host memory, when those in use leave room; a repeat is a no-op.

@@ -1,15 +1,15 @@
 """Which adapters the engine holds, and where: host copies, pool slots, merged copies.
 
-Lives on the engine thread, but for `claim` and `start_leaving`, which the event loop calls: a
-request claims its versions before it is submitted, so what it uses is neither evicted nor unloaded
-before it ends. A lock guards what both threads touch (users, leaving, host copies). Packing and
-merging are computed elsewhere and handed in finished; `HostCopies` says who stays in host memory,
-and a `SlotLoader` fills and empties slots.
+Lives on the engine thread, but for `claim`, `start_leaving` and `book_free_room`, which the event
+loop calls: a request claims its versions before it is submitted, so what it uses is neither evicted
+nor unloaded before it ends. A lock guards what both threads touch (users, leaving, host copies).
+Packing and merging are computed elsewhere and handed in finished; `HostCopies` says who stays in
+host memory, and a `SlotLoader` fills and empties slots.
 """
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 
 from quickchange_adapters.errors import MergeBudgetExceeded, PinBudgetExceeded
@@ -81,6 +81,26 @@ class AdapterResidency:
             if adapter.digest in self._leaving:
                 raise MemoryError(f"adapter {adapter.digest[:12]} is being unloaded: try again")
             return self._host.add(adapter)
+
+    def book_room(self, owner: str, sizes: Mapping[str, int]) -> "Future[None]":
+        """Keep room for versions that are to be in host memory together; idle ones make it.
+
+        It resolves at once, or when copies in use leave room. `end_booking` gives it back.
+
+        Raises: MemoryError if pinned and merged ones leave no room under the ceiling.
+        """
+        with self._lock:
+            return self._host.book(owner, sizes)
+
+    def book_free_room(self, owner: str, sizes: Mapping[str, int]) -> bool:
+        """Keep room for versions if nobody has to go for it; from any thread."""
+        with self._lock:
+            return self._host.book_free(owner, sizes)
+
+    def end_booking(self, owner: str) -> None:
+        """Give booked room back, or no longer wait for it."""
+        with self._lock:
+            self._host.end_booking(owner)
 
     def admit_copies(self) -> None:
         """Keep host copies that waited for room, as far as there is some by now."""

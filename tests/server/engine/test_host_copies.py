@@ -126,3 +126,98 @@ def test_a_repeat_is_there_at_once_however_full_it_is() -> None:
     again: HostAdapter = adapter_of("a", 8)
     assert scene.copies.add(again).done()
     assert scene.copies.num_bytes == SIZE
+
+
+def sizes(names: str) -> dict[str, int]:
+    return dict.fromkeys(names, SIZE)
+
+
+def test_who_wants_several_has_room_for_all_or_holds_nothing() -> None:
+    scene = Scene(3)
+    scene.add("x")
+    scene.used.add("x")
+    first = scene.copies.book("first", sizes("ab"))
+    second = scene.copies.book("second", sizes("cd"))
+    assert first.done()
+    assert not second.done()
+    assert scene.add("a")
+    scene.used.add("a")
+    scene.copies.end_booking("first")
+    assert not second.done()  # one place is free, and it takes none of it alone
+    scene.used.clear()
+    scene.copies.admit()
+    assert second.done()
+    assert scene.add("c")
+    assert scene.add("d")
+    assert set(scene.copies) <= {"x", "a", "c", "d"}
+    assert scene.copies.num_bytes <= 3 * SIZE
+
+
+def test_booked_copies_stay_and_booked_room_is_nobody_elses() -> None:
+    scene = Scene(2)
+    scene.add("a")
+    assert scene.copies.book("mix", sizes("ab")).done()
+    assert not scene.copies.has_free_room(adapter_of("c", 8))
+    assert not scene.copies.book_free("one", sizes("c"))
+    assert not scene.add("c")
+    assert scene.add("b")
+    assert list(scene.copies) == ["a", "b"]
+    scene.copies.end_booking("mix")
+    assert list(scene.copies) == ["b", "c"]
+
+
+def test_what_needs_no_more_room_passes_those_who_wait_for_it() -> None:
+    """Else a mix would wait for a load, which waits behind somebody who waits for the mix."""
+    scene = Scene(2)
+    scene.add("x")
+    scene.used.add("x")
+    mix = scene.copies.book("mix", sizes("ab"))
+    large = scene.copies.book("large", {"large": 2 * SIZE})
+    load = scene.copies.book("load of a", sizes("a"))
+    copy = scene.copies.add(adapter_of("b", 8))
+    scene.used.clear()
+    scene.copies.admit()
+    assert mix.done()
+    assert load.done()
+    assert copy.done()
+    assert not large.done()
+    for owner in ("mix", "load of a"):
+        scene.copies.end_booking(owner)
+    assert large.done()
+
+
+def test_a_booking_that_was_given_up_leaves_nothing_behind() -> None:
+    scene = Scene(2)
+    scene.add("x")
+    scene.used.add("x")
+    waiting = scene.copies.book("mix", sizes("ab"))
+    behind = scene.copies.book("one", sizes("c"))
+    scene.copies.end_booking("mix")
+    assert waiting.cancelled()
+    assert behind.done()
+    scene.copies.end_booking("one")
+    scene.copies.end_booking("one")
+    assert scene.copies.book_free("all", sizes("c"))
+    scene.copies.end_booking("all")
+    scene.used.clear()
+    assert scene.copies.book("two", sizes("ab")).done()
+
+
+def test_an_unload_of_a_booked_copy_keeps_its_room() -> None:
+    scene = Scene(2)
+    scene.add("a")
+    assert scene.copies.book("mix", sizes("ab")).done()
+    scene.copies.pop("a")
+    assert not scene.copies.book("others", sizes("cd")).done()
+    assert scene.add("a")
+    assert scene.add("b")
+    assert scene.copies.num_bytes == 2 * SIZE
+
+
+def test_bookings_that_pins_leave_no_room_for_are_refused() -> None:
+    scene = Scene(2)
+    scene.add("a")
+    scene.fixed.add("a")
+    assert scene.copies.book("with it", sizes("ab")).done()
+    with pytest.raises(MemoryError, match="2 adapters together need"):
+        scene.copies.book("without it", sizes("bc"))

@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from quickchange_adapters.limits import AdapterLimits
+from quickchange_adapters.structure import check_structure
 from quickchange_server.engine.request import AdapterRef
 
 from tests.conftest import LLAMA_LINEARS, save_peft_adapter, save_tiny_base
@@ -54,6 +56,9 @@ async def test_a_feature_computes_what_peft_computes(
     try:
         await engine.load_adapter(peft_weights(folder, "it"))
         await engine.load_adapter(peft_weights(plain, "plain"))
+        files = (folder / "adapter_config.json", folder / "adapter_model.safetensors")
+        structure = check_structure(*files, engine.base, AdapterLimits())
+        assert engine.packed_size(structure) == engine.size_of("it")
         prompts = [prompt_of(length, length) for length in (50, 21, 9)]
         rows: list[tuple[str | None, int | None]] = [("it", 0), ("plain", 1), (None, None)]
         if is_merged:

@@ -1,13 +1,11 @@
 """Pinned versions under pressure: they stay, and what is not pinned is still served."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from quickchange_adapters.errors import PinBudgetExceeded
 from quickchange_adapters.weights import AdapterWeights
 from quickchange_server.engine.client import EngineClient
-from quickchange_server.engine.request import AdapterRef
 from quickchange_server.errors import InvalidRequest, NotFound, Unavailable
 
 from tests.conftest import MakeAdapter
@@ -122,15 +120,17 @@ async def test_an_unload_ends_a_pin(tiny_base: Path, weights: AdapterWeights) ->
     await engine.stop()
 
 
-async def test_a_mix_that_host_memory_never_holds_is_refused_once_its_sizes_are_known(
+async def test_a_mix_that_host_memory_never_holds_is_refused_by_its_sizes_alone(
     tiny_base: Path, weights: AdapterWeights
 ) -> None:
-    size = await host_bytes_of(tiny_base, weights)
-    async with started(tiny_base, adapter_host_bytes=size * 3 // 2) as engine:
-        for name in ("a", "b"):
-            await engine.load_adapter(renamed(weights, name))
-        mix = replace(greedy("r"), adapters=(AdapterRef("a", 0.5), AdapterRef("b", 0.5)))
-        with pytest.raises(InvalidRequest, match=f"need {2 * size} bytes") as refused:
-            await collect(engine.generate(mix))
+    async with started(tiny_base) as engine:
+        await engine.load_adapter(weights)
+        size = engine.size_of(weights.digest)
+        assert size is not None
+    async with started(tiny_base, adapter_host_bytes=size.num_bytes * 3 // 2) as engine:
+        with pytest.raises(InvalidRequest, match=f"need {2 * size.num_bytes} bytes") as refused:
+            await engine.book_room("mix", {"a": size, "b": size})
         assert refused.value.code == "mix_too_large"
-        assert await collect(engine.generate(greedy("alone", "b")))
+        await engine.book_room("one", {"a": size})
+        engine.end_booking("one")
+        await engine.book_room("other", {"b": size})

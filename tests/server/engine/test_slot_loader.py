@@ -381,7 +381,7 @@ def test_any_order_of_requests_and_copies_conserves_rows_and_references(
 
     for operation, index, names in operations:
         owner, adapters = f"r{index}", [packed(n) for n in sorted(names)]
-        if not scene.pool.can_ever_hold(*adapters):
+        if not scene.pool.can_ever_hold(*(each.size for each in adapters)):
             continue  # a mix that is refused before it gets here
         if operation == "ask":
             wanted.setdefault(owner, adapters)
