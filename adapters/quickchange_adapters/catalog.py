@@ -40,6 +40,7 @@ from quickchange_adapters.errors import (
     StoreUnavailable,
     VersionDisabled,
 )
+from quickchange_adapters.event_log import EventLog
 from quickchange_adapters.names import (
     DEFAULT_ALIAS,
     DEFAULT_TENANT,
@@ -67,9 +68,10 @@ def sqlite_url(path: Path) -> str:
 
 
 class Catalog:
-    """The rows of all adapters. `clock` gives seconds since 1970; `states` holds what is wished.
+    """The rows of all adapters. `clock` gives seconds since 1970.
 
-    Every method raises StoreUnavailable when the database does not answer.
+    `states` holds what is wished, `event_log` what was done. Every method raises StoreUnavailable
+    when the database does not answer.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class Catalog:
         self._clock = clock
         self.database = CatalogDatabase(url, timeouts)
         self.states = VersionStates(self.database, clock)
+        self.event_log = EventLog(self.database, clock)
 
     def close(self) -> None:
         """Close all connections."""
@@ -130,11 +133,8 @@ class Catalog:
     def list_events(
         self, name: str, tenant: str = DEFAULT_TENANT, *, after: int = 0, limit: int | None = None
     ) -> list[EventRecord]:
-        """Return a part of a name's audit log, oldest first; a deleted name keeps its log."""
-        if not is_adapter_name(name):
-            return []
-        with self.database.reading() as connection:
-            return rows.read_events(connection, tenant, name, after, limit)
+        """Return a part of a name's audit log behind a place in it, oldest first."""
+        return list(self.event_log.read(name, tenant, after, limit).events)
 
     def list_deleting(self) -> list[VersionRecord]:
         """Return all versions whose deletion was begun and not ended by `purge`."""
@@ -227,10 +227,8 @@ class Catalog:
             if meant is None:
                 raise NotInCatalog("alias", f"{name}@{alias}")
             rows.remove_alias(connection, adapter_id, alias)
-            number, digest = meant["number"], meant["digest"]
-            event = EventRecord(
-                self._clock(), tenant, name, "delete_alias", actor, number, digest, alias
-            )
+            number, digest, now = meant["number"], meant["digest"], self._clock()
+            event = EventRecord(now, tenant, name, "delete_alias", actor, number, digest, alias)
             rows.note(connection, event)
             return _existing(connection, tenant, name)
 

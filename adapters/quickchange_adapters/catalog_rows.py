@@ -254,20 +254,6 @@ def unused_blobs(made_until: float) -> Select[str]:
     return select(blobs.c.sha256).where(blobs.c.num_refs == 0, ~is_used, ~is_reserved)
 
 
-def read_events(
-    connection: Connection, tenant: str, name: str, after: int, limit: int | None
-) -> list[EventRecord]:
-    """Return the lines of a name's audit log behind the first `after`, oldest first."""
-    query = (
-        select(*(column for column in events.c if column.name != "id"))
-        .where(events.c.tenant == tenant, events.c.name == name)
-        .order_by(events.c.id)
-        .offset(after)
-        .limit(limit)
-    )
-    return [EventRecord(**row) for row in connection.execute(query).mappings()]
-
-
 def note(connection: Connection, event: EventRecord) -> None:
     """Append to the audit log, and let the adapter's and the catalog's revision grow."""
     connection.execute(insert(events).values(**asdict(event)))

@@ -1,8 +1,8 @@
 """The catalog's tables. Knows no rules, and no database in particular.
 
-    adapters 1─* versions 1─* version_files *─1 blobs        events: append only, by name
-           1─* aliases *─1 versions 1─? tasks, 1─? desired   reservations: uploads under way
-    api_keys: who may call
+    adapters 1─* versions 1─* version_files *─1 blobs        events: by name, with its beginning
+           1─* aliases *─1 versions 1─? tasks, 1─? desired   counted in gone_events once it goes
+    reservations: uploads under way                          api_keys: who may call
 
 A deleted adapter's row stays (`deleted_at`), so that its numbers are never given again.
 """
@@ -149,6 +149,15 @@ events = Table(
     Column("digest", String(64)),
     Column("alias", String(32)),
     Index("events_name", "tenant", "name"),
+)
+
+# How many of a name's first events are gone; no row: none.
+gone_events = Table(
+    "gone_events",
+    metadata,
+    Column("tenant", String(64), primary_key=True),
+    Column("name", String(63), primary_key=True),
+    Column("num_gone", Whole, nullable=False),
 )
 
 

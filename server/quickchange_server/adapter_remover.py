@@ -70,12 +70,18 @@ class AdapterRemover:
         return await asyncio.wait_for(asyncio.shield(task), timeout_s)
 
     async def retry(self) -> None:
-        """End what the store or the catalog cut short.
+        """End what the store or the catalog cut short; one that fails again keeps no other.
 
         Raises: Unavailable, StorageFull.
         """
+        errors: list[QuickchangeError] = []
         for key, gone in list(self._cut_short.items()):
-            await self._drains.run(key, partial(self._end, key, gone))
+            try:
+                await self._drains.run(key, partial(self._end, key, gone))
+            except QuickchangeError as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
     async def _end(self, key: str, gone: Sequence[VersionRecord]) -> FreedBytes:
         self._cut_short.pop(key, None)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from quickchange_adapters.catalog import Catalog
+from quickchange_adapters.event_log import DEFAULT_RULE, EventRule
 from quickchange_adapters.limits import AdapterLimits
 from quickchange_adapters.names import DEFAULT_TENANT
 from quickchange_adapters.records import (
@@ -83,7 +84,8 @@ class AdapterService:
     `names` and `loading` (digests) are for the thread that renders metrics.
     `validator` says where uploads are checked; None: in threads of this process. `poll_s`: how
     often the catalog is asked for what other processes did. `probe_ids`: the prompt that uploads
-    are measured with, as the base's tokens; empty: they are not.
+    are measured with, as the base's tokens; empty: they are not. `event_rule`: how long the audit
+    log is kept.
     """
 
     def __init__(
@@ -96,6 +98,7 @@ class AdapterService:
         validator: Validator | None = None,
         poll_s: float = POLL_S,
         probe_ids: Sequence[int] = (),
+        event_rule: EventRule = DEFAULT_RULE,
     ) -> None:
         self.base_names: tuple[str, ...] = (engine.base.name,)
         limits = replace(limits, max_value=min(limits.max_value, torch.finfo(dtype).max))
@@ -116,7 +119,7 @@ class AdapterService:
             engine.base, store, self._live, limits, validator or ThreadValidator(), self._probe
         )
         self._remover = AdapterRemover(store, self._live, self._directory, self._loader)
-        self._sweep = StoreSweep(store, self._live, self._remover)
+        self._sweep = StoreSweep(store, self._live, self._remover, event_rule)
         self._wishes = Wishes(self._directory)
         self._desired = DesiredState(
             engine,
@@ -296,16 +299,20 @@ class AdapterService:
     ) -> Sequence[Json]:
         """Return a part of the tenant's audit log of a name; also of one that was deleted.
 
+        An event's `id` is its place in that log, which it keeps when older ones go.
+
         Raises: NotFound (adapter_not_found), Forbidden (it is another tenant's), Unavailable.
         """
         record = self._directory.get(name, tenant)
-        read = partial(self._catalog.list_events, name, tenant)
-        found = await self._live.ask(lambda: read(after=after, limit=limit))
-        if not found and record is None and not await self._live.ask(lambda: read(limit=1)):
+        read = partial(self._catalog.event_log.read, name, tenant)
+        part = await self._live.ask(lambda: read(after, limit))
+        is_there = record is not None or part.events
+        if not is_there and not (await self._live.ask(lambda: read(limit=1))).events:
             raise unknown_adapter(name)
         if record is not None and record.tenant != tenant:
             raise foreign_adapter(name)
-        return [event_json(event) for event in found]
+        numbered = enumerate(part.events, start=part.first_place)
+        return [{"id": str(place), **event_json(event)} for place, event in numbered]
 
     def num_unmet(self) -> Mapping[Wish, int]:
         """Return how many wishes of each kind are not fulfilled here; from any thread."""

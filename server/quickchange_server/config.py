@@ -143,6 +143,20 @@ class ServerConfig:
     max_lora_rank: int = option(
         256, o.read_count(1, 4096), "Largest rank that is served.", ADAPTERS, metavar="RANK"
     )
+    event_days: int = option(
+        400,
+        o.read_count(0),
+        "How long the audit log of a name is kept, but for its newest 100 events; 0: for ever.",
+        ADAPTERS,
+        metavar="DAYS",
+    )
+    events_per_adapter: int = option(
+        10_000,
+        o.read_count(100),
+        "Most events of a name that the audit log keeps, the newest.",
+        ADAPTERS,
+        metavar="N",
+    )
     kv_cache_bytes: int | None = option(
         None, _AUTO_BYTES, "Ceiling of the KV cache. Default: auto.", MEMORY, **_BYTES_LOOK
     )

@@ -21,6 +21,7 @@ from pathlib import Path
 import psutil
 import torch
 from fastapi import FastAPI
+from quickchange_adapters.event_log import DAY_S, EventRule
 from quickchange_adapters.key_catalog import KeyCatalog
 from quickchange_adapters.limits import AdapterLimits
 from quickchange_adapters.records import Quota
@@ -150,6 +151,7 @@ def build_services(
         engine.dtype,
         checker,
         probe_ids=tokenizer.encode(PROBE_PROMPT),
+        event_rule=event_rule(config),
     )
     if config.auto_merge:
         source = TrafficSource(engine.take_demand, metrics.on_auto_merge, _say)
@@ -178,6 +180,12 @@ def build_services(
         observers=observers,
         shows_prompts=config.log_prompts,
     )
+
+
+def event_rule(config: ServerConfig) -> EventRule:
+    """Return how long the audit log is kept."""
+    max_age_s = config.event_days * DAY_S if config.event_days else None
+    return EventRule(max_age_s, config.events_per_adapter)
 
 
 def _budget(config: ServerConfig, base_folder: Path) -> MemoryBudget:

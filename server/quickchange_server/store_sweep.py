@@ -6,11 +6,13 @@
 | deletions of other processes, which may have been killed | once a second sweep finds them |
 | blobs that no version refers to | once no upload's reservation protects them |
 | staged files that no living upload holds | an hour after the last byte |
+| the oldest events of the audit log | by the rule of the settings |
 """
 
 import asyncio
 import logging
 
+from quickchange_adapters.event_log import DEFAULT_RULE, EventRule
 from quickchange_adapters.store import Store
 
 from quickchange_server.adapter_remover import AdapterRemover
@@ -30,11 +32,13 @@ class StoreSweep:
         store: Store,
         live: LiveCatalog,
         remover: AdapterRemover,
+        event_rule: EventRule = DEFAULT_RULE,
         interval_s: float = SWEEP_S,
     ) -> None:
         self._store = store
         self._live = live
         self._remover = remover
+        self._event_rule = event_rule
         self._interval_s = interval_s
         self._task: asyncio.Task[None] | None = None
 
@@ -50,17 +54,38 @@ class StoreSweep:
             await asyncio.gather(self._task, return_exceptions=True)
 
     async def sweep(self) -> None:
-        """Remove what nobody needs.
+        """Remove what nobody needs. What one part of it fails at does not keep the others.
 
-        Raises: Unavailable, StorageFull.
+        Raises: Unavailable, StorageFull, or whatever else went wrong first.
         """
-        await self._remover.retry()
-        await self._remover.end_forgotten()
-        catalog, store = self._live.catalog, self._store
-        await self._live.ask(lambda: catalog.collect(store.delete))
-        num_files = await self._live.ask(lambda: store.sweep_incoming(INCOMING_S))
+        errors: list[Exception] = []
+        for part in (self._end_deletions, self._collect, self._sweep_incoming, self._prune_events):
+            try:
+                await part()
+            except Exception as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
+
+    async def _end_deletions(self) -> None:
+        try:
+            await self._remover.retry()
+        finally:
+            await self._remover.end_forgotten()
+
+    async def _collect(self) -> None:
+        await self._live.ask(lambda: self._live.catalog.collect(self._store.delete))
+
+    async def _sweep_incoming(self) -> None:
+        num_files = await self._live.ask(lambda: self._store.sweep_incoming(INCOMING_S))
         if num_files:
             log.info("%d files of uploads that never ended were removed", num_files)
+
+    async def _prune_events(self) -> None:
+        event_log = self._live.catalog.event_log
+        num_events = await self._live.ask(lambda: event_log.prune(self._event_rule))
+        if num_events:
+            log.info("%d of the oldest events of the audit log were removed", num_events)
 
     async def _run(self) -> None:
         while True:

@@ -31,6 +31,13 @@ def adapter(aliases: dict[str, int], **states: str) -> Adapter:
     return Adapter.model_validate({"name": "a", "aliases": aliases, "versions": versions})
 
 
+def test_a_log_whose_beginning_is_gone_is_not_guessed_at() -> None:
+    rest = events("publish 1", "set_alias 1 canary", "publish 2", "set_alias 2 default")[1:]
+    assert meanings(rest, "default") == [2]
+    again = [*rest, *events("delete_adapter", "publish 3")]
+    assert meanings(again, "default") == [3]
+
+
 LIFE = events("publish 1", "publish 2", "set_alias 2 default", "set_alias 1 canary", "publish 3")
 
 

@@ -50,6 +50,8 @@ SAMPLES: dict[str, tuple[str, str, object]] = {
     "tenant_max_uploads": ("2", "2", 2),
     "tenant_max_requests": ("40", "40", 40),
     "tenant_loads_per_minute": ("30", "30", 30),
+    "event_days": ("30", "30", 30),
+    "events_per_adapter": ("500", "500", 500),
     "admin_key_file": ("/keys/first", '"/keys/first"', Path("/keys/first")),
     "insecure": ("true", "true", True),
     "enable_lora": ("true", "true", True),

@@ -12,6 +12,7 @@ import pytest
 import torch
 from quickchange_adapters import fault_points
 from quickchange_adapters.catalog import RESERVATION_S, Catalog, sqlite_url
+from quickchange_adapters.event_log import EventRule
 from quickchange_adapters.limits import AdapterLimits
 from quickchange_adapters.store import LocalStore
 from quickchange_server.adapter_directory import AdapterDirectory
@@ -58,7 +59,7 @@ class Parts:
             live.read_again,
         )
         self.remover = AdapterRemover(self.store, live, directory, loader)
-        self.sweep = StoreSweep(self.store, live, self.remover, interval_s)
+        self.sweep = StoreSweep(self.store, live, self.remover, interval_s=interval_s)
 
     def left(self) -> int:
         """Return how many files there are beyond the catalog."""
@@ -141,3 +142,26 @@ def _num_reserved(root: Path) -> int:
         count: int = database.execute("SELECT count(*) FROM reservations").fetchone()[0]
     database.close()
     return count
+
+
+async def test_a_part_that_fails_keeps_no_other(tmp_path: Path) -> None:
+    World(tmp_path).do(Operation("upload", "ada", 0))
+    parts = Parts(tmp_path, interval_s=600)
+    await parts.sweep.sweep()
+    left = parts.root / "incoming" / "left"
+    left.write_bytes(b"half an upload")
+    os.utime(left, (1, 1))
+    version = parts.catalog.resolve("ada")
+    assert version is not None
+    for place in range(4):
+        parts.catalog.set_alias(f"a{place}", version)
+    parts.sweep._event_rule = EventRule(None, 2, 1)
+
+    async def fail() -> None:
+        raise Unavailable("this deletion never ends")
+
+    parts.remover.retry = fail  # type: ignore[method-assign]
+    with pytest.raises(Unavailable, match="never ends"):
+        await parts.sweep.sweep()
+    assert not left.exists()
+    assert len(parts.catalog.list_events("ada")) == 2

@@ -6,22 +6,27 @@ from quickchange_client.adapter import Adapter, AdapterEvent
 from quickchange_client.errors import ArgumentInvalid
 
 DEFAULT_ALIAS = "default"
+FIRST = "1"
+"""The id of a name's first event of all: its place in the log."""
 
 
 def meanings(events: Iterable[AdapterEvent], alias: str) -> list[int]:
     """Return the versions that an alias has meant since the adapter was made, oldest first.
 
-    The first version of a name becomes `default` without an event of its own.
+    The first version of a name becomes `default` without an event of its own. Where the log's
+    beginning is gone, what it would have told is not guessed.
     """
     meant: list[int] = []
     present: set[int] = set()
+    is_whole = False
     for event in events:
+        is_whole = is_whole or event.id == FIRST or event.action == "delete_adapter"
         if event.action == "delete_adapter":
             meant, present = [], set()
         elif event.version is None:
             continue
         elif event.action == "publish":
-            if alias == DEFAULT_ALIAS and not present:
+            if alias == DEFAULT_ALIAS and is_whole and not present:
                 meant.append(event.version)
             present.add(event.version)
         elif event.action == "delete_version":

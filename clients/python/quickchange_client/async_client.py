@@ -252,7 +252,7 @@ class AsyncAdapters:
         page = await self._connection.send(call.list_events(name, 0))
         found = page.data
         while page.has_more:
-            page = await self._connection.send(call.list_events(name, len(found)))
+            page = await self._connection.send(call.list_events(name, int(found[-1].id)))
             found += page.data
         return found
 

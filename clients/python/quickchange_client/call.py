@@ -168,7 +168,7 @@ def delete_alias(name: str, alias: str, if_match: str | None) -> Call[Adapter]:
 
 
 def list_events(name: str, after: int) -> Call[EventPage]:
-    """Get what was done to a name, oldest first, without the first `after`."""
+    """Get what was done to a name, oldest first, behind the event `after`."""
     query: dict[str, str | int | float] = {"after": after, "limit": MAX_EVENTS}
     return Call("GET", _adapter_path(name, "events"), EventPage, query=query)
 

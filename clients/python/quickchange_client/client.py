@@ -243,11 +243,14 @@ class Adapters:
         return self._connection.send(call.delete_alias(name, alias, if_match))
 
     def events(self, name: str) -> Events:
-        """Return what was done to a name, oldest first; a deleted name keeps its log."""
+        """Return what was done to a name, oldest first; a deleted name keeps its log.
+
+        The oldest events go by age and number (`--event-days`, `--events-per-adapter`).
+        """
         page = self._connection.send(call.list_events(name, 0))
         found = page.data
         while page.has_more:
-            page = self._connection.send(call.list_events(name, len(found)))
+            page = self._connection.send(call.list_events(name, int(found[-1].id)))
             found += page.data
         return found
 

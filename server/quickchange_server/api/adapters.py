@@ -122,12 +122,14 @@ async def get_events(
     after: Annotated[int, Query(ge=0, lt=INT64)] = 0,
     limit: Limit = 20,
 ) -> Json:
-    """Show what was done to a name, oldest first; an event's id is its place in that log."""
+    """Show what was done to a name, oldest first; an event's id is its place in that log.
+
+    The oldest go by age and number; the others keep their places.
+    """
     events = await services.adapters.events(
         name, tenant=caller.tenant, after=after, limit=limit + 1
     )
-    numbered = [{"id": str(place), **event} for place, event in enumerate(events, start=after + 1)]
-    page = numbered[:limit]
+    page = events[:limit]
     return {
         "object": "list",
         "data": page,

@@ -76,7 +76,8 @@ def prune(
 
     Kept in any case: what an alias names, what rollback would go back to, and
     what is pinned or merged. Running requests finish. Exit code 1 when
-    something that was to go could not be deleted.
+    something that was to go could not be deleted. The log of what was done
+    is no matter of this: the server shortens it (serve --event-days).
 
     Examples:
         quickchange prune
