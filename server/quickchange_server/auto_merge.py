@@ -17,6 +17,7 @@ from quickchange_adapters.records import VersionRecord
 
 from quickchange_server.adapter_directory import AdapterDirectory
 from quickchange_server.auto_merge_rule import MERGE_AT, AutoMergeRule, Decision
+from quickchange_server.background_task import BackgroundTask
 from quickchange_server.desired_state import DesiredState
 from quickchange_server.engine.copy_demand import Demand
 from quickchange_server.errors import QuickchangeError
@@ -61,17 +62,15 @@ class AutoMerge:
         self._look_s = look_s
         self._rule = AutoMergeRule()
         self._mine: dict[str, WishHere] = {}
-        self._task: asyncio.Task[None] | None = None
+        self._task = BackgroundTask(self._run)
 
     def start(self) -> None:
         """Look now, and again and again."""
-        self._task = asyncio.create_task(self._run())
+        self._task.start()
 
     async def stop(self) -> None:
         """Leave everything as it is."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        await self._task.stop()
 
     async def look(self) -> None:
         """Take in what ran, and do what the rule says; at most one merge."""
@@ -96,8 +95,10 @@ class AutoMerge:
         return self._wishes.get_here("merge", digest) is self._mine[digest]
 
     def _may_merge(self, digest: str) -> bool:
+        """Whether a version may be merged by traffic; one that was unloaded since stays away."""
         is_wished = digest in self._wishes.wished("merge")
-        return not is_wished and not self._wishes.has_word("merge", digest)
+        has_word = self._wishes.has_word("merge", digest)
+        return not is_wished and not has_word and not self._desired.is_away(digest)
 
     async def _merge(self, decision: Decision) -> None:
         version = self._version_of(decision.digest)

@@ -9,6 +9,7 @@ import logging
 import random
 from collections.abc import Awaitable, Callable
 
+from quickchange_server.background_task import BackgroundTask
 from quickchange_server.errors import Unavailable
 from quickchange_server.live_catalog import LiveCatalog
 
@@ -34,17 +35,15 @@ class CatalogPoll:
         self._pause_s = interval_s
         self._seen = -1
         self._is_troubled = False
-        self._task: asyncio.Task[None] | None = None
+        self._task = BackgroundTask(self._run)
 
     def start(self) -> None:
         """Begin to ask."""
-        self._task = asyncio.create_task(self._run())
+        self._task.start()
 
     async def stop(self) -> None:
         """Ask no more."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        await self._task.stop()
 
     async def look(self) -> None:
         """Ask once, and renew everything if the catalog has changed.

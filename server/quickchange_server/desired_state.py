@@ -28,6 +28,7 @@ from quickchange_adapters.version_states import Wish
 
 from quickchange_server.adapter_directory import AdapterDirectory
 from quickchange_server.adapter_loader import AdapterLoader
+from quickchange_server.background_task import BackgroundTask
 from quickchange_server.engine.interface import GenerationEngine
 from quickchange_server.errors import QuickchangeError
 from quickchange_server.shared_tasks import SharedTasks
@@ -97,17 +98,15 @@ class DesiredState:
         self._fulfilling: Counter[tuple[Wish, str]] = Counter()
         self._parked: set[str] = set()
         self._woken = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
+        self._task = BackgroundTask(self._run)
 
     def start(self) -> None:
         """Look now, and again and again."""
-        self._task = asyncio.create_task(self._run())
+        self._task.start()
 
     async def stop(self) -> None:
         """Leave everything as it is."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        await self._task.stop()
         await self._steps.stop()
 
     def wake(self) -> None:
@@ -162,7 +161,7 @@ class DesiredState:
 
     def _look(self) -> None:
         """Start every step that is needed, not under way and not in a pause."""
-        self._parked = {digest for digest in self._parked if self._is_away(digest)}
+        self._parked = {digest for digest in self._parked if self.is_away(digest)}
         self.num_unmet = {wish: sum(1 for _ in self._unmet(wish)) for wish in WISHES}
         needed = {step.key: step for step in self._needed()}
         self._failures = {key: f for key, f in self._failures.items() if key in needed}
@@ -171,7 +170,7 @@ class DesiredState:
             if failure is None or failure.retry_at_s <= time.monotonic():
                 self._steps.start(key, partial(self._try, step))
 
-    def _is_away(self, digest: str) -> bool:
+    def is_away(self, digest: str) -> bool:
         """Whether a version is not loaded, or is on its way out, however long that takes."""
         return self._loader.is_unloading(digest) or not self._engine.is_loaded(digest)
 

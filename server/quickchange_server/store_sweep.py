@@ -16,6 +16,7 @@ from quickchange_adapters.event_log import DEFAULT_RULE, EventRule
 from quickchange_adapters.store import Store
 
 from quickchange_server.adapter_remover import AdapterRemover
+from quickchange_server.background_task import BackgroundTask
 from quickchange_server.errors import QuickchangeError
 from quickchange_server.live_catalog import LiveCatalog
 
@@ -40,18 +41,16 @@ class StoreSweep:
         self._remover = remover
         self._event_rule = event_rule
         self._interval_s = interval_s
-        self._task: asyncio.Task[None] | None = None
+        self._task = BackgroundTask(self._run)
 
     async def start(self) -> None:
         """Sweep once, and then again and again; what cannot be swept now is swept later."""
         await self._try()
-        self._task = asyncio.create_task(self._run())
+        self._task.start()
 
     async def stop(self) -> None:
         """Sweep no more."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        await self._task.stop()
 
     async def sweep(self) -> None:
         """Remove what nobody needs. What one part of it fails at does not keep the others.

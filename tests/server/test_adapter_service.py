@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from quickchange_adapters.event_log import EventRule
 from quickchange_server.adapter_service import UploadForm, UploadRefused
 from quickchange_server.errors import (
     Conflict,
@@ -477,6 +478,10 @@ async def test_the_log_of_a_name_outlives_it(world: World) -> None:
         "delete_adapter",
         "purge",
     ]
+    assert [event["id"] for event in log] == ["1", "2", "3", "4"]
+    world.catalog.event_log.prune(EventRule(max_age_s=None, max_per_name=3, min_kept=1))
+    assert await world.service.events("a") == log[1:]
+    assert await world.service.events("a", after=2, limit=1) == log[2:3]
     with pytest.raises(NotFound):
         await world.service.events("nobody")
 

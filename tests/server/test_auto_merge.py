@@ -59,12 +59,16 @@ class Site:
     async def serve(self, seconds: float, **savings: float) -> None:
         """Run a busy while; `savings`: what each adapter's copy saves of a second."""
         for _ in range(int(seconds / 5)):
-            self.now_s += 5
-            for model, saving in savings.items():
-                use = CopyUse(2000, 5 * saving)
-                self.demand.copies[self.digest(model)] = use
-            self.demand.seconds, self.demand.num_tokens = 5, 2500
+            await self.run(**savings)
             await self.auto.look()
+
+    async def run(self, **savings: float) -> None:
+        """Let requests run for five seconds; auto-merge has not looked yet."""
+        self.now_s += 5
+        for model, saving in savings.items():
+            await self.world.service.acquire(self.world.service.resolve(model))
+            self.demand.copies[self.digest(model)] = CopyUse(2000, 5 * saving)
+        self.demand.seconds, self.demand.num_tokens = 5, 2500
 
     @property
     def merged(self) -> list[str]:
@@ -97,6 +101,17 @@ async def test_what_is_hot_is_merged_and_stays_and_is_unmerged_when_it_cools(sit
     assert site.merged == []
     assert site.told["unmerge", "cold"] == 1
     assert "a:1 is unmerged: it has cooled" in site.said[-1]
+
+
+async def test_what_was_unloaded_is_not_loaded_again_for_a_copy(site: Site) -> None:
+    await site.run(a=0.09)
+    await site.world.service.unload("a")
+    for _ in range(3):
+        await site.auto.look()
+    assert site.digest("a") not in site.world.engine.loaded
+    assert not site.told
+    await site.serve(5, a=0.09)
+    assert site.merged == ["a"]
 
 
 async def test_a_copy_that_nobody_uses_any_more_goes(site: Site) -> None:
@@ -181,8 +196,7 @@ async def test_a_version_that_is_deleted_is_forgotten(site: Site) -> None:
 
 
 async def test_it_looks_by_itself_until_it_is_stopped(site: Site) -> None:
-    site.now_s, site.demand.seconds, site.demand.num_tokens = 5, 5, 2500
-    site.demand.copies[site.digest("a")] = CopyUse(2000, 1)
+    await site.run(a=0.2)
     site.auto.start()
     await seen(lambda: site.merged == ["a"])
     await site.auto.stop()

@@ -18,7 +18,7 @@ from quickchange_server.api.generate_format import GenerateFormat, ShownParts, T
 from quickchange_server.api.generation_plan import GenerationPlan
 from quickchange_server.api.generation_planner import plan_completion
 from quickchange_server.api.generation_route import GenerationRoute
-from quickchange_server.api.generation_run import AnswerWay, admit, respond
+from quickchange_server.api.generation_run import AnswerWay, admit, refusals_counted, respond
 from quickchange_server.api.named_adapters import check_model
 from quickchange_server.api.schemas import (
     INT64,
@@ -30,8 +30,7 @@ from quickchange_server.api.schemas import (
 )
 from quickchange_server.api.services import AppServices, Services
 from quickchange_server.api.streaming import StreamShape
-from quickchange_server.errors import InvalidRequest, QuickchangeError
-from quickchange_server.metrics import RequestSummary
+from quickchange_server.errors import InvalidRequest
 from quickchange_server.principal import Principal
 from quickchange_server.stop_strings import StopStringFilter
 
@@ -84,7 +83,7 @@ async def _respond(
     shape: _Shape,
 ) -> Response:
     wanted = body.parameters or GenerateParameters()
-    try:
+    with refusals_counted(services):
         headers = _check_fields(body, wanted, services.is_strict)
         if shape.is_stream and wanted.decoder_input_details:
             raise InvalidRequest(
@@ -96,10 +95,7 @@ async def _respond(
         if shape.is_stream or _needs_tokens(wanted):
             completion.logprobs = wanted.return_k_alternatives or 0
         plan = await plan_completion(completion, services, caller.tenant, None)
-        await admit(plan, services)
-    except QuickchangeError:
-        services.metrics.on_request_end(RequestSummary("rejected"))
-        raise
+        await admit(request, plan, services)
     answer = _format(body.inputs, wanted, plan, services, shape.is_list)
     reader = TokenReader(services.tokenizer.detokenizer(), StopStringFilter(plan.stop))
     way = AnswerWay(answer, lambda _: reader, _STREAM if shape.is_stream else None, headers)

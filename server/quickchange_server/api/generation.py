@@ -24,13 +24,17 @@ from quickchange_server.api.generation_planner import (
     plan_completion,
 )
 from quickchange_server.api.generation_route import GenerationRoute
-from quickchange_server.api.generation_run import AnswerWay, admit, respond, text_readers
+from quickchange_server.api.generation_run import (
+    AnswerWay,
+    admit,
+    refusals_counted,
+    respond,
+    text_readers,
+)
 from quickchange_server.api.named_adapters import check_models
 from quickchange_server.api.schemas import ChatBody, CompletionBody, GenerationBody
 from quickchange_server.api.services import AppServices, Services
 from quickchange_server.api.streaming import StreamShape
-from quickchange_server.errors import QuickchangeError
-from quickchange_server.metrics import RequestSummary
 
 router = APIRouter(tags=["generation"], route_class=GenerationRoute)
 
@@ -40,14 +44,11 @@ async def chat_completions(
     body: ChatBody, request: Request, services: Services, caller: Generator
 ) -> Response:
     """Answer a conversation, whole or as server-sent events."""
-    try:
+    with refusals_counted(services):
         check_models(caller, body)
         headers = _ignored(body, NEUTRAL_IN_CHAT, services)
         plan = await plan_chat(body, services, caller.tenant)
-        await admit(plan, services)
-    except QuickchangeError:
-        services.metrics.on_request_end(RequestSummary("rejected"))
-        raise
+        await admit(request, plan, services)
     answer = ChatFormat(plan.head, services.tokenizer, chat_top_logprobs(body), _has_usage(body))
     way = _way(plan, services, answer, body, headers)
     return await respond(request, services, plan, way)
@@ -58,14 +59,11 @@ async def completions(
     body: CompletionBody, request: Request, services: Services, caller: Generator
 ) -> Response:
     """Continue one or more prompts, whole or as server-sent events."""
-    try:
+    with refusals_counted(services):
         check_models(caller, body)
         headers = _ignored(body, NEUTRAL_IN_COMPLETIONS, services)
         plan = await plan_completion(body, services, caller.tenant)
-        await admit(plan, services)
-    except QuickchangeError:
-        services.metrics.on_request_end(RequestSummary("rejected"))
-        raise
+        await admit(request, plan, services)
     answer = CompletionFormat(plan, services.tokenizer, body.logprobs, _has_usage(body))
     way = _way(plan, services, answer, body, headers)
     return await respond(request, services, plan, way)

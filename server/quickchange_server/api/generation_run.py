@@ -4,11 +4,13 @@ Everything that can be refused is refused before the first header goes out.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from fastapi import Request
 from pydantic_core import to_json
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from quickchange_server.api.answer_format import AnswerFormat, CollectedChoice, timing_ms
@@ -24,8 +26,14 @@ from quickchange_server.api.error_handlers import CLIENT_LEFT
 from quickchange_server.api.generation_plan import GenerationPlan
 from quickchange_server.api.generation_session import GenerationSession, SessionLabel
 from quickchange_server.api.services import AppServices
-from quickchange_server.api.streaming import EventStream, StreamShape, wait_for_disconnect
-from quickchange_server.errors import Conflict, InvalidRequest, Unavailable
+from quickchange_server.api.streaming import (
+    EventStream,
+    StreamShape,
+    wait_for_disconnect,
+    while_connected,
+)
+from quickchange_server.errors import Conflict, InvalidRequest, QuickchangeError, Unavailable
+from quickchange_server.metrics import RequestSummary
 from quickchange_server.request_record import GenerationRecord
 from quickchange_server.stop_strings import StopStringFilter
 
@@ -45,20 +53,35 @@ class AnswerWay:
     headers: dict[str, str] = field(default_factory=dict)
 
 
-async def admit(plan: GenerationPlan, services: AppServices, *, is_repeat: bool = False) -> None:
+@contextmanager
+def refusals_counted(services: AppServices) -> Iterator[None]:
+    """Count a request that ends in this block, before it is started."""
+    try:
+        yield
+    except ClientDisconnect:
+        services.metrics.on_request_end(RequestSummary("cancelled"))
+        raise
+    except QuickchangeError:
+        services.metrics.on_request_end(RequestSummary("rejected"))
+        raise
+
+
+async def admit(
+    request: Request, plan: GenerationPlan, services: AppServices, *, is_repeat: bool = False
+) -> None:
     """Make sure that the plan may be submitted now; it counts as in flight until its session ends.
 
     `is_repeat`: it was admitted before, and is still the same request.
 
     Raises: InvalidRequest when it never can be, QueueFull, RateLimited, Unavailable, NotFound,
-    Conflict when an adapter is quarantined.
+    Conflict when an adapter is quarantined, ClientDisconnect when the client leaves meanwhile.
     """
     num_places = services.engine.max_requests
     _check_num_choices(plan, num_places)
     services.engine.check_admission(len(plan.requests))
     services.requests.hold(plan.head.id, plan.tenant, len(plan.requests), num_places)
     try:
-        await _acquire(plan, services, is_repeat)
+        await _acquire(request, plan, services, is_repeat)
     except BaseException:
         _give_back(plan, services)
         raise
@@ -70,7 +93,9 @@ def _give_back(plan: GenerationPlan, services: AppServices) -> None:
     services.requests.release(plan.head.id)
 
 
-async def _acquire(plan: GenerationPlan, services: AppServices, is_repeat: bool) -> None:
+async def _acquire(
+    request: Request, plan: GenerationPlan, services: AppServices, is_repeat: bool
+) -> None:
     """Have the plan's adapters loaded, together if it mixes; cold ones count for its tenant."""
     parts = [resolved for resolved in plan.model.resolved if resolved.kind == "adapter"]
     quarantined = services.engine.snapshot().quarantined
@@ -81,12 +106,19 @@ async def _acquire(plan: GenerationPlan, services: AppServices, is_repeat: bool)
                 "out of service; upload a sound version",
                 code="adapter_quarantined",
             )
-    for digest in dict.fromkeys(part.digest for part in parts):
+    if not parts:
+        return
+    digests = list(dict.fromkeys(part.digest for part in parts))
+    for digest in digests:
         count_if_cold(digest, services, plan.tenant)
     if len(parts) == 1:
-        await services.adapters.acquire(parts[0], is_repeat=is_repeat)
-    elif parts:
-        await services.adapters.acquire_mix(plan.head.id, parts, is_repeat=is_repeat)
+        acquiring = services.adapters.acquire(parts[0], is_repeat=is_repeat)
+    else:
+        acquiring = services.adapters.acquire_mix(plan.head.id, parts, is_repeat=is_repeat)
+    if all(map(services.engine.is_loaded, digests)):
+        await acquiring
+    else:
+        await while_connected(request.receive, acquiring)
 
 
 def _check_num_choices(plan: GenerationPlan, max_requests: int) -> None:
@@ -113,7 +145,7 @@ async def respond(
     record = _recorded(request, services, plan)
     arrival_s = request.state.arrival_s
     label = SessionLabel(lengths, plan.num_choices, plan.model.labels, arrival_s, record)
-    session = await _started(plan, label, services, way.reader_of)
+    session = await _started(request, plan, label, services, way.reader_of)
     try:
         if way.stream is not None:
             return EventStream(session, way.answer, way.stream, services.ping_s, way.headers)
@@ -142,7 +174,11 @@ def _recorded(request: Request, services: AppServices, plan: GenerationPlan) -> 
 
 
 async def _started(
-    plan: GenerationPlan, label: SessionLabel, services: AppServices, reader_of: ReaderOf
+    request: Request,
+    plan: GenerationPlan,
+    label: SessionLabel,
+    services: AppServices,
+    reader_of: ReaderOf,
 ) -> GenerationSession:
     """Submit a plan; an adapter that was unloaded since it was acquired is acquired again.
 
@@ -154,7 +190,7 @@ async def _started(
             if await _has_started(session, _choices(plan, services, reader_of)):
                 services.adapters.part(plan.head.id)  # its requests hold them now
                 return session
-            await admit(plan, services, is_repeat=True)
+            await admit(request, plan, services, is_repeat=True)
         raise Unavailable("the adapter is being loaded and unloaded in turn: try again")
     except BaseException:
         await session.close()

@@ -2,11 +2,12 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic_core import to_json
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -36,6 +37,24 @@ async def wait_for_disconnect(receive: Receive) -> None:
     """Return when the client has left; the body must have been read."""
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
+    """Do something for a client; when it leaves first, the work is cancelled.
+
+    Raises: ClientDisconnect, and what the work raises.
+    """
+    working = asyncio.create_task(work)
+    leaving = asyncio.create_task(wait_for_disconnect(receive))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.wait((working, leaving))
+    working.result()
 
 
 @dataclass(frozen=True, slots=True)
