@@ -12,7 +12,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tools.dashboard_panels import ROWS, Panel, Query  # noqa: E402
+from tools.dashboard_panels import ROWS  # noqa: E402
+from tools.dashboard_queries import Panel, Query  # noqa: E402
 
 DASHBOARD = ROOT / "helm/quickchange/dashboards/quickchange.json"
 DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}

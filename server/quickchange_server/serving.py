@@ -21,10 +21,12 @@ from pathlib import Path
 import psutil
 import torch
 from fastapi import FastAPI
+from quickchange_adapters.catalog import Catalog
 from quickchange_adapters.event_log import DAY_S, EventRule
 from quickchange_adapters.key_catalog import KeyCatalog
 from quickchange_adapters.limits import AdapterLimits
 from quickchange_adapters.records import Quota
+from quickchange_adapters.store import Store
 from transformers.utils.logging import disable_progress_bar
 
 from quickchange_server import __version__
@@ -132,10 +134,7 @@ def build_services(
     checker.warm_up()
     budget = _budget(config, base_folder)
     _say(budget.render())
-    metrics = ServerMetrics()
-    metrics.watch_catalog(lambda: catalog.database.is_up)
-    metrics.watch_store(lambda: store.is_up)
-    metrics.watch_cache(store.cache_counts)
+    metrics = _metrics_of(store, catalog)
     tokenizer = Tokenizer.load(base_folder)
     memory = ProcessMemory()
     engine = EngineClient(base_folder, engine_settings(config, budget), metrics)
@@ -164,12 +163,7 @@ def build_services(
         is_strict=config.strict_fields,
         keyring=keyring,
         keys=KeyService(KeyCatalog(catalog.database), keyring),
-        quotas=UploadQuotas(
-            Quota(config.tenant_max_versions, config.tenant_max_bytes),
-            config.tenant_uploads_per_minute,
-            config.tenant_max_uploads,
-            metrics.on_quota_refused,
-        ),
+        quotas=_upload_quotas(config, metrics),
         requests=RequestQuotas(
             config.tenant_max_requests, config.tenant_loads_per_minute, metrics.on_quota_refused
         ),
@@ -179,6 +173,23 @@ def build_services(
         cors_origins=config.cors_origin,
         observers=observers,
         shows_prompts=config.log_prompts,
+    )
+
+
+def _metrics_of(store: Store, catalog: Catalog) -> ServerMetrics:
+    metrics = ServerMetrics()
+    metrics.watch_catalog(lambda: catalog.database.is_up)
+    metrics.watch_store(lambda: store.is_up)
+    metrics.watch_cache(store.cache_counts)
+    return metrics
+
+
+def _upload_quotas(config: ServerConfig, metrics: ServerMetrics) -> UploadQuotas:
+    return UploadQuotas(
+        Quota(config.tenant_max_versions, config.tenant_max_bytes),
+        config.tenant_uploads_per_minute,
+        config.tenant_max_uploads,
+        metrics.on_quota_refused,
     )
 
 

@@ -12,7 +12,7 @@ import yaml
 from quickchange_server.config import load_config
 
 from benchmarks.machine import ROOT
-from tests.ops.environments import NotHere, python_environment
+from tests.ops.environments import HELM_ENGINE, NotHere, python_environment
 from tools.chart_pages import pages
 
 CHART = ROOT / "helm" / "quickchange"
@@ -26,9 +26,7 @@ Json = dict[str, Any]
 def render_all() -> Callable[[list[Json]], list[Json]]:
     """Return a function that renders one release for each set of values."""
     try:
-        python = python_environment(
-            "helm", "helm-python-sdk==0.2.2", "kubernetes-validate==1.37.0", "pyyaml==6.0.3"
-        )
+        python = python_environment(*HELM_ENGINE)
     except NotHere as reason:
         pytest.skip(f"no Helm engine: {reason}")
 

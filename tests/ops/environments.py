@@ -11,6 +11,8 @@ from pathlib import Path
 from benchmarks.machine import ROOT
 
 OPS = ROOT / ".ops"
+HELM_ENGINE = ("helm", "helm-python-sdk==0.2.2", "kubernetes-validate==1.37.0", "pyyaml==6.0.3")
+"""The environment in which `chart_engine.py` runs: its name, then its packages."""
 DOWNLOAD_S = 600
 
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from benchmarks.machine import ROOT
-from tests.ops.environments import NotHere, python_environment
+from tests.ops.environments import HELM_ENGINE, NotHere, python_environment
 
 CHART = ROOT / "helm" / "quickchange"
 SCENARIOS = sorted((CHART / "scenarios").glob("*.yaml"))
@@ -35,9 +35,7 @@ def environment(name: str, *packages: str) -> Path:
 
 @pytest.fixture(scope="session")
 def render() -> Callable[[list[Any]], list[Any]]:
-    python = environment(
-        "helm", "helm-python-sdk==0.2.2", "kubernetes-validate==1.37.0", "pyyaml==6.0.3"
-    )
+    python = environment(*HELM_ENGINE)
 
     def rendered(values: list[Any]) -> list[Any]:
         done = subprocess.run(

@@ -18,7 +18,8 @@ from tests.ops.environments import NotHere, debian_package
 from tests.ops.prometheus_server import RULES, PrometheusServer
 from tests.server.server_process import Server
 from tools.dashboard import dashboard
-from tools.dashboard_panels import ROWS, Panel
+from tools.dashboard_panels import ROWS
+from tools.dashboard_queries import Panel
 
 LOAD_S = 20.0
 SEEN_S = 60.0

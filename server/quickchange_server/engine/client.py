@@ -28,10 +28,12 @@ from quickchange_server.engine.model_runner import ModelRunner
 from quickchange_server.engine.observer import EngineObserver, NoObserver
 from quickchange_server.engine.output_line import OutputLine
 from quickchange_server.engine.request import GenerationRequest, RequestFailure, TokenOutput
+from quickchange_server.engine.room_checks import check_fits, check_together
 from quickchange_server.engine.rope import freeze_rope
 from quickchange_server.engine.self_check import check_architecture
 from quickchange_server.engine.settings import EngineSettings
 from quickchange_server.engine.step_budget import is_out_of_memory
+from quickchange_server.engine.torch_threads import claim_threads, use_one_thread
 from quickchange_server.errors import (
     Conflict,
     InvalidRequest,
@@ -42,7 +44,6 @@ from quickchange_server.errors import (
 )
 
 T = TypeVar("T")
-_num_threads: int | None = None  # before anybody was kept to one
 
 
 class EngineClient:
@@ -54,7 +55,7 @@ class EngineClient:
         settings: EngineSettings,
         observer: EngineObserver | None = None,
     ) -> None:
-        settings = replace(settings, num_threads=settings.num_threads or _claim_threads())
+        settings = replace(settings, num_threads=settings.num_threads or claim_threads())
         check_config(model_folder)
         check_architecture(model_folder)
         base = load_base(model_folder, settings)
@@ -78,8 +79,8 @@ class EngineClient:
             self._publish,
             self._on_engine_exit,
         )
-        self._loader = ThreadPoolExecutor(1, "quickchange-loader", _use_one_thread)
-        self._merger = ThreadPoolExecutor(1, "quickchange-merger", _use_one_thread)
+        self._loader = ThreadPoolExecutor(1, "quickchange-loader", use_one_thread)
+        self._merger = ThreadPoolExecutor(1, "quickchange-merger", use_one_thread)
         self._queues: dict[str, asyncio.Queue[TokenOutput]] = {}
         self._outputs = OutputLine(self._deliver)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -143,7 +144,7 @@ class EngineClient:
     async def book_room(self, owner: str, sizes: Mapping[str, PackedSize]) -> None:
         """Keep room for versions, all of them or none. Raises: InvalidRequest, Unavailable."""
         for size in sizes.values():
-            self._check_fits(size)
+            check_fits(size, self._engine.runner.pool)
         self._check_together(sizes.values())
         num_bytes = {digest: size.num_bytes for digest, size in sizes.items()}
         residency = self._engine.residency
@@ -167,7 +168,7 @@ class EngineClient:
         if self.is_loaded(weights.digest):
             return
         adapter = await self._in_loader(lambda: self._pack(weights))
-        self._check_fits(adapter.size)
+        check_fits(adapter.size, self._engine.runner.pool)
         try:
             coming = await self._on_engine(lambda: self._engine.residency.add_host(adapter))
             await asyncio.wrap_future(coming)
@@ -313,34 +314,8 @@ class EngineClient:
         self._check_together([adapter.size for adapter in held if adapter is not None])
 
     def _check_together(self, sizes: Collection[PackedSize]) -> None:
-        """Refuse a mix whose parts never fit together, so that nobody waits for that."""
-        pool, host_bytes = self._engine.runner.pool, self._settings.adapter_host_bytes
-        needed = sum(size.num_bytes for size in sizes)
-        if len(sizes) > 1 and not pool.can_ever_hold(*sizes):
-            raise InvalidRequest(
-                f"the {len(sizes)} adapters of this mix do not fit together into the device "
-                f"pool of {pool.num_rows} rank rows: use fewer, or raise --adapter-device-bytes",
-                code="mix_too_large",
-                param="adapters",
-            )
-        if len(sizes) > 1 and needed > host_bytes:
-            raise InvalidRequest(
-                f"the {len(sizes)} adapters of this mix need {needed} bytes of host memory "
-                f"together, of {host_bytes}: use fewer, or raise --adapter-host-bytes",
-                code="mix_too_large",
-                param="adapters",
-            )
-
-    def _check_fits(self, size: PackedSize) -> None:
         pool = self._engine.runner.pool
-        if not pool.can_ever_hold(size):
-            rows = max(size.rows.values(), default=0)
-            raise InvalidRequest(
-                f"the adapter needs {rows} rank rows and {size.num_vocabulary_bytes} bytes for "
-                f"head and embedding; the device pool has {pool.num_rows} and "
-                f"{pool.vocabulary_ceiling_bytes}: raise --adapter-device-bytes",
-                code="rank_too_large",
-            )
+        check_together(sizes, pool, self._settings.adapter_host_bytes)
 
     async def _on_engine(self, function: Callable[[], T]) -> T:
         return await asyncio.wrap_future(self._engine.call(function))
@@ -385,20 +360,3 @@ def _as_error(refusal: RequestFailure) -> QuickchangeError:
     if refusal.code == "adapter_quarantined":
         return Conflict(refusal.message, code=refusal.code)
     return Unavailable(refusal.message, code=refusal.code, retry_after_s=1)
-
-
-def _claim_threads() -> int:
-    """Return how many threads torch would use, and keep the caller to one.
-
-    OpenMP lets idle workers spin only while there are no more workers than cores. A second thread
-    with workers of its own would put them all to sleep between products, hundreds of times a step.
-    """
-    global _num_threads
-    if _num_threads is None:
-        _num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    return _num_threads
-
-
-def _use_one_thread() -> None:
-    torch.set_num_threads(1)

@@ -23,7 +23,7 @@ from quickchange_server.engine.inbox import EngineStopped, Inbox
 from quickchange_server.engine.interface import EngineSnapshot, ResidentAdapter
 from quickchange_server.engine.kv_cache import BlockManager
 from quickchange_server.engine.model_runner import ModelRunner
-from quickchange_server.engine.observer import EngineObserver, StepStats, StepWeights
+from quickchange_server.engine.observer import EngineObserver, StepStats
 from quickchange_server.engine.request import (
     FinishReason,
     GenerationRequest,
@@ -35,9 +35,10 @@ from quickchange_server.engine.sampler import Sample
 from quickchange_server.engine.scheduler import ScheduledRow, ScheduledStep, Scheduler
 from quickchange_server.engine.sequence import Sequence
 from quickchange_server.engine.settings import EngineSettings
+from quickchange_server.engine.snapshot import SnapshotMaker, StepClock
 from quickchange_server.engine.step_budget import StepBudget, is_out_of_memory
 from quickchange_server.engine.step_groups import StepGroup, StepGroups
-from quickchange_server.engine.step_results import kind_of, token_output
+from quickchange_server.engine.step_results import stats_of, token_output
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -85,7 +86,7 @@ class Engine:
             self.residency.give_slots,
         )
         self.snapshot = EngineSnapshot()
-        self._base_bytes = runner.base.num_bytes
+        self._snapshots = SnapshotMaker(self.scheduler, runner, self.residency)
         self._observer = observer
         runner.pool.on_load = self._tell_activation
         self._publish = publish
@@ -374,21 +375,7 @@ class Engine:
     def _note_step(self, step: ScheduledStep, seconds: float, *, is_merged: bool) -> None:
         self._num_steps += 1
         self._last_step_s = time.monotonic()
-        digests = {a.digest for row in step.rows for a in row.sequence.request.adapters}
-        weights: StepWeights = "merged" if is_merged else "unmerged" if digests else "base"
-        self._tell(
-            StepStats(
-                kind_of(step),
-                weights,
-                seconds,
-                len(step.rows),
-                step.num_tokens,
-                len(digests),
-                step.num_preempted,
-                step.prefix_queries,
-                step.prefix_hits,
-            )
-        )
+        self._tell(stats_of(step, seconds, is_merged=is_merged))
 
     def _tell(self, stats: StepStats) -> None:
         try:
@@ -403,32 +390,6 @@ class Engine:
             log.exception("an observer of copies failed")
 
     def _refresh_snapshot(self) -> None:
-        pool, storage = self.runner.pool, self.runner.storage
-        block_bytes = storage.num_bytes // max(storage.num_blocks, 1)
-        self.snapshot = EngineSnapshot(
-            num_running=len(self.scheduler.running),
-            num_waiting=len(self.scheduler.waiting),
-            kv_blocks_total=self.blocks.num_blocks,
-            kv_blocks_used=self.blocks.num_used,
-            kv_block_size=self.blocks.block_size,
-            num_steps=self._num_steps,
-            last_step_monotonic_s=self._last_step_s,
-            heartbeat_monotonic_s=time.monotonic(),
-            is_alive=not self._is_stopping,
-            memory_bytes={
-                "base": self._base_bytes,
-                "merged": self.residency.merged_bytes,
-                "adapter_pool_used": pool.used_bytes,
-                "adapter_pool_total": pool.total_bytes,
-                "adapter_host": self.residency.host_bytes,
-                "kv_used": self.blocks.num_used * block_bytes,
-                "kv_total": storage.num_bytes,
-            },
-            adapters=self.residency.describe_all(),
-            quarantined=frozenset(self.residency.quarantined),
-            num_evictions={
-                "device": pool.num_evictions,
-                "host": self.residency.num_host_evictions,
-            },
-            adapter_row_bytes=pool.row_bytes,
-        )
+        is_alive = not self._is_stopping
+        clock = StepClock(self._num_steps, self._last_step_s, is_alive)
+        self.snapshot = self._snapshots.make(clock)

@@ -1,6 +1,6 @@
-"""What a finished step is to others: a token's output, the step's kind. Changes nothing."""
+"""What a finished step is to others: a token's output, the step's figures. Changes nothing."""
 
-from quickchange_server.engine.observer import StepKind
+from quickchange_server.engine.observer import StepKind, StepStats, StepWeights
 from quickchange_server.engine.request import FinishReason, TokenOutput
 from quickchange_server.engine.sampler import Sample
 from quickchange_server.engine.scheduler import ScheduledStep
@@ -30,6 +30,23 @@ def token_output(sequence: Sequence, sample: Sample, *, is_first: bool) -> Token
         num_cached_tokens=sequence.num_cached,
         queue_s=sequence.scheduled_s - arrival if is_first else None,
         ttft_s=first - arrival if is_first else None,
+    )
+
+
+def stats_of(step: ScheduledStep, seconds: float, *, is_merged: bool) -> StepStats:
+    """Return what an observer is told of a step."""
+    digests = {ref.digest for row in step.rows for ref in row.sequence.request.adapters}
+    weights: StepWeights = "merged" if is_merged else "unmerged" if digests else "base"
+    return StepStats(
+        kind_of(step),
+        weights,
+        seconds,
+        len(step.rows),
+        step.num_tokens,
+        len(digests),
+        step.num_preempted,
+        step.prefix_queries,
+        step.prefix_hits,
     )
 
 
