@@ -21,7 +21,6 @@ from contextlib import asynccontextmanager, contextmanager
 from typing import Protocol, TypeVar
 from weakref import WeakValueDictionary
 
-import torch
 from quickchange_adapters.errors import AdapterRefused, BlobMissing, StoreUnavailable
 from quickchange_adapters.packed_size import PackedSize
 from quickchange_adapters.records import VersionRecord
@@ -29,6 +28,7 @@ from quickchange_adapters.structure import Structure
 from quickchange_adapters.weights import AdapterWeights
 
 from quickchange_server.engine.interface import GenerationEngine, MergeResult, ResidentAdapter
+from quickchange_server.engine.torch_threads import use_one_thread
 from quickchange_server.errors import Conflict, NotFound, QueueFull, QuickchangeError, Unavailable
 from quickchange_server.load_observer import LoadObserver, NoLoadObserver
 from quickchange_server.shared_tasks import SharedTasks
@@ -78,7 +78,7 @@ class AdapterLoader:
         self._files = files
         self._is_served = is_served
         self._read_again = read_again
-        self._threads = ThreadPoolExecutor(2, "quickchange-adapter", _use_one_thread)
+        self._threads = ThreadPoolExecutor(2, "quickchange-adapter", use_one_thread)
         self._fetchers = ThreadPoolExecutor(NUM_FETCHERS, "quickchange-fetch")
         self._num_waiting = 0
         self._together: dict[str, str] = {}
@@ -330,8 +330,3 @@ def _answer(error: Exception, version: VersionRecord) -> QuickchangeError:
         text = f"the files of {what} cannot be read: {error.strerror}"
         return Unavailable(text, code="store_unavailable")
     return Unavailable(str(error), code="store_unavailable")
-
-
-def _use_one_thread() -> None:
-    """Keep torch's pool for the engine's thread."""
-    torch.set_num_threads(1)

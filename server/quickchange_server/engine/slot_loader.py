@@ -19,9 +19,10 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 
-import torch
 from quickchange_adapters.host_adapter import HostAdapter
 from quickchange_adapters.pool import AdapterPool, Slot
+
+from quickchange_server.engine.torch_threads import use_one_thread
 
 MAX_REFUSALS = 8
 """So many steps in which somebody else went without may a filled slot wait for its request."""
@@ -70,7 +71,7 @@ class SlotLoader:
     ) -> None:
         self._pool = pool
         self._num_users = num_users
-        self._executor = executor or ThreadPoolExecutor(1, "quickchange-slots", _use_one_thread)
+        self._executor = executor or ThreadPoolExecutor(1, "quickchange-slots", use_one_thread)
         self.wake: Callable[[], object] = lambda: None
         self.refresh: Callable[[], None] = lambda: None
         self._reservations: dict[str, Reservation] = {}
@@ -306,7 +307,3 @@ class SlotLoader:
             self.wake()
 
         self._executor.submit(run)
-
-
-def _use_one_thread() -> None:
-    torch.set_num_threads(1)
