@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from quickchange_adapters.errors import CannotTrain
 
 from quickchange_server.config import load_config
 from quickchange_server.train_exit import exit_on_error, say
@@ -151,18 +152,21 @@ def _hush() -> None:
 def base_folder(recipe: "Recipe") -> Path:
     """Return the folder of the base: beside the recipe, built in, or from the Hub.
 
-    Raises: BaseUnavailable.
+    Raises: CannotTrain; BaseUnavailable.
     """
     from quickchange_server.base_folder import resolve_base
 
-    folder = recipe.file.parent / recipe.base
+    folder = recipe.file.parent / Path(recipe.base).expanduser()
     if folder.is_dir():
         return folder.resolve()
+    if recipe.base.startswith((".", "/", "~")):
+        raise CannotTrain(f"{recipe.file}: base: there is no folder {recipe.base!r} beside it")
     settings = load_config({"model": recipe.base})
     return resolve_base(settings.model, None, settings.cache_folder)
 
 
 def _train(prepared: "Prepared", restart: bool, track: str | None, signals: "StopSignals") -> None:
+    from quickchange_adapters.training.loss_plot import NAME as PLOT
     from quickchange_adapters.training.run import TrainingRun
     from quickchange_adapters.training.tracking import tracked, tracker_of
 
@@ -171,7 +175,8 @@ def _train(prepared: "Prepared", restart: bool, track: str | None, signals: "Sto
             result = TrainingRun(prepared, say, on_step, signals).run(restart)
         _say_result(result)
         log = draw_losses(prepared.recipe.output)
-        tracker.finish(_figures(result), [log, *sorted(result.adapter_folder.iterdir())])
+        files = [log, log.with_name(PLOT), *sorted(result.adapter_folder.iterdir())]
+        tracker.finish(_figures(result), files)
 
 
 def _say_result(result: "RunResult") -> None:
@@ -246,13 +251,13 @@ def _step_bar(tracker: "Tracker") -> Iterator[Any]:
     bar: Any = tqdm(unit="step", disable=not sys.stderr.isatty())
 
     def show(step: int, num_steps: int, values: dict[str, Any]) -> None:
+        tracker.log(step, values)
         bar.total = num_steps
         bar.update(step - bar.n)
         shown = {key: values[key] for key in ("loss", "validation_loss") if key in values}
         bar.set_postfix(shown)
         if bar.disable and "validation_loss" in values:
             say(f"step {step} of {num_steps}: " + ", ".join(f"{k} {v}" for k, v in shown.items()))
-        tracker.log(step, values)
 
     with bar:
         yield show

@@ -50,6 +50,12 @@ batch_rows = 4
 max_steps = 4
 compute = "float32"
 """
+STUDY = """\
+recipe = "recipe.toml"
+
+[grid]
+rank = [4, 8]
+"""
 
 
 def make_world(folder: Path) -> None:
@@ -68,6 +74,7 @@ def make_world(folder: Path) -> None:
     lines = [json.dumps({"input": each, "answer": label}) for each, label in rows * 4]
     (folder / "reviews.jsonl").write_text("\n".join(lines) + "\n")
     (folder / "recipe.toml").write_text(RECIPE)
+    (folder / "study.toml").write_text(STUDY)
 
 
 def _save_base(folder: Path, trainer: ModuleType) -> None:

@@ -30,9 +30,9 @@ def test_what_the_page_shows_is_what_the_commands_print(outcomes: list[Outcome])
 def verbs() -> list[str]:
     """Return every command, also those that the server's distribution adds."""
     own = [str(command.name) for command in app.registered_commands]
-    keys = [f"keys {command}" for command in ("create", "list", "revoke")]
+    more = [f"keys {command}" for command in ("create", "list", "revoke")] + ["train sweep"]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    return sorted({*own, *keys, *project["entry-points"]["quickchange.commands"]})
+    return sorted({*own, *more, *project["entry-points"]["quickchange.commands"]})
 
 
 @pytest.mark.parametrize("verb", verbs())

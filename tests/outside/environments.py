@@ -49,6 +49,7 @@ SUITES = (
     Suite("text-generation", ("text-generation",)),
     Suite("lm-eval", ("lm-eval[api,hf]",), has_torch=True),
     Suite("schemathesis", ("schemathesis",)),
+    Suite("mlflow", ("mlflow",), has_torch=True),
 )
 
 

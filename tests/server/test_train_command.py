@@ -127,6 +127,13 @@ def test_bad_rows_and_rows_that_are_too_long_end_it_before_it_begins(recipe: Pat
     assert not (recipe.parent / "adapter").exists()
 
 
+def test_a_base_that_is_not_there_is_named_as_the_recipe_does(recipe: Path) -> None:
+    recipe.write_text(recipe.read_text().replace('base = "', 'base = "./no'))
+    done = train(recipe)
+    assert done.exit_code == 1
+    assert f"{recipe}: base: there is no folder './no" in done.stderr
+
+
 def test_what_could_not_be_served_is_refused_at_once(recipe: Path) -> None:
     refused = [method for method in METHODS if unserved(AdapterSettings(method=method))]
     if not refused:

@@ -27,6 +27,7 @@ compute = "float32"
 """
 STEPS = 1200
 """Some ten seconds."""
+WAIT_S = 400
 
 
 @pytest.fixture
@@ -56,9 +57,10 @@ def started(recipe: Path, *words: str, ignored: int | None = None) -> "subproces
 
 
 def wait_for_steps(folder: Path, process: "subprocess.Popen[str]", num_steps: int) -> None:
-    deadline_s = time.monotonic() + 120
-    while num_logged(folder) < num_steps and time.monotonic() < deadline_s:
+    deadline_s = time.monotonic() + WAIT_S
+    while num_logged(folder) < num_steps:
         assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline_s
         time.sleep(0.02)
 
 
@@ -69,7 +71,7 @@ def num_logged(folder: Path) -> int:
 def told(process: "subprocess.Popen[str]", number: int) -> str:
     """Tell a process to stop; return what it said. Its exit code is the shells' for the signal."""
     process.send_signal(number)
-    said = process.communicate(timeout=120)[1]
+    said = process.communicate(timeout=WAIT_S)[1]
     assert process.returncode == 128 + number, said
     assert "Traceback" not in said
     return said

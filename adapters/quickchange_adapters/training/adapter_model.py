@@ -18,6 +18,9 @@ from quickchange_adapters.training.recipe import ALL_LINEAR, ATTENTION, AdapterS
 from quickchange_adapters.training.run_folder import replace_file
 
 SEED_OF_SHARED_MATRICES = 0
+MIN_ADALORA_STEPS = 2
+_NEVER_LEARNED = ("ranknum",)
+"""AdaLoRA's rank as a tensor: PEFT does not write it, yet has it learned on a base in bfloat16."""
 _ATTENTION_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "c_attn", "query_key_value")
 
 
@@ -41,17 +44,20 @@ def with_adapter(base: Any, settings: AdapterSettings, num_steps: int) -> Any:
     """
     from peft import get_peft_model
 
+    if settings.method == "adalora" and num_steps < MIN_ADALORA_STEPS:
+        raise CannotTrain(
+            f"adalora chooses its ranks as it goes, and needs {MIN_ADALORA_STEPS} steps at least"
+        )
     config = peft_config(settings, target_names(base, settings.targets), num_steps)
     try:
         model = get_peft_model(base, config, autocast_adapter_dtype=False)
     except ValueError as error:
         raise CannotTrain(f"PEFT cannot make this adapter: {error}") from error
-    dtype = base.dtype
+    frozen = (*_NEVER_LEARNED, *(("lora_A",) if settings.frozen_a else ()))
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.to(dtype)
-            if settings.frozen_a and "lora_A" in name:
-                parameter.requires_grad_(False)
+            parameter.data = parameter.data.to(base.dtype)
+            parameter.requires_grad_(not any(part in name for part in frozen))
     return model
 
 

@@ -7,7 +7,7 @@ import csv
 import difflib
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ def read_examples(file: Path, settings: DataSettings) -> list[Example]:
     if separator is None:
         rows = _json_rows(file, data, problems)
     else:
-        rows = _separated_rows(file, data, separator, problems)
+        rows = _separated_rows(file, data, separator, settings, problems)
     found = [
         _example(file, line, row, settings)
         for line, row in rows
@@ -85,6 +85,8 @@ def _read_bytes(file: Path) -> bytes:
         raise DataInvalid([f"{file}: cannot be read: {error.strerror or error}"]) from error
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise DataInvalid([f"{file}, line 1: this is UTF-16; save the file as UTF-8"])
+    if data.startswith(b"PK\x03\x04"):
+        raise DataInvalid([f"{file}: is an archive or a spreadsheet; save its rows as CSV"])
     return data.removeprefix(b"\xef\xbb\xbf")
 
 
@@ -97,7 +99,8 @@ def _json_rows(file: Path, data: bytes, problems: Problems) -> Iterator[tuple[in
         except UnicodeDecodeError as error:
             problems.add(file, number, _encoding_sentence(error))
         except json.JSONDecodeError as error:
-            problems.add(file, number, f"is no JSON: {error.msg} at column {error.colno}")
+            reason = f"{error.msg} at column {error.colno}"
+            problems.add(file, number, f"is no JSON object in one line: {reason}")
         except (RecursionError, ValueError) as error:
             problems.add(file, number, f"is no JSON that can be read: {error}")
         else:
@@ -108,7 +111,7 @@ def _json_rows(file: Path, data: bytes, problems: Problems) -> Iterator[tuple[in
 
 
 def _separated_rows(
-    file: Path, data: bytes, separator: str, problems: Problems
+    file: Path, data: bytes, separator: str, settings: DataSettings, problems: Problems
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         text = data.decode("utf-8")
@@ -119,16 +122,44 @@ def _separated_rows(
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     line = 1
     try:
-        num_fields = len(reader.fieldnames or ())
+        names = list(reader.fieldnames or ())
+        sentences = [_heading_problem(names, each) for each in (settings.input, settings.answer)]
+        if names and any(sentences):
+            for sentence in filter(None, sentences):
+                problems.add(file, 1, sentence)
+            return
         line = reader.line_num + 1
         for row in reader:
-            if None in row or None in row.values():
-                problems.add(file, line, f"has not the {num_fields} fields of the first line")
-            else:
+            problem = _width_problem(row, len(names))
+            if problem is None:
                 yield line, row
+            else:
+                problems.add(file, line, problem)
             line = reader.line_num + 1
     except csv.Error as error:
         problems.add(file, line, f"is no CSV: {error}")
+
+
+def _heading_problem(names: Sequence[str], field: str) -> str | None:
+    """Return what is wrong with a first line that is to have a field's name."""
+    if field in names:
+        return f"has the field {field!r} twice" if names.count(field) > 1 else None
+    missing = _missing_sentence(names, field)
+    other = next((sign for sign in ";\t|" if len(names) == 1 and sign in names[0]), None)
+    if other is not None:
+        return f"{missing}; it looks separated by {other!r}: use commas, or tabs in a .tsv"
+    return missing
+
+
+def _width_problem(row: Mapping[str | None, Any], num_fields: int) -> str | None:
+    """Return what is wrong with a line that has more or fewer fields than the first."""
+    if None in row:
+        return (
+            f"has {num_fields + len(row[None])} fields, but the first line has {num_fields}; "
+            "a text that holds the separator must stand in double quotes"
+        )
+    missing = [name for name, value in row.items() if value is None]
+    return f"the field {missing[0]!r} is missing" if missing else None
 
 
 def _encoding_sentence(error: UnicodeDecodeError) -> str:
@@ -146,9 +177,7 @@ def _has_fields(
 
 def _field_problem(row: Mapping[str, Any], field: str) -> str | None:
     if field not in row:
-        near = difflib.get_close_matches(field, row, n=1, cutoff=0.5)
-        others = f"nearest: {near[0]!r}" if near else f"it has: {', '.join(map(repr, row))[:200]}"
-        return f"the field {field!r} is missing ({others})"
+        return _missing_sentence(list(row), field)
     value = row[field]
     if not isinstance(value, str):
         return f"the field {field!r} is {json.dumps(value)[:40]}, but must be a text"
@@ -159,6 +188,12 @@ def _field_problem(row: Mapping[str, Any], field: str) -> str | None:
     except UnicodeEncodeError:
         return f"the field {field!r} holds half of a surrogate pair"
     return None
+
+
+def _missing_sentence(names: Sequence[str], field: str) -> str:
+    near = difflib.get_close_matches(field, names, n=1, cutoff=0.5)
+    others = f"nearest: {near[0]!r}" if near else f"it has: {', '.join(map(repr, names))[:200]}"
+    return f"the field {field!r} is missing ({others})"
 
 
 def _example(file: Path, line: int, row: Mapping[str, Any], settings: DataSettings) -> Example:

@@ -144,8 +144,8 @@ class TrainingRun:
         while self._step < self.num_steps and self._num_worse < self._recipe.loop.patience:
             values = self._one_step(trainer, self._batches[self._step])
             log.write(**values)
-            self._signals.obey()
             self._on_step(self._step, self.num_steps, values)
+            self._signals.obey()
             is_due = time.monotonic() - saved_at_s > CHECKPOINT_EVERY_S
             if is_due or "validation_loss" in values:
                 self._save(trainer)

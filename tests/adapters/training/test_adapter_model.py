@@ -8,7 +8,12 @@ import torch
 from peft import PeftModel
 from quickchange_adapters.config import read_config
 from quickchange_adapters.errors import CannotTrain
-from quickchange_adapters.training.adapter_model import target_names, unserved
+from quickchange_adapters.training.adapter_model import (
+    adapter_tensors,
+    target_names,
+    unserved,
+    with_adapter,
+)
 from quickchange_adapters.training.base_model import load_base
 from quickchange_adapters.training.recipe import METHODS, AdapterSettings
 from quickchange_adapters.training.run import TrainingRun
@@ -43,6 +48,54 @@ def test_every_method_learns_and_is_read_back_by_peft(
     untrained = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
     rows = prepared_in(tmp_path / "base", tiny_base).validation.rows
     assert loss < 0.9 * held_out_loss(untrained, rows, 1000)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_is_learned_in_either_number_format_and_all_of_it_is_written(
+    method: str, tiny_base: Path, tmp_path: Path
+) -> None:
+    learned = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = with_adapter(load_base(tiny_base, dtype), AdapterSettings(method=method), 10)
+        learned.append(
+            {n.replace(".default", "") for n, p in model.named_parameters() if p.requires_grad}
+        )
+        written = {name.removesuffix(".weight") for name in adapter_tensors(model, dtype)}
+        assert {name.removesuffix(".weight") for name in learned[-1]} <= written
+    assert learned[0] == learned[1]
+
+
+def test_adalora_needs_steps_to_choose_its_ranks_in(tiny_base: Path, tmp_path: Path) -> None:
+    with pytest.raises(CannotTrain, match="needs 2 steps at least"):
+        trained(tmp_path / "one", tiny_base, {"method": "adalora"}, max_steps=1)
+    trained(tmp_path / "two", tiny_base, {"method": "adalora"}, max_steps=2)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_the_root_of_the_rank_scales_and_is_read_back(
+    method: str, tiny_base: Path, tmp_path: Path
+) -> None:
+    losses = [
+        trained(tmp_path / str(on), tiny_base, {"method": method, "rank": 4, "rslora": on})
+        for on in (False, True)
+    ]
+    assert losses[0] != losses[1]
+
+
+@pytest.mark.parametrize(("method", "bits"), [("lora", 8), ("lora", 4), ("dora", 4), ("vera", 4)])
+def test_what_was_learned_on_a_rounded_base_is_read_back_onto_one(
+    method: str, bits: int, tiny_base: Path, tmp_path: Path
+) -> None:
+    values = recipe_values(tiny_base, max_steps=2) | {"base_bits": bits}
+    values["adapter"] = {"method": method, "number_format": "float32", "allow_unserved": True}
+    prepared = prepared_in(tmp_path, tiny_base, values)
+    result = TrainingRun(prepared, lambda sentence: None, lambda *step: None).run()
+    base = load_base(tiny_base, torch.float32, bits)
+    read_back = PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
+    found = held_out_loss(read_back, prepared.validation.rows, 1000)
+    assert found == pytest.approx(result.best_loss, rel=1e-5)
+    whole = PeftModel.from_pretrained(load_base(tiny_base, torch.float32), tmp_path / "adapter")
+    assert held_out_loss(whole, prepared.validation.rows, 1000) != found
 
 
 def test_frozen_a_stays_as_it_began(tiny_base: Path, tmp_path: Path) -> None:

@@ -69,11 +69,37 @@ def test_csv_lines_are_counted_as_an_editor_does(tmp_path: Path) -> None:
     file.write_text('input,answer\n"two\nlines",b\n,b\n')
     assert f"{file}, line 4: the field 'input' is empty" in problem_of(file)
     file.write_text("input,answer\na,b\na\n")
-    assert f"{file}, line 3: has not the 2 fields of the first line" in problem_of(file)
+    assert f"{file}, line 3: the field 'answer' is missing" in problem_of(file)
+    file.write_text("input,answer\na,b\na, or so,b\n")
+    assert f"{file}, line 3: has 3 fields, but the first line has 2; a text" in problem_of(file)
     file.write_bytes(b"input,answer\na,b\ncaf\xe9,b\n")
     assert f"{file}, line 3: is not UTF-8" in problem_of(file)
     file.write_text('input,answer\na,b\n"a,b\n')
     assert f"{file}, line 3: is no CSV" in problem_of(file)
+
+
+@pytest.mark.parametrize(
+    ("heading", "sentence"),
+    [
+        ("a first,x", "the field 'answer' is missing (it has: 'a first', 'x')"),
+        ("input;answer", "it looks separated by ';': use commas, or tabs in a .tsv"),
+        ("input,input,answer", "has the field 'input' twice"),
+    ],
+)
+def test_a_first_line_without_the_fields_is_said_once(
+    heading: str, sentence: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text(f"{heading}\n" + "a,b\n" * 9)
+    text = problem_of(file)
+    assert sentence in text
+    assert text.count(f"{file}, line ") == text.count(f"{file}, line 1: ") <= 2
+
+
+def test_a_spreadsheet_is_known_as_one(tmp_path: Path) -> None:
+    file = tmp_path / "rows.xlsx"
+    file.write_bytes(b"PK\x03\x04" + bytes(range(256)))
+    assert "save its rows as CSV" in problem_of(file)
 
 
 @pytest.mark.parametrize("data", [b"", b"\n\n", b"\xef\xbb\xbf"])

@@ -39,7 +39,7 @@ def run_in(
     """Run a recipe; get a signal in the step that is given, if one is."""
 
     def on_step(step: int, num_steps: int, logged: dict[str, Any]) -> None:
-        if stop_in is not None and step == stop_in - 1:
+        if step == stop_in:
             os.kill(os.getpid(), number)
 
     signals = StopSignals()
