@@ -137,3 +137,12 @@ def test_exact_versions_satisfy_the_ranges() -> None:
 
 def _plain(name: str) -> str:
     return name.lower().replace("_", "-")
+
+
+def test_no_file_has_marks_of_a_merge_that_was_not_finished() -> None:
+    marks = ["<" * 7 + " ", ">" * 7 + " "]
+    patterns = [word for mark in marks for word in ("-e", f"^{mark}")]
+    done = subprocess.run(
+        ["git", "grep", "-n", *patterns], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (1, "")

@@ -1,76 +1,18 @@
 """The chart, rendered by Helm's own engine: every scenario, every rule of the templates."""
 
 import json
-import subprocess
 import tomllib
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import pytest
 import yaml
 from quickchange_server.config import load_config
 
-from benchmarks.machine import ROOT
-from tests.ops.environments import HELM_ENGINE, NotHere, python_environment
+from tests.helm.conftest import RenderAll
+from tests.helm.rendered import CHART, SCENARIOS, Json, config_text, documents, only, pod_specs
 from tools.chart_pages import pages
 
-CHART = ROOT / "helm" / "quickchange"
-SCENARIOS = sorted((CHART / "scenarios").glob("*.yaml"))
 SECRETS = {"auth": {"existingSecret": "keys"}, "catalog": {"existingSecret": "catalog"}}
 BUCKET = {"store": {"type": "s3", "s3": {"url": "s3://adapters/x"}}}
-Json = dict[str, Any]
-
-
-@pytest.fixture(scope="session")
-def render_all() -> Callable[[list[Json]], list[Json]]:
-    """Return a function that renders one release for each set of values."""
-    try:
-        python = python_environment(*HELM_ENGINE)
-    except NotHere as reason:
-        pytest.skip(f"no Helm engine: {reason}")
-
-    def render(values: list[Json]) -> list[Json]:
-        done = subprocess.run(
-            [str(python), str(ROOT / "tests/ops/chart_engine.py"), str(CHART)],
-            input=json.dumps([{"values": each} for each in values]),
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert done.returncode == 0, done.stderr
-        found = json.loads(done.stdout)
-        assert found["lint"]["errors"] == []
-        answers: list[Json] = found["answers"]
-        return answers
-
-    return render
-
-
-@pytest.fixture(scope="session")
-def scenarios(render_all: Callable[[list[Json]], list[Json]]) -> dict[str, Json]:
-    """Return what each scenario becomes, by its name."""
-    answers = render_all([yaml.safe_load(file.read_text()) for file in SCENARIOS])
-    return {file.stem: answer for file, answer in zip(SCENARIOS, answers, strict=True)}
-
-
-def documents(answer: Json, kind: str) -> list[Json]:
-    assert "error" not in answer, answer
-    return [each for each in answer["documents"] if each["kind"] == kind]
-
-
-def only(answer: Json, kind: str) -> Json:
-    (document,) = documents(answer, kind)
-    return document
-
-
-def pod_specs(answer: Json) -> list[Json]:
-    templates = [
-        each["spec"]["template"]["spec"]
-        for kind in ("Deployment", "Job")
-        for each in documents(answer, kind)
-    ]
-    return [*templates, *(each["spec"] for each in documents(answer, "Pod"))]
 
 
 def test_schema_and_readme_are_those_of_the_values() -> None:
@@ -90,7 +32,7 @@ def test_every_scenario_s_settings_are_read_by_the_server(
     scenarios: dict[str, Json], tmp_path: Path
 ) -> None:
     for name, answer in scenarios.items():
-        text = documents(answer, "ConfigMap")[0]["data"]["quickchange.toml"]
+        text = config_text(answer)
         file = tmp_path / f"{name}.toml"
         file.write_text(text)
         config = load_config({"config": str(file)})
@@ -133,7 +75,7 @@ def test_a_gpu_is_asked_for_and_its_taint_tolerated(scenarios: dict[str, Json]) 
     assert container["resources"]["limits"]["nvidia.com/gpu"] == 1
     assert container["image"].endswith("-cuda")
     assert pod["tolerations"][0]["key"] == "nvidia.com/gpu"
-    config = documents(scenarios["gpu"], "ConfigMap")[0]["data"]["quickchange.toml"]
+    config = config_text(scenarios["gpu"])
     assert 'device = "cuda"' in config
 
 
@@ -151,6 +93,51 @@ def test_replicas_share_a_catalog_and_a_bucket_and_spread(scenarios: dict[str, J
     assert policy["policyTypes"] == ["Ingress", "Egress"]
     admin = next(each for each in policy["ingress"] if each["ports"] == [{"port": "admin"}])
     assert "namespaceSelector" in admin["from"][0]
+
+
+def test_a_network_policy_lets_in_the_release_s_own_pods(render_all: RenderAll) -> None:
+    train = {"enabled": True, "configMap": "recipe", "name": "verdict"}
+    prometheus = [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "m"}}}]
+    closed = {"enabled": True, "apiFrom": prometheus, "adminFrom": prometheus}
+    (answer,) = render_all([{"auth": {"insecure": True}, "networkPolicy": closed, "train": train}])
+    labels = {
+        "test": only(answer, "Pod")["metadata"]["labels"],
+        "train": only(answer, "Job")["spec"]["template"]["metadata"]["labels"],
+    }
+    ports = {
+        kind: {
+            port["port"]
+            for rule in only(answer, "NetworkPolicy")["spec"]["ingress"]
+            for peer in rule["from"]
+            if "podSelector" in peer
+            and peer["podSelector"]["matchLabels"].items() <= pod_labels.items()
+            for port in rule["ports"]
+        }
+        for kind, pod_labels in labels.items()
+    }
+    assert ports == {"test": {"http", "admin"}, "train": {"http"}}
+
+
+def test_a_gateway_s_picker_is_told_which_port_to_read(scenarios: dict[str, Json]) -> None:
+    answer = scenarios["gateway"]
+    pool = only(answer, "InferencePool")["spec"]
+    assert pool["targetPorts"] == [{"number": 8000}]
+    assert pool["endpointPickerRef"] == {"name": "quickchange-epp", "port": {"number": 9002}}
+    (rule,) = only(answer, "HTTPRoute")["spec"]["rules"]
+    (backend,) = rule["backendRefs"]
+    assert (backend["kind"], backend["name"]) == ("InferencePool", "qc-quickchange")
+    assert "--model-server-metrics-port=9000" in answer["notes"]
+    assert "--model-server-metrics-port" not in scenarios["replicas"]["notes"]
+
+
+def test_threads_follow_the_request_for_cpus_where_there_is_one(render_all: RenderAll) -> None:
+    insecure = {"auth": {"insecure": True}}
+    named, without = render_all(
+        [insecure, insecure | {"resources": {"requests": {"cpu": None, "memory": "1Gi"}}}]
+    )
+    for answer, is_there in ((named, True), (without, False)):
+        (container,) = only(answer, "Deployment")["spec"]["template"]["spec"]["containers"]
+        assert any(each["name"] == "OMP_NUM_THREADS" for each in container["env"] or []) is is_there
 
 
 def test_the_dashboard_and_the_alerts_are_the_project_s(scenarios: dict[str, Json]) -> None:
@@ -225,15 +212,13 @@ REFUSED: dict[str, Json] = {
 
 
 def test_what_must_not_be_deployed_is_refused_with_the_reason(
-    render_all: Callable[[list[Json]], list[Json]],
+    render_all: RenderAll,
 ) -> None:
     for words, answer in zip(REFUSED, render_all(list(REFUSED.values())), strict=True):
         assert words in answer.get("error", f"rendered {words}"), words
 
 
-def test_settings_and_environment_are_passed_on(
-    render_all: Callable[[list[Json]], list[Json]], tmp_path: Path
-) -> None:
+def test_settings_and_environment_are_passed_on(render_all: RenderAll, tmp_path: Path) -> None:
     values = {
         "auth": {"insecure": True},
         "config": {
@@ -250,7 +235,7 @@ def test_settings_and_environment_are_passed_on(
     }
     (answer,) = render_all([values])
     file = tmp_path / "settings.toml"
-    file.write_text(only(answer, "ConfigMap")["data"]["quickchange.toml"])
+    file.write_text(config_text(answer))
     config = load_config({"config": str(file)})
     assert (config.max_batch_rows, config.kv_cache_bytes) == (64, 2 << 30)
     assert config.log_format == "text"

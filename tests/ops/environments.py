@@ -3,6 +3,7 @@
 A tool that cannot be had raises NotHere with the reason; its tests are skipped, and counted.
 """
 
+import fcntl
 import shutil
 import subprocess
 import sys
@@ -90,23 +91,32 @@ def _run(command: list[str], folder: Path) -> str:
     return lines[-1] if done.returncode else ""
 
 
-def python_environment(name: str, *packages: str) -> Path:
+def python_environment(
+    name: str, *packages: str, pins: Path | None = None, ops: Path = OPS
+) -> Path:
     """Return the interpreter of an environment under .ops that has these packages.
+
+    It is built once, also when several processes ask at the same moment. `pins` is a file of
+    constraints for what the packages bring along.
 
     Raises: NotHere.
     """
-    folder = OPS / name
+    folder = ops / name
     python = folder / "bin" / "python"
     stamp = folder / "packages"
-    wanted = "\n".join(packages)
-    if stamp.is_file() and stamp.read_text() == wanted:
-        return python
-    for command in (
-        [sys.executable, "-m", "venv", "--clear", str(folder)],
-        [str(python), "-m", "pip", "install", "--quiet", *packages],
-    ):
-        trouble = _run(command, OPS.parent)
-        if trouble:
-            raise NotHere(f"{' '.join(packages)}: {trouble}")
-    stamp.write_text(wanted)
+    wanted = "\n".join([*packages, pins.read_text() if pins else ""])
+    ops.mkdir(parents=True, exist_ok=True)
+    with (ops / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if stamp.is_file() and stamp.read_text() == wanted:
+            return python
+        held = ["-c", str(pins)] if pins else []
+        for command in (
+            [sys.executable, "-m", "venv", "--clear", str(folder)],
+            [str(python), "-m", "pip", "install", "--quiet", *held, *packages],
+        ):
+            trouble = _run(command, ops)
+            if trouble:
+                raise NotHere(f"{' '.join(packages)}: {trouble}")
+        stamp.write_text(wanted)
     return python

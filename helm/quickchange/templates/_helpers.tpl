@@ -12,6 +12,17 @@ app.kubernetes.io/name: {{ default .Chart.Name .Values.nameOverride }}
 app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end }}
 
+{{/* Of the pods that are no servers: no traffic comes to them. */}}
+{{- define "quickchange.testSelector" -}}
+app.kubernetes.io/name: {{ include "quickchange.fullname" . }}-test
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end }}
+
+{{- define "quickchange.trainSelector" -}}
+app.kubernetes.io/name: {{ include "quickchange.fullname" . }}-train
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end }}
+
 {{- define "quickchange.labels" -}}
 helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{ include "quickchange.selector" . }}

@@ -2,7 +2,8 @@
 
 Reads `[{"values": {…}}, …]` from standard input, and writes for each what came of it:
 `{"documents": […], "invalid": […]}` or `{"error": "…"}`. Documents of kinds that Kubernetes itself
-has are checked against its schemas, strictly.
+has are checked against its schemas, strictly; so are those of a request `{"documents": […]}`, which
+renders nothing.
 """
 
 import json
@@ -47,12 +48,20 @@ def problems(document: dict[str, Any]) -> list[str]:
     return []
 
 
+def answer(chart: Any, request: dict[str, Any]) -> dict[str, Any]:
+    """Render, or only check."""
+    if "values" in request:
+        return rendered(chart, request["values"])
+    documents = request["documents"]
+    return {"documents": documents, "invalid": [p for each in documents for p in problems(each)]}
+
+
 def main() -> None:
     """Answer every request."""
     folder = sys.argv[1]
     chart = Chart.load(folder)
     requests = json.load(sys.stdin)
-    answers = [rendered(chart, each["values"]) for each in requests]
+    answers = [answer(chart, each) for each in requests]
     found = lint(folder, values={"auth": {"insecure": True}})
     json.dump({"answers": answers, "lint": found}, sys.stdout)
 
