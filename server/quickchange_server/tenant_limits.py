@@ -22,6 +22,7 @@ class PerMinute:
         if self.limit is None:
             return None
         now, one_s = self._clock(), 60.0 / self.limit
+        self._full_at_s = {name: at_s for name, at_s in self._full_at_s.items() if at_s > now}
         full_at_s = max(self._full_at_s.get(tenant, now), now) + one_s
         wait_s = full_at_s - now - 60.0
         if wait_s > 1e-6:

@@ -14,6 +14,7 @@ from quickchange_server.api.app import AppServices, create_app
 from quickchange_server.errors import InvalidRequest, QueueFull, RateLimited
 from quickchange_server.keyring import Keyring
 from quickchange_server.request_quotas import RequestQuotas
+from quickchange_server.tenant_limits import PerMinute
 from quickchange_server.tokenizer import Tokenizer
 from quickchange_server.upload_quotas import UploadQuotas
 
@@ -38,6 +39,16 @@ def test_a_tenant_has_so_many_in_flight_and_others_their_own() -> None:
     with pytest.raises(InvalidRequest, match="4 choices"):
         quotas.hold("e", "acme", 4, 100)
     assert refused == ["requests"]
+
+
+def test_a_tenant_whose_minute_is_over_is_forgotten() -> None:
+    clock = Clock()
+    limit = PerMinute(2, clock)
+    assert [limit.take(f"t{number}") for number in range(50)] == [None] * 50
+    assert (limit.take("t0"), limit.take("t0")) == (None, 30.0)
+    clock.now += 31
+    assert limit.take("other") is None
+    assert set(limit._full_at_s) == {"t0", "other"}
 
 
 def test_one_tenant_never_holds_all_places_once_there_are_several() -> None:

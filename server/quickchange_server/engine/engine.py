@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -23,7 +24,7 @@ from quickchange_server.engine.inbox import EngineStopped, Inbox
 from quickchange_server.engine.interface import EngineSnapshot, ResidentAdapter
 from quickchange_server.engine.kv_cache import BlockManager
 from quickchange_server.engine.model_runner import ModelRunner
-from quickchange_server.engine.observer import EngineObserver, StepStats
+from quickchange_server.engine.observer import EngineObserver, HarmlessObserver
 from quickchange_server.engine.request import (
     FinishReason,
     GenerationRequest,
@@ -87,8 +88,8 @@ class Engine:
         )
         self.snapshot = EngineSnapshot()
         self._snapshots = SnapshotMaker(self.scheduler, runner, self.residency)
-        self._observer = observer
-        runner.pool.on_load = self._tell_activation
+        self._observer = HarmlessObserver(observer)
+        runner.pool.on_load = self._observer.on_activation
         self._publish = publish
         self._on_exit = on_exit
         self._inbox = Inbox(self._refresh_snapshot)
@@ -224,16 +225,26 @@ class Engine:
             self._wind_up()
 
     def _wind_up(self) -> None:
-        """End whatever still waits for this thread: requests, calls, unloads."""
+        """End whatever still waits for this thread: requests, calls, unloads.
+
+        What one part of it fails at, in an engine that died, does not keep the others.
+        """
         self._is_stopping = True
+        self.snapshot = replace(self.snapshot, is_alive=False)
         self._inbox.close()
         outputs = [self._end_anyhow(sequence) for sequence in self._live_sequences()]
-        self._refresh_snapshot()
-        self._publish(outputs)
         stopped = EngineStopped("the engine has stopped")
-        self.residency.stop(stopped)
-        self._departures.stop(stopped)
-        self._on_exit()
+        for part in (
+            self._refresh_snapshot,
+            lambda: self._publish(outputs),
+            lambda: self.residency.stop(stopped),
+            lambda: self._departures.stop(stopped),
+            self._on_exit,
+        ):
+            try:
+                part()
+            except Exception:
+                log.exception("the engine's end is not in order")
 
     def _end_anyhow(self, sequence: Sequence) -> TokenOutput:
         """End a request although what it holds may be in disorder: nobody may go on waiting."""
@@ -375,19 +386,7 @@ class Engine:
     def _note_step(self, step: ScheduledStep, seconds: float, *, is_merged: bool) -> None:
         self._num_steps += 1
         self._last_step_s = time.monotonic()
-        self._tell(stats_of(step, seconds, is_merged=is_merged))
-
-    def _tell(self, stats: StepStats) -> None:
-        try:
-            self._observer.on_step(stats)
-        except Exception:
-            log.exception("an observer of steps failed")
-
-    def _tell_activation(self, seconds: float) -> None:
-        try:
-            self._observer.on_activation(seconds)
-        except Exception:
-            log.exception("an observer of copies failed")
+        self._observer.on_step(stats_of(step, seconds, is_merged=is_merged))
 
     def _refresh_snapshot(self) -> None:
         is_alive = not self._is_stopping

@@ -1,10 +1,12 @@
 """What the engine tells whoever measures it. Called on the engine thread."""
 
+import logging
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 StepKind = Literal["prefill", "decode", "mixed"]
 StepWeights = Literal["base", "unmerged", "merged"]
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,27 @@ class EngineObserver(Protocol):
 
     def on_activation(self, seconds: float) -> None:
         """Take note of one copy of an adapter from host memory to the device."""
+
+
+class HarmlessObserver:
+    """Passes on to an observer; what that raises is logged, and hurts no step."""
+
+    def __init__(self, observer: EngineObserver) -> None:
+        self._observer = observer
+
+    def on_step(self, stats: StepStats) -> None:
+        """Pass on."""
+        try:
+            self._observer.on_step(stats)
+        except Exception:
+            log.exception("an observer of steps failed")
+
+    def on_activation(self, seconds: float) -> None:
+        """Pass on."""
+        try:
+            self._observer.on_activation(seconds)
+        except Exception:
+            log.exception("an observer of copies failed")
 
 
 class NoObserver:

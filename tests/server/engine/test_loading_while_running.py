@@ -3,6 +3,7 @@
 import asyncio
 import random
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -189,12 +190,18 @@ async def test_a_hint_for_which_the_device_has_no_memory_is_told_to_try_again(
         assert await engine.activate("large")
 
 
-def test_an_engine_that_dies_in_disorder_still_answers_everybody(tiny_base: Path) -> None:
+@pytest.mark.parametrize("is_unseen", [False, True])
+def test_an_engine_that_dies_in_disorder_still_answers_everybody(
+    tiny_base: Path, is_unseen: bool
+) -> None:
     engine, _, outputs = faulty_engine(tiny_base)
     ended = threading.Event()
     engine._on_exit = ended.set
     submit(engine, GenerationRequest("r", PROMPT, max_tokens=4))
+    engine.snapshot = replace(engine.snapshot, is_alive=True)
     engine.scheduler.remove = engine.scheduler.schedule = broken  # type: ignore[method-assign]
+    if is_unseen:  # not even a snapshot can be made any more
+        engine.residency.describe_all = broken  # type: ignore[method-assign]
     with pytest.raises(KeyError):
         engine._run()
     assert [(each.request_id, each.finish_reason) for each in outputs] == [("r", "abort")]
