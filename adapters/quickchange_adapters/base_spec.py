@@ -36,6 +36,7 @@ class BaseSpec:
         model_type: Hugging Face `model_type`.
         num_layers: number of blocks.
         modules: module path as in Hugging Face (`model.layers.0.self_attn.q_proj`) -> spec.
+        known_as: what others call the same model, such as its id on the Hub.
     """
 
     name: str
@@ -43,3 +44,4 @@ class BaseSpec:
     model_type: str
     num_layers: int
     modules: dict[str, ModuleSpec]
+    known_as: tuple[str, ...] = ()

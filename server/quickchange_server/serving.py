@@ -36,6 +36,7 @@ from quickchange_server.api.admin_app import create_admin_app
 from quickchange_server.api.app import AppServices, create_app
 from quickchange_server.auto_merge import TrafficSource
 from quickchange_server.base_footprint import read_footprint
+from quickchange_server.builtin import known_names
 from quickchange_server.config import ServerConfig
 from quickchange_server.engine.client import EngineClient
 from quickchange_server.engine.settings import EngineSettings
@@ -240,6 +241,7 @@ def engine_settings(config: ServerConfig, budget: MemoryBudget) -> EngineSetting
     """Translate the settings and the resolved budget for the engine."""
     return EngineSettings(
         served_name=config.base_name,
+        known_as=known_names(config.model),
         device=budget.device,
         dtype=config.dtype,
         kernels=config.kernels,

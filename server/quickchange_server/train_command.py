@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from quickchange_adapters.errors import CannotTrain
 
+from quickchange_server.builtin import known_names
 from quickchange_server.config import load_config
 from quickchange_server.train_exit import exit_on_error, say
 from quickchange_server.train_push import push_target
@@ -23,9 +24,6 @@ if TYPE_CHECKING:
     from quickchange_adapters.training.run import RunResult
     from quickchange_adapters.training.stop_signals import StopSignals
     from quickchange_adapters.training.tracking import Tracker
-
-HUB_NAMES = {"builtin:smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
-"""Under which name other tools find a built-in base."""
 
 Output = Annotated[
     Path | None,
@@ -110,8 +108,7 @@ def read_with_base_name(file: Path, output: Path | None) -> "Recipe":
     from quickchange_adapters.training.recipe import read_recipe, with_output
 
     recipe = with_output(read_recipe(file), output)
-    known_as = HUB_NAMES.get(recipe.base, recipe.base)
-    base_name = recipe.adapter.base_name or known_as
+    base_name = recipe.adapter.base_name or next(iter(known_names(recipe.base)), recipe.base)
     return replace(recipe, adapter=replace(recipe.adapter, base_name=base_name))
 
 

@@ -139,6 +139,14 @@ def test_another_base_name_is_a_warning_unless_strict(tmp_path: Path) -> None:
     assert check(tmp_path, strict_base=True).ok
 
 
+def test_a_base_that_others_know_by_another_name_is_the_same(tmp_path: Path) -> None:
+    config = config_values(base_model_name_or_path="some-org/Other-Model")
+    known = replace(SPEC, known_as=("some-org/other-model",))
+    report = check(tmp_path, config=config, strict_base=True, spec=known)
+    assert report.ok
+    assert not report.warnings
+
+
 @pytest.mark.parametrize(
     ("changes", "code", "where"),
     [

