@@ -57,12 +57,12 @@ class RequestQuotas:
         if held is not None:
             self._in_flight.remove(*held)
 
-    def count_load(self, tenant: str) -> None:
-        """Count one adapter that a tenant has brought into memory.
+    def count_loads(self, tenant: str, number: int = 1) -> None:
+        """Count adapters that a tenant has brought into memory: all of these, or none.
 
         Raises: RateLimited.
         """
-        wait_s = self._loads.take(tenant)
+        wait_s = self._loads.take(tenant, number)
         if wait_s is not None:
             self._on_refusal("loads")
             raise RateLimited(

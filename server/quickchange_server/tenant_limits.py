@@ -17,14 +17,17 @@ class PerMinute:
         self._clock = clock
         self._full_at_s: dict[str, float] = {}
 
-    def take(self, tenant: str) -> float | None:
-        """Count one try; or count nothing, and return after how many seconds it may come again."""
+    def take(self, tenant: str, number: int = 1) -> float | None:
+        """Count tries; or count nothing, and return after how many seconds they may come again.
+
+        More than a minute's at once may come after a pause, and cost a longer one.
+        """
         if self.limit is None:
             return None
         now, one_s = self._clock(), 60.0 / self.limit
         self._full_at_s = {name: at_s for name, at_s in self._full_at_s.items() if at_s > now}
-        full_at_s = max(self._full_at_s.get(tenant, now), now) + one_s
-        wait_s = full_at_s - now - 60.0
+        full_at_s = max(self._full_at_s.get(tenant, now), now) + number * one_s
+        wait_s = full_at_s - now - max(60.0, number * one_s)
         if wait_s > 1e-6:
             return wait_s
         self._full_at_s[tenant] = full_at_s

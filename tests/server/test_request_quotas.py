@@ -51,6 +51,19 @@ def test_a_tenant_whose_minute_is_over_is_forgotten() -> None:
     assert set(limit._full_at_s) == {"t0", "other"}
 
 
+def test_loads_that_belong_together_count_together_or_not_at_all() -> None:
+    clock = Clock()
+    limit = PerMinute(2, clock)
+    assert limit.take("t") is None
+    assert limit.take("t", 2) == 30.0
+    assert limit.take("t") is None  # what was refused cost nothing
+    clock.now += 60
+    assert limit.take("t", 4) is None  # else a mix of four would be refused for ever
+    assert limit.take("t") == 90.0
+    clock.now += 90
+    assert limit.take("t") is None
+
+
 def test_one_tenant_never_holds_all_places_once_there_are_several() -> None:
     quotas = RequestQuotas()
     for number in range(8):
@@ -77,14 +90,14 @@ def test_a_request_larger_than_the_share_runs_alone() -> None:
 def test_loads_come_back_one_by_one() -> None:
     clock = Clock()
     quotas = RequestQuotas(loads_per_minute=2, clock=clock)
-    quotas.count_load("acme")
-    quotas.count_load("acme")
+    quotas.count_loads("acme")
+    quotas.count_loads("acme")
     with pytest.raises(RateLimited, match="2 adapters loaded a minute") as caught:
-        quotas.count_load("acme")
+        quotas.count_loads("acme")
     assert caught.value.retry_after_s == 30
-    quotas.count_load("zeta")
+    quotas.count_loads("zeta")
     clock.now += 30
-    quotas.count_load("acme")
+    quotas.count_loads("acme")
 
 
 @pytest.fixture
@@ -168,6 +181,18 @@ async def test_cold_adapters_over_http(site: Site) -> None:
     assert (await load(site, acme, "bob")).status_code == 200
     assert await refusals(site) == {"loads": 2}
     assert (await load(site, acme, "nobody")).status_code == 404
+
+
+async def test_a_mix_of_more_cold_adapters_than_a_minute_has_is_served(site: Site) -> None:
+    acme = await site.key("acme")
+    names = ("ada", "bob", "cid")
+    for index, name in enumerate(names):
+        assert (await site.push(acme, name, seed=index)).status_code == 201
+        await site.call(acme, "POST", f"/v1/adapters/{name}/unload")
+    body = {"model": "tiny", "prompt": "a", "adapters": [{"model": name} for name in names]}
+    for _ in range(2):
+        answer = await site.call(acme, "POST", "/v1/completions", json=body)
+        assert answer.status_code == 200, answer.text
 
 
 async def load(site: Site, key: str, name: str) -> httpx.Response:

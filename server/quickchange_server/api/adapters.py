@@ -249,7 +249,7 @@ async def load(name: str, services: Services, caller: Writer, body: LoadBody | N
     with suppress(NotFound):  # the service says what there is not
         meant = services.adapters.resolve(model, tenant=caller.tenant)
         if meant.kind == "adapter":
-            count_if_cold(meant.digest, services, caller.tenant)
+            count_if_cold([meant.digest], services, caller.tenant)
     view = await services.adapters.load(
         name,
         version,

@@ -109,8 +109,7 @@ async def _acquire(
     if not parts:
         return
     digests = list(dict.fromkeys(part.digest for part in parts))
-    for digest in digests:
-        count_if_cold(digest, services, plan.tenant)
+    count_if_cold(digests, services, plan.tenant)
     if len(parts) == 1:
         acquiring = services.adapters.acquire(parts[0], is_repeat=is_repeat)
     else:
