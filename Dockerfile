@@ -5,39 +5,54 @@
 #   docker build -t quickchange:cuda --build-arg DEVICE=cuda .
 #   docker build -t quickchange:demo --build-arg PRELOAD_BUILTIN=1 .
 #
+# podman and buildah: the same with `buildah build --format docker`, which keeps the health check.
+#
 # DEVICE           cpu or cuda: which build of PyTorch; a GPU's driver comes from the host
 # PRELOAD_BUILTIN  1: put the small built-in base into the image; else it is fetched at the first start
 # TORCH_CPU_INDEX  PyTorch's index of CPU builds, or a mirror of it
+# PYTHON           3.11 or newer
 ARG PYTHON=3.12
 
-FROM python:${PYTHON}-slim-bookworm AS build
+# Everything but Quickchange itself: by far the largest layer, which stays when only code changes.
+FROM python:${PYTHON}-slim-bookworm AS libraries
 ARG DEVICE=cpu
-ARG PRELOAD_BUILTIN=0
 ARG TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONDONTWRITEBYTECODE=1
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
-# Debian keeps one version of a package for a release: a pinned one could not be had for long.
-# hadolint ignore=DL3008
-RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 RUN python -m venv /opt/quickchange
-ENV PATH=/opt/quickchange/bin:$PATH QUICKCHANGE_CACHE=/var/cache/quickchange
+ENV PATH=/opt/quickchange/bin:$PATH
 WORKDIR /src
 COPY constraints.txt ./
-# By far the largest layer, and the one that changes least.
 RUN version=$(sed -n 's/^torch==//p' constraints.txt); \
     case "$DEVICE" in \
       cpu) pip install --index-url "$TORCH_CPU_INDEX" --no-deps "torch==$version" ;; \
       cuda) pip install "torch===$version" ;; \
       *) echo "DEVICE is '$DEVICE'; use cpu or cuda" >&2; exit 1 ;; \
     esac
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml ./
+COPY clients/python/pyproject.toml clients/python/
+COPY tools/requirements.py tools/
+RUN python tools/requirements.py s3 postgres otel train > requirements.txt; \
+    pip install -c constraints.txt -r requirements.txt
+
+FROM libraries AS build
+ARG PRELOAD_BUILTIN=0
+ENV QUICKCHANGE_CACHE=/var/cache/quickchange
+# Debian keeps one version of a package for a release: a pinned one could not be had for long.
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
+COPY README.md LICENSE ./
 COPY server server
 COPY adapters/quickchange_adapters adapters/quickchange_adapters
 COPY clients/python clients/python
-RUN pip install -c constraints.txt '.[s3,postgres,otel]' ./clients/python
-# Compiled here, as the image has no compiler; used where a CPU has the instructions.
+RUN pip wheel --no-deps --wheel-dir /wheels . ./clients/python; \
+    pip install --no-deps --no-index /wheels/*.whl; \
+    pip check
+# Compiled here, as the image has no compiler, and readable for whoever runs it; used where a CPU has
+# the instructions.
 RUN mkdir -p "$QUICKCHANGE_CACHE/models" "$QUICKCHANGE_CACHE/store" /var/lib/quickchange; \
-    python -m quickchange_adapters.native --any-cpu
+    python -m quickchange_adapters.native --any-cpu; \
+    chmod -R a+rX "$QUICKCHANGE_CACHE/native"
 RUN if [ "$PRELOAD_BUILTIN" = 1 ]; then quickchange-server base path --model builtin:smollm2-135m; fi
 
 FROM python:${PYTHON}-slim-bookworm
@@ -49,7 +64,9 @@ LABEL org.opencontainers.image.title="Quickchange" \
 RUN apt-get update && apt-get install -y --no-install-recommends libgomp1 && rm -rf /var/lib/apt/lists/* \
     && groupadd --gid 10001 quickchange \
     && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin quickchange
-COPY --from=build /opt/quickchange /opt/quickchange
+COPY --from=libraries /opt/quickchange /opt/quickchange
+RUN --mount=type=bind,from=build,source=/wheels,target=/wheels \
+    /opt/quickchange/bin/pip install --no-cache-dir --no-deps --no-index /wheels/*.whl
 COPY --from=build --chown=0:0 /var/cache/quickchange/native /var/cache/quickchange/native
 COPY --from=build --chown=10001:10001 /var/cache/quickchange/models /var/cache/quickchange/models
 COPY --from=build --chown=10001:10001 /var/cache/quickchange/store /var/cache/quickchange/store

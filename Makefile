@@ -28,7 +28,7 @@ serve: setup ## Serve the small built-in base and three example tasks on 127.0.0
 test: check ## Check format, lint and types, then run all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
-test-ops: setup-dev ## Run the tests that need heavy tools, fetched into .ops (Prometheus, Ray)
+test-ops: setup-dev ## Run the tests that need heavy tools, fetched into .ops (Prometheus, Ray, an image)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -o python_files='ops_*.py' tests/ops $(ARGS)
 
 test-outside: setup-dev ## Run other people's clients, unmodified, each from an environment in .outside

@@ -146,3 +146,17 @@ def test_no_file_has_marks_of_a_merge_that_was_not_finished() -> None:
         ["git", "grep", "-n", *patterns], cwd=ROOT, capture_output=True, text=True
     )
     assert (done.returncode, done.stdout) == (1, "")
+
+
+def test_the_image_s_libraries_are_what_both_distributions_need() -> None:
+    lines = (ROOT / "Dockerfile").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith("RUN python tools/requirements.py"))
+    words = line.removeprefix("RUN python ").partition(" >")[0].split()
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for folder in (ROOT, ROOT / "clients/python"):
+        project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
+        assert set(project["dependencies"]) <= set(done.stdout.splitlines())
+    assert any(each.startswith("s3fs") for each in done.stdout.splitlines())
+    wrong = [sys.executable, words[0], "no-such-extra"]
+    assert subprocess.run(wrong, cwd=ROOT, capture_output=True).returncode != 0

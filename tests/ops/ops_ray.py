@@ -9,14 +9,20 @@ from typing import Any
 
 import httpx
 import pytest
+import yaml
 
+from tests.clients.real_server import free_port
 from tests.conftest import MakeAdapter, save_tiny_base
+from tests.documentation import page
 from tests.ops.environments import NotHere, python_beside
-from tests.ops.ray_site import RaySite, ray_site
+from tests.ops.ray_site import RaySite, ray_site, serve_command
 
 SEEN_S = 90.0
 LONG = 3000
 REPLICA = "x-quickchange-replica"
+CANCELLED = 'quickchange_requests_total{outcome="cancelled"}'
+RUNNING = "quickchange_requests_running"
+TOKENS = "quickchange_generation_tokens_total"
 
 
 @pytest.fixture(scope="session")
@@ -62,7 +68,11 @@ def upload(site: RaySite, name: str, folder: Path) -> None:
 
 
 def ask(site: RaySite, model: str, max_tokens: int = 8) -> httpx.Response:
-    return httpx.post(f"{site.url}/v1/completions", json=body_of(model, max_tokens), timeout=120)
+    return ask_at(site.url, model, max_tokens)
+
+
+def ask_at(url: str, model: str, max_tokens: int = 8) -> httpx.Response:
+    return httpx.post(f"{url}/v1/completions", json=body_of(model, max_tokens), timeout=120)
 
 
 def body_of(model: str, max_tokens: int, **fields: object) -> dict[str, Any]:
@@ -97,6 +107,21 @@ def stream(
     return text, errors
 
 
+def counters(site: RaySite, replica: str) -> dict[str, float]:
+    """Return one replica's metrics, by asking until it is the one that answers."""
+    for _ in range(100):
+        answer = httpx.get(f"{site.url}/metrics", timeout=60)
+        if answer.headers[REPLICA] == replica:
+            lines = (line for line in answer.text.splitlines() if not line.startswith("#"))
+            found = {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines}
+            return {CANCELLED: 0.0, **found}
+    raise AssertionError(f"{replica} answers none of a hundred requests")
+
+
+def versions(url: str) -> list[httpx.Response]:
+    return [httpx.get(f"{url}/version", timeout=60) for _ in range(20)]
+
+
 def wait_for(what: Callable[[], bool]) -> None:
     end_s = time.monotonic() + SEEN_S
     while not what():
@@ -127,6 +152,19 @@ def test_a_stream_comes_as_it_is_made(pair: RaySite) -> None:
     started_s, first_s = time.monotonic(), []
     stream(pair, "ada", LONG, lambda replica: first_s.append(time.monotonic()))
     assert first_s[0] - started_s < (time.monotonic() - started_s) / 2
+
+
+def test_a_caller_that_leaves_a_stream_is_computed_for_no_longer(pair: RaySite) -> None:
+    body = body_of("ada", LONG, stream=True)
+    (home,) = {ask(pair, "ada", 1).headers[REPLICA] for _ in range(4)}
+    before = counters(pair, home)
+    with httpx.stream("POST", f"{pair.url}/v1/completions", json=body, timeout=120) as answer:
+        assert answer.headers[REPLICA] == home
+        assert next(line for line in answer.iter_lines() if line).startswith("data: ")
+    wait_for(lambda: counters(pair, home)[CANCELLED] == before[CANCELLED] + 1)
+    after = counters(pair, home)
+    assert after[RUNNING] == 0
+    assert 0 < after[TOKENS] - before[TOKENS] < LONG / 2
 
 
 def test_errors_and_routes_are_the_servers(pair: RaySite) -> None:
@@ -180,3 +218,29 @@ def test_load_adds_an_engine(python: Path, base: Path, tmp_path: Path) -> None:
                 each.result()
         with httpx.Client(base_url=site.url, timeout=60) as client:
             wait_for(lambda: len(site.replicas(client, 20)) == 2)
+
+
+def test_serve_run_takes_the_file_of_the_page(python: Path, base: Path, tmp_path: Path) -> None:
+    (block,) = page("docs/scale-out-ray.md").blocks("yaml")
+    config = yaml.safe_load(block.text)
+    port = free_port()
+    config["http_options"]["port"] = port
+    (application,) = config["applications"]
+    assert application["args"]["model"] == "/models/base"
+    ours = {"model": str(base), "store": str(tmp_path / "store"), "min_replicas": 1}
+    application["args"] |= {**ours, "max_replicas": 1, "cache": str(tmp_path / "cache")}
+    (tmp_path / "application.yaml").write_text(yaml.safe_dump(config))
+    with serve_command(python, [str(tmp_path / "application.yaml")], tmp_path, port) as url:
+        assert ask_at(url, "base").status_code == 200
+
+
+def test_serve_run_takes_the_command_of_the_page(python: Path, base: Path, tmp_path: Path) -> None:
+    lines = page("docs/scale-out-ray.md").code_lines()
+    words = next(line for line in lines if line.startswith("serve run ")).split()[2:]
+    places = {"builtin:smollm2-135m": str(base), "/srv/quickchange": str(tmp_path / "store")}
+    for there, here in places.items():
+        assert any(word.endswith(f"={there}") for word in words)
+        words = [word.replace(there, here) for word in words]
+    with serve_command(python, [*words, f"cache={tmp_path / 'cache'}"], tmp_path, 8000) as url:
+        assert ask_at(url, "base").status_code == 200
+        wait_for(lambda: len({answer.headers[REPLICA] for answer in versions(url)}) == 2)

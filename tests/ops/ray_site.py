@@ -3,6 +3,7 @@
 import os
 import secrets
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -28,23 +29,15 @@ class RaySite:
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         self.log = folder / "ray.log"
-        token = folder / "token"
-        token.write_text(secrets.token_hex(32))
+        token = new_token(folder)
         self._sockets = Path(tempfile.mkdtemp(prefix="qc-ray-"))  # their paths must be short
-        paths = [str(ROOT), *(str(ROOT / part) for part in ("server", "adapters"))]
-        ours = {
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join(paths),
-            "RAY_AUTH_TOKEN_PATH": str(token),
-            "RAY_USAGE_STATS_ENABLED": "0",
-        }
         script = str(ROOT / "tests/ops/ray_cluster.py")
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 [str(python), script, str(port), str(self._sockets), *arguments],
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **ours},
+                env=environment(token),
             )
 
     def wait_ready(self) -> None:
@@ -102,3 +95,59 @@ def ray_site(python: Path, arguments: list[str], folder: Path) -> Iterator[RaySi
     finally:
         code = site.stop()
     assert code == 0, site.log.read_text()
+
+
+def new_token(folder: Path) -> Path:
+    """Write what Ray's own processes show each other."""
+    token = folder / "token"
+    token.write_text(secrets.token_hex(32))
+    return token
+
+
+def environment(token: Path) -> dict[str, str]:
+    """Return the variables of a Ray that loads this checkout."""
+    paths = [str(ROOT), *(str(ROOT / part) for part in ("server", "adapters"))]
+    ours = {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(paths),
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    return {**os.environ, **ours}
+
+
+@contextmanager
+def serve_command(python: Path, words: list[str], folder: Path, port: int) -> Iterator[str]:
+    """Run `serve run`, with a Ray of its own; give the address once the application answers."""
+    url, log = f"http://127.0.0.1:{port}", folder / "serve.log"
+    sockets = tempfile.mkdtemp(prefix="qc-ray-")
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [str(python.with_name("serve")), "run", *words],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment(new_token(folder)) | {"RAY_TMPDIR": sockets},
+        )
+    try:
+        end_s = time.monotonic() + START_S
+        while not _answers(url):
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < end_s, log.read_text()
+            time.sleep(0.5)
+        yield url
+    finally:
+        started = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_S)
+        process.kill()
+        for each in started:
+            with suppress(psutil.NoSuchProcess):
+                each.kill()
+        shutil.rmtree(sockets, ignore_errors=True)
+
+
+def _answers(url: str) -> bool:
+    with suppress(httpx.HTTPError):
+        return httpx.get(f"{url}/readyz", timeout=5).status_code == 200
+    return False
