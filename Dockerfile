@@ -65,8 +65,9 @@ RUN apt-get update && apt-get install -y --no-install-recommends libgomp1 && rm 
     && groupadd --gid 10001 quickchange \
     && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin quickchange
 COPY --from=libraries /opt/quickchange /opt/quickchange
-RUN --mount=type=bind,from=build,source=/wheels,target=/wheels \
-    /opt/quickchange/bin/pip install --no-cache-dir --no-deps --no-index /wheels/*.whl
+# Copied rather than mounted: some builders would take an old layer from their cache.
+COPY --from=build /wheels /opt/quickchange/wheels
+RUN /opt/quickchange/bin/pip install --no-cache-dir --no-deps --no-index /opt/quickchange/wheels/*.whl
 COPY --from=build --chown=0:0 /var/cache/quickchange/native /var/cache/quickchange/native
 COPY --from=build --chown=10001:10001 /var/cache/quickchange/models /var/cache/quickchange/models
 COPY --from=build --chown=10001:10001 /var/cache/quickchange/store /var/cache/quickchange/store

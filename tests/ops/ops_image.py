@@ -195,9 +195,8 @@ def test_a_healthcheck_fails_where_nothing_answers(engine: ContainerEngine, imag
 def test_code_alone_changes_small_layers_only(engine: ContainerEngine, image: str) -> None:
     layers = json.loads(engine.podman("history", "--no-trunc", "--format=json", image))
     sizes = [layer["size"] for layer in layers]
-    (code,) = (at for at, layer in enumerate(layers) if "/wheels/*.whl" in layer["CreatedBy"])
-    assert max(sizes) == sizes[code + 1]  # the libraries, right below the code
-    assert 0 < sum(sizes[: code + 1]) < 10 << 20
+    above = sizes[: sizes.index(max(sizes))]  # the largest are the libraries
+    assert 0 < sum(above) < 10 << 20
     assert sum(sizes) < 3 << 30
 
 
@@ -206,7 +205,7 @@ def test_a_preloaded_base_serves_without_any_volume_or_network(engine: Container
     port = free_port()
     settings = {"HOST": "127.0.0.1", "PORT": port}
     options = [f"--env=QUICKCHANGE_{name}={value}" for name, value in settings.items()]
-    options += [*RESTRICTED, "--env=PIP_NO_INDEX=1", f"--tmpfs={STORE}:mode=1777"]
+    options += [*RESTRICTED, "--env=PIP_NO_INDEX=1"]
     with serving(engine, image, *options, port=port) as (container, url):
         assert ("Steps: native kernels" in container.logs()) is has_native_cpu()
         answer = ask(url, "smollm2-135m", prompt="The capital of France is")
