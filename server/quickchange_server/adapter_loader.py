@@ -8,6 +8,7 @@
 | a load while another process removes the files | Unavailable, or NotFound if it was a deletion |
 | loads from a store that is slow | others' loads go on: they wait in threads of their own |
 | more loads than there is room for | they wait without tensors, and hold nothing |
+| everybody leaves who asked for a version that has no room yet | its load is given up |
 | versions that one request mixes | they have room together, or wait for all of it |
 | more requests for cold versions than may wait in the engine's line | QueueFull |
 """
@@ -15,7 +16,8 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from typing import Protocol, TypeVar
@@ -82,6 +84,8 @@ class AdapterLoader:
         self._fetchers = ThreadPoolExecutor(NUM_FETCHERS, "quickchange-fetch")
         self._num_waiting = 0
         self._together: dict[str, str] = {}
+        self._mixing: Counter[str] = Counter()
+        self._with_room: set[str] = set()
         self._num_bookings = 0
         self._unpacking = asyncio.Semaphore(MAX_UNPACKED)
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
@@ -116,7 +120,7 @@ class AdapterLoader:
             for version in by_digest.values():
                 await self.load(version)
             return
-        with self._one_more_waiting():
+        with self._one_more_waiting(), self._known_as_loading(by_digest):
             with self._failures_told():
                 sizes = {digest: await self._size_of(each) for digest, each in by_digest.items()}
             self.part(owner)
@@ -146,8 +150,21 @@ class AdapterLoader:
         finally:
             self._num_waiting -= 1
 
+    @contextmanager
+    def _known_as_loading(self, digests: Iterable[str]) -> Iterator[None]:
+        """Have versions count as being loaded while they are sized, and wait for common room."""
+        cold = [digest for digest in digests if not self._engine.is_loaded(digest)]
+        self._mixing.update(cold)
+        try:
+            yield
+        finally:
+            self._mixing -= Counter(cold)
+
     async def _join_load(self, version: VersionRecord) -> None:
-        await self._loads.run(version.digest, lambda: self._load(version))
+        def has_room() -> bool:
+            return version.digest in self._with_room
+
+        await self._loads.run(version.digest, lambda: self._load(version), has_room)
 
     async def activate(self, version: VersionRecord) -> None:
         """Load a version and bring it to the device.
@@ -202,7 +219,7 @@ class AdapterLoader:
 
     def loading(self) -> list[str]:
         """Return the digests that are being loaded for requests; from any thread."""
-        return self._loads.keys()
+        return list({*self._loads.keys(), *list(self._mixing)})
 
     def is_unloading(self, digest: str) -> bool:
         """Whether an unload was begun and has not ended."""
@@ -257,10 +274,12 @@ class AdapterLoader:
         size, booking = await self._size_of(version), self._new_booking()
         try:
             await self._engine.book_room(booking, {version.digest: size})
+            self._with_room.add(version.digest)
             async with self._unpacking:
                 weights = await self._read(version, self._files.read_weights)
                 await self._engine.load_adapter(weights)
         finally:
+            self._with_room.discard(version.digest)
             self._engine.end_booking(booking)
 
     def _new_booking(self) -> str:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from typing import Any, Generic, TypeVar
 
@@ -14,6 +15,7 @@ class SharedTasks(Generic[T]):
 
     def __init__(self) -> None:
         self._tasks: dict[str, asyncio.Task[T]] = {}
+        self._num_waiting: Counter[asyncio.Task[T]] = Counter()
 
     def start(self, key: str, work: Callable[[], Coroutine[Any, Any, T]]) -> "asyncio.Task[T]":
         """Start work under a key, or return what runs under it already. Shield it when waiting."""
@@ -23,12 +25,27 @@ class SharedTasks(Generic[T]):
             task.add_done_callback(lambda done: self._end(key, done))
         return task
 
-    async def run(self, key: str, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    async def run(
+        self,
+        key: str,
+        work: Callable[[], Coroutine[Any, Any, T]],
+        goes_on_alone: Callable[[], bool] = lambda: True,
+    ) -> T:
         """Start or join work, and return its result.
 
-        A caller that is cancelled leaves; the work goes on.
+        A caller that is cancelled leaves. When the last one has left, the work is cancelled unless
+        `goes_on_alone()` says that it is worth its end even if nobody waits for it.
         """
-        return await asyncio.shield(self.start(key, work))
+        task = self.start(key, work)
+        self._num_waiting[task] += 1
+        try:
+            return await asyncio.shield(task)
+        finally:
+            self._num_waiting[task] -= 1
+            if not self._num_waiting[task]:
+                del self._num_waiting[task]
+                if not task.done() and not goes_on_alone():
+                    self._give_up(key, task)
 
     def is_running(self, key: str) -> bool:
         """Whether work runs under a key."""
@@ -48,6 +65,12 @@ class SharedTasks(Generic[T]):
     async def join(self) -> None:
         """Wait for everything that runs, whatever becomes of it."""
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+
+    def _give_up(self, key: str, task: "asyncio.Task[T]") -> None:
+        """Cancel work; who comes from now on starts it anew instead of sharing its end."""
+        if self._tasks.get(key) is task:
+            del self._tasks[key]
+        task.cancel()
 
     def _end(self, key: str, task: "asyncio.Task[T]") -> None:
         if self._tasks.get(key) is task:

@@ -2,8 +2,10 @@
 
 import asyncio
 import threading
+from collections.abc import Mapping
 
 import pytest
+from quickchange_adapters.packed_size import PackedSize
 from quickchange_adapters.records import VersionRecord
 from quickchange_adapters.structure import Structure
 from quickchange_adapters.weights import AdapterWeights
@@ -107,4 +109,90 @@ async def test_loads_that_wait_for_room_hold_no_tensors_but_the_next_ones() -> N
     engine.may_come.set()
     await asyncio.gather(*loads)
     assert len(engine.loaded) == files.num_read == 20
+    await loader.stop()
+
+
+class BookedOut(ScriptedEngine):
+    """Gives nobody room until `may_come`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.may_come = asyncio.Event()
+        self.num_asked = 0
+
+    async def book_room(self, owner: str, sizes: Mapping[str, PackedSize]) -> None:
+        self.num_asked += 1
+        await self.may_come.wait()
+        await super().book_room(owner, sizes)
+
+
+async def leave(*tasks: "asyncio.Task[None]") -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await asyncio.sleep(0)
+
+
+async def asked_for_room(engine: BookedOut, number: int) -> None:
+    async with asyncio.timeout(30):
+        while engine.num_asked < number:
+            await asyncio.sleep(0.005)
+
+
+async def test_a_load_that_nobody_waits_for_any_more_leaves_the_line_for_room() -> None:
+    """Else who asks and leaves, again and again, has everybody wait behind loads for nobody."""
+    engine = BookedOut()
+    loader, ada = loader_of(engine, SlowStore()), version("near")
+    first, second = (asyncio.create_task(loader.load(ada)) for _ in range(2))
+    await asked_for_room(engine, 1)
+    await leave(first)
+    assert loader.loading() == [ada.digest]
+    await leave(second)
+    assert loader.loading() == []
+    again = asyncio.create_task(loader.load(ada))
+    await asked_for_room(engine, 2)
+    engine.may_come.set()
+    await again
+    assert set(engine.loaded) == {ada.digest}
+    assert not engine.booked
+    await loader.stop()
+
+
+async def test_who_comes_while_a_load_is_given_up_gets_one_of_its_own() -> None:
+    engine = BookedOut()
+    loader, ada = loader_of(engine, SlowStore()), version("near")
+    first = asyncio.create_task(loader.load(ada))
+    await asked_for_room(engine, 1)
+    first.cancel()
+    await asyncio.sleep(0)
+    second = asyncio.create_task(loader.load(ada))
+    engine.may_come.set()
+    async with asyncio.timeout(30):
+        await second
+    assert set(engine.loaded) == {ada.digest}
+    await loader.stop()
+
+
+async def test_a_load_that_has_room_goes_on_though_nobody_waits() -> None:
+    engine, files = FullEngine(), CountedFiles()
+    loader, ada = loader_of(engine, files), version("near")
+    asking = asyncio.create_task(loader.load(ada))
+    async with asyncio.timeout(30):
+        while not files.num_read:
+            await asyncio.sleep(0.005)
+        await leave(asking)
+        engine.may_come.set()
+        while not engine.loaded:
+            await asyncio.sleep(0.005)
+    await loader.stop()
+
+
+async def test_a_mix_that_waits_for_room_is_on_its_way() -> None:
+    engine = BookedOut()
+    loader, mixed = loader_of(engine, SlowStore()), [version("near0"), version("near1")]
+    asking = asyncio.create_task(loader.load_together("mix", mixed))
+    await asked_for_room(engine, 1)
+    assert sorted(loader.loading()) == [each.digest for each in mixed]
+    await leave(asking)
+    assert loader.loading() == []
     await loader.stop()

@@ -13,6 +13,7 @@ from quickchange_server.api.app import AppServices, create_app
 from tests.server.conftest import DIGEST_A, DIGEST_B
 from tests.server.scripted_adapters import ScriptedAdapters
 from tests.server.socket_server import serve_on_socket
+from tests.server.test_start_given_up import OftenUnloaded, counted
 
 ONE = {"model": "ada", "prompt": "a"}
 MIX = {"model": "tiny", "prompt": "a", "adapters": [{"model": "ada"}, {"model": "bob"}]}
@@ -76,3 +77,29 @@ async def test_its_place_is_free_again(
         assert counted("quickchange_requests_total", {"outcome": "rejected"}) in (None, 0.0)
         with pytest.raises(httpx.ReadTimeout):  # others go on waiting
             await client.post(path, json=body, timeout=0.2)
+
+
+class LoadedOnce(NeverLoaded):
+    """Is loaded at the first try, and not at the second."""
+
+    num_tries = 0
+
+    async def acquire(self, resolved: ResolvedModel, *, is_repeat: bool = False) -> None:
+        self.num_tries += 1
+        if self.num_tries > 1:
+            await super().acquire(resolved)
+
+
+async def test_a_client_that_leaves_while_it_is_loaded_again_is_counted_as_that(
+    services: AppServices,
+) -> None:
+    adapters = LoadedOnce()
+    services = replace(services, adapters=adapters, engine=OftenUnloaded())
+    async with serve_on_socket(create_app(services)) as client, asyncio.timeout(PATIENCE_S):
+        asking = asyncio.create_task(client.post("/v1/completions", json=ONE))
+        while not adapters.num_waiting:
+            await asyncio.sleep(0.01)
+        asking.cancel()
+        while not counted(services):
+            await asyncio.sleep(0.01)
+    assert counted(services) == {"cancelled": 1, "ada cancelled": 1}

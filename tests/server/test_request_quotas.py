@@ -183,6 +183,14 @@ async def test_cold_adapters_over_http(site: Site) -> None:
     assert (await load(site, acme, "nobody")).status_code == 404
 
 
+async def test_requests_that_come_at_once_for_a_cold_adapter_are_one_load(site: Site) -> None:
+    acme = await site.key("acme")
+    assert (await site.push(acme, "ada")).status_code == 201
+    await site.call(acme, "POST", "/v1/adapters/ada/unload")
+    answers = await asyncio.gather(*(site.ask(acme, "ada") for _ in range(3)))
+    assert [answer.status_code for answer in answers] == [200] * 3  # of two loads a minute
+
+
 async def test_a_mix_of_more_cold_adapters_than_a_minute_has_is_served(site: Site) -> None:
     acme = await site.key("acme")
     names = ("ada", "bob", "cid")

@@ -109,15 +109,19 @@ async def _acquire(
     if not parts:
         return
     digests = list(dict.fromkeys(part.digest for part in parts))
-    count_if_cold(digests, services, plan.tenant)
-    if len(parts) == 1:
-        acquiring = services.adapters.acquire(parts[0], is_repeat=is_repeat)
-    else:
-        acquiring = services.adapters.acquire_mix(plan.head.id, parts, is_repeat=is_repeat)
+
+    async def acquire() -> None:
+        if not is_repeat:  # here, so that nobody else counts before these are known as loading
+            count_if_cold(digests, services, plan.tenant)
+        if len(parts) == 1:
+            await services.adapters.acquire(parts[0], is_repeat=is_repeat)
+        else:
+            await services.adapters.acquire_mix(plan.head.id, parts, is_repeat=is_repeat)
+
     if all(map(services.engine.is_loaded, digests)):
-        await acquiring
+        await acquire()
     else:
-        await while_connected(request.receive, acquiring)
+        await while_connected(request.receive, acquire())
 
 
 def _check_num_choices(plan: GenerationPlan, max_requests: int) -> None:
@@ -141,7 +145,11 @@ async def respond(
         digests = ",".join(ref.digest for ref in plan.model.adapters)
         way.headers["x-quickchange-adapter-digest"] = digests
     lengths = tuple(len(prompt.token_ids) for prompt in plan.prompts)
-    record = _recorded(request, services, plan)
+    try:
+        record = _recorded(request, services, plan)
+    except BaseException:
+        _give_back(plan, services)
+        raise
     arrival_s = request.state.arrival_s
     label = SessionLabel(lengths, plan.num_choices, plan.model.labels, arrival_s, record)
     session = await _started(request, plan, label, services, way.reader_of)
@@ -191,8 +199,8 @@ async def _started(
                 return session
             await admit(request, plan, services, is_repeat=True)
         raise Unavailable("the adapter is being loaded and unloaded in turn: try again")
-    except BaseException:
-        await session.close()
+    except BaseException as error:
+        await session.close("cancelled" if isinstance(error, ClientDisconnect) else None)
         raise
 
 

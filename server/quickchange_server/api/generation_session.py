@@ -164,11 +164,15 @@ class GenerationSession:
             self._ttft_s,
         )
 
-    async def close(self) -> None:
-        """Cancel what runs and count the request. A repeat does nothing."""
-        outcome, self._outcome = self._outcome, None
-        if outcome is None:
+    async def close(self, known_outcome: Outcome | None = None) -> None:
+        """Cancel what runs and count the request. A repeat does nothing.
+
+        `known_outcome`: what it is counted as, whatever was noted.
+        """
+        noted, self._outcome = self._outcome, None
+        if noted is None:
             return
+        outcome = known_outcome or noted
         self._on_close()
         usage = self.usage
         duration_s = time.monotonic() - self._label.arrival_s if outcome == "ok" else None
