@@ -21,7 +21,7 @@ from quickchange_server.train_push import push_target
 if TYPE_CHECKING:
     from quickchange_adapters.training.prepared import Prepared
     from quickchange_adapters.training.recipe import Recipe
-    from quickchange_adapters.training.run import RunResult
+    from quickchange_adapters.training.run_result import RunResult
     from quickchange_adapters.training.stop_signals import StopSignals
     from quickchange_adapters.training.tracking import Tracker
 
@@ -33,7 +33,7 @@ Check = Annotated[
     bool, typer.Option("--check", help="Only read recipe and data, and say what is wrong.")
 ]
 Restart = Annotated[
-    bool, typer.Option("--restart", help="Forget an unfinished run and begin at step 1.")
+    bool, typer.Option("--restart", help="Forget what was trained and begin at step 1.")
 ]
 Evaluate = Annotated[
     bool | None,
@@ -71,7 +71,8 @@ def train(
     """Train an adapter as a recipe says, and write what serving and PEFT load.
 
     A run that was ended in any way goes on where it was when the same command is
-    given again. LORA_RANK and LORA_ALPHA in the environment override the recipe.
+    given again; one that was trained to its end goes on with EVAL.md and upload.
+    LORA_RANK and LORA_ALPHA in the environment override the recipe.
 
     Writes, beside the recipe: adapter/ (two files of PEFT and task.json),
     train_log.jsonl, loss.png, and EVAL.md if the recipe names test rows.
@@ -170,10 +171,12 @@ def _train(prepared: "Prepared", restart: bool, track: str | None, signals: "Sto
     with tracked(tracker_of(track, prepared.recipe, say)) as tracker:
         with _step_bar(tracker) as on_step:
             result = TrainingRun(prepared, say, on_step, signals).run(restart)
-        _say_result(result)
+        if result.is_new:
+            _say_result(result)
         log = draw_losses(prepared.recipe.output)
         files = [log, log.with_name(PLOT), *sorted(result.adapter_folder.iterdir())]
-        tracker.finish(_figures(result), files)
+        if result.is_new or tracker.is_begun:
+            tracker.finish(_figures(result), files)
 
 
 def _say_result(result: "RunResult") -> None:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from quickchange_adapters.training.adapter_model import unserved
 from quickchange_adapters.training.recipe import METHODS, AdapterSettings
+from quickchange_adapters.training.stop_signals import Interrupted
 from quickchange_server.builtin import known_names
 from quickchange_server.cli import app
 from quickchange_server.config import load_config
@@ -78,6 +80,28 @@ def test_test_rows_make_it_evaluate_and_losses_are_drawn(recipe: Path) -> None:
     page.unlink()
     assert train(recipe, "--no-evaluate").exit_code == 0
     assert not page.exists()
+
+
+def test_what_ends_in_its_evaluation_goes_on_there(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = recipe.read_text().replace("[data]", '[data]\ntest = "train.jsonl"')
+    recipe.write_text(text + "[evaluation]\nmax_rows = 2\n")
+
+    def end(*asked: object) -> None:
+        raise Interrupted(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("quickchange_adapters.training.evaluation.evaluate", end)
+        assert train(recipe).exit_code == 143
+    page = recipe.with_name("EVAL.md")
+    assert not page.exists()
+    done = train(recipe)
+    assert done.exit_code == 0, done.stderr
+    assert f"{recipe.parent / 'adapter'} was trained before" in done.stderr
+    assert "parameters are trained" not in done.stderr
+    assert page.exists()
+    assert "parameters are trained" in train(recipe, "--restart", "--no-evaluate").stderr
 
 
 def test_without_matplotlib_it_says_so_and_goes_on(tmp_path: Path) -> None:

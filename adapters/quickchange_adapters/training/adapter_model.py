@@ -17,6 +17,8 @@ from quickchange_adapters.errors import CannotTrain, Problem
 from quickchange_adapters.training.recipe import ALL_LINEAR, ATTENTION, AdapterSettings
 from quickchange_adapters.training.run_folder import replace_file
 
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
 SEED_OF_SHARED_MATRICES = 0
 MIN_ADALORA_STEPS = 2
 _NEVER_LEARNED = ("ranknum",)
@@ -159,7 +161,19 @@ def write_adapter(
     from safetensors.torch import save
 
     folder.mkdir(parents=True, exist_ok=True)
-    replace_file(folder / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
-    for name, values in (("adapter_config.json", config), ("task.json", task)):
-        text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
-        replace_file(folder / name, text.encode())
+    replace_file(folder / WEIGHTS, save(tensors, metadata={"format": "pt"}))
+    _write_json(folder / CONFIG, config)
+    write_task(folder, task)
+
+
+def write_task(folder: Path, task: Mapping[str, Any]) -> None:
+    """Write the task of an adapter.
+
+    Raises: CannotTrain when the disk does not take it.
+    """
+    _write_json(folder / "task.json", task)
+
+
+def _write_json(file: Path, values: Mapping[str, Any]) -> None:
+    text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+    replace_file(file, text.encode())

@@ -4,20 +4,19 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from quickchange_adapters.errors import CannotTrain
 from quickchange_adapters.training.adapter_model import (
-    ParameterCount,
+    WEIGHTS,
     adapter_tensors,
     config_values,
     count_parameters,
     with_adapter,
     write_adapter,
+    write_task,
 )
 from quickchange_adapters.training.base_model import fast_number_format, load_base
 from quickchange_adapters.training.checkpoint import (
@@ -30,6 +29,12 @@ from quickchange_adapters.training.checkpoint import (
 from quickchange_adapters.training.prepared import Prepared, Say
 from quickchange_adapters.training.run_folder import run_folder
 from quickchange_adapters.training.run_log import RunLog
+from quickchange_adapters.training.run_result import (
+    RunResult,
+    find_result,
+    forget_result,
+    keep_result,
+)
 from quickchange_adapters.training.stop_signals import Stopped, StopSignals
 from quickchange_adapters.training.trainer import Batch, Learned, StepResult, Trainer, plan_batches
 
@@ -38,20 +43,6 @@ CHECKPOINT_EVERY_S = 30.0
 
 OnStep = Callable[[int, int, dict[str, Any]], None]
 """Is told the step, how many there are, and the values that were logged."""
-
-
-@dataclass(frozen=True, slots=True)
-class RunResult:
-    """What a finished run came to. `model` has the best adapter on it."""
-
-    model: Any
-    parameters: ParameterCount
-    steps: int
-    best_step: int
-    best_loss: float
-    seconds: float
-    adapter_folder: Path
-    adapter_bytes: int
 
 
 class TrainingRun:
@@ -83,18 +74,23 @@ class TrainingRun:
     def run(self, restart: bool = False) -> RunResult:
         """Train, keep what does best on the validation rows, and write it.
 
-        `restart`: forget an unfinished run, and begin at step 1.
+        What was trained to its end before is not trained again while its files are as written.
+        `restart`: forget what was trained, and begin at step 1.
 
         Raises: CannotTrain; Stopped when a signal ended it between two steps.
         """
         with run_folder(self._recipe.output):
             if restart:
                 forget_checkpoint(self._recipe.output)
+                forget_result(self._recipe.output)
             return self._run()
 
     def _run(self) -> RunResult:
         started = time.monotonic()
         found = load_checkpoint(self._recipe.output, self._prepared.fingerprint)
+        done = self._done_before()
+        if done is not None:
+            return done
         trainer = self._make_trainer()
         if found is not None:
             self._go_on_from(found, trainer)
@@ -102,6 +98,19 @@ class TrainingRun:
         with closing(log):
             self._loop_until_told(trainer, log)
         return self._finish(trainer, time.monotonic() - started)
+
+    def _done_before(self) -> RunResult | None:
+        """Return what was trained to its end before; its task is the one of the recipe now."""
+        output = self._recipe.output
+        done = find_result(output, self._prepared.fingerprint, output / ADAPTER_FOLDER)
+        if done is not None:
+            write_task(done.adapter_folder, self._recipe.task.to_json())
+            drop_checkpoint(output)
+            self._say(
+                f"{done.adapter_folder} was trained before, from the same recipe, rows and base; "
+                "--restart trains it again"
+            )
+        return done
 
     def _make_trainer(self) -> Trainer:
         recipe = self._recipe
@@ -198,17 +207,18 @@ class TrainingRun:
         tensors = adapter_tensors(trainer.model, dtype)
         config = config_values(trainer.model.peft_config["default"], recipe.adapter.base_name)
         write_adapter(folder, config, tensors, recipe.task.to_json())
-        drop_checkpoint(recipe.output)
-        return RunResult(
-            trainer.model,
+        result = RunResult(
             count_parameters(trainer.model),
             self._step,
             self._best_step,
             self._best_loss,
             seconds,
             folder,
-            (folder / "adapter_model.safetensors").stat().st_size,
+            (folder / WEIGHTS).stat().st_size,
         )
+        keep_result(recipe.output, self._prepared.fingerprint, result)
+        drop_checkpoint(recipe.output)
+        return result
 
 
 def _values(step: int, result: StepResult, learning_rate: float) -> dict[str, Any]:

@@ -62,9 +62,9 @@ class StopSignals:
         self._is_held = True
         try:
             yield
-            self.obey()
         finally:
-            self._is_held = False
+            self._is_held = False  # before it asks: one that comes later would be lost
+        self.obey()
 
     def obey(self) -> None:
         """Raise Stopped if a signal was held back."""

@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quickchange_adapters.errors import CannotTrain
+from quickchange_adapters.errors import AdapterError, CannotTrain
 from quickchange_adapters.training.prepared import Prepared, Say, prepare
 from quickchange_adapters.training.run_log import NAME as LOG
 from quickchange_adapters.training.run_log import read_log
@@ -22,12 +22,14 @@ from quickchange_adapters.training.stop_signals import Interrupted, StopSignals
 from quickchange_adapters.training.sweep import Cell, Sweep
 
 if TYPE_CHECKING:
-    from quickchange_adapters.training.run import RunResult
+    from quickchange_adapters.training.run_result import RunResult
 
 RESULTS = "results.jsonl"
 TRAINED = "trained.jsonl"
 """In a cell's own folder, so that one whose test was interrupted is not trained again."""
 BASE_CELL = "base alone"
+EXITED_BY_SIGNAL = 128
+"""Exit codes beyond it are of signals that were obeyed; Python has negative ones for the others."""
 
 Result = dict[str, Any]
 RunCell = Callable[[Cell, Path], Result]
@@ -46,10 +48,8 @@ def in_own_process(cell: Cell, base_folder: Path) -> Result:
     try:
         found: Result | str = receiver.recv()
     except EOFError as error:
-        raise CannotTrain(
-            f"the process of {cell.name!r} was ended from outside, perhaps for want of "
-            "memory; the same command goes on from there"
-        ) from error
+        process.join()
+        raise CannotTrain(_ended(cell, process.exitcode)) from error
     except KeyboardInterrupt:
         process.terminate()
         raise
@@ -60,13 +60,23 @@ def in_own_process(cell: Cell, base_folder: Path) -> Result:
     return found
 
 
+def _ended(cell: Cell, exit_code: int | None) -> str:
+    """Say how the process of a cell ended that sent nothing."""
+    if exit_code is not None and 0 < exit_code < EXITED_BY_SIGNAL:
+        return f"{cell.name!r} failed (see above); the same command goes on from there"
+    return (
+        f"the process of {cell.name!r} was ended from outside, perhaps for want of memory; "
+        "the same command goes on from there"
+    )
+
+
 def _send_result(sender: Connection, cell: Cell, base_folder: Path) -> None:
     """Run a cell and send its result, or why there is none; send nothing if told to stop."""
     signals = StopSignals()
     try:
         with signals.obeyed():
             sender.send(run_cell(cell, base_folder, signals))
-    except CannotTrain as error:
+    except (AdapterError, OSError) as error:
         sender.send(str(error))
     except Interrupted as interrupted:
         sys.exit(interrupted.exit_code)
@@ -149,11 +159,13 @@ def _trained(cell: Cell, prepared: Prepared, signals: StopSignals | None) -> tup
     """Train a cell unless that was done; return what it came to, and where its adapter is."""
     from quickchange_adapters.training.checkpoint import drop_checkpoint, load_checkpoint
     from quickchange_adapters.training.run import ADAPTER_FOLDER, TrainingRun
+    from quickchange_adapters.training.run_result import forget_result
 
     file, adapter = cell.recipe.output / TRAINED, cell.recipe.output / ADAPTER_FOLDER
     result = Results(file).get(prepared.fingerprint)
     if result is None:
         file.unlink(missing_ok=True)  # it is of the adapter that is now replaced
+        forget_result(cell.recipe.output)  # a cell that is found says not how much memory it took
         try:
             load_checkpoint(cell.recipe.output, prepared.fingerprint)
         except CannotTrain:  # of the cell as it was written before

@@ -19,6 +19,11 @@ RUN_ID_FILE = ".mlflow_run_id"
 class Tracker(Protocol):
     """Somewhere that a run is written down."""
 
+    @property
+    def is_begun(self) -> bool:
+        """Whether the run is there, and not finished: begun now, or by a process before."""
+        ...
+
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Write down what a step logged."""
         ...
@@ -34,6 +39,8 @@ class Tracker(Protocol):
 
 class NoTracker:
     """Nobody asked."""
+
+    is_begun = False
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Do nothing."""
@@ -66,6 +73,11 @@ class MlflowTracker:
         self._is_open = False
         self._has_failed = False
 
+    @property
+    def is_begun(self) -> bool:
+        """Whether the run is there, and not finished: begun now, or by a process before."""
+        return self._is_open or self._id_file.exists()
+
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Write down what a step logged."""
         if not self._is_open:
@@ -90,14 +102,13 @@ class MlflowTracker:
             self._try(lambda: self._mlflow.end_run("KILLED" if is_stopped else "FAILED"))
 
     def _begin(self, goes_on: bool) -> None:
-        try:
+        with _begun():
             if not (goes_on and self._reopen()):
                 self._mlflow.start_run(run_name=self._recipe.file.resolve().parent.name)
-            self._mlflow.log_params(_parameters(self._recipe))
-        except Exception as error:  # of mlflow, or of what it keeps its runs in
-            raise CannotTrain(f"mlflow cannot begin a run: {error}") from error
-        self._id_file.write_text(self._mlflow.active_run().info.run_id, encoding="utf-8")
         self._is_open = True
+        self._id_file.write_text(self._mlflow.active_run().info.run_id, encoding="utf-8")
+        with _begun():
+            self._mlflow.log_params(_parameters(self._recipe))
 
     def _reopen(self) -> bool:
         """Go on with the run that was begun here, if it is still known."""
@@ -117,6 +128,18 @@ class MlflowTracker:
             if not self._has_failed:
                 self._say(f"warning: mlflow does not take what is logged, and misses it: {error}")
             self._has_failed = True
+
+
+@contextmanager
+def _begun() -> Iterator[None]:
+    """Say what keeps MLflow from beginning a run.
+
+    Raises: CannotTrain.
+    """
+    try:
+        yield
+    except Exception as error:  # of mlflow, or of what it keeps its runs in
+        raise CannotTrain(f"mlflow cannot begin a run: {error}") from error
 
 
 def tracker_of(name: str | None, recipe: Recipe, say: Say) -> Tracker:

@@ -42,7 +42,7 @@ class PruneRule:
 
 
 def rollback_targets(adapter: Adapter, events: Iterable[AdapterEvent]) -> set[int]:
-    """Return the versions to which a rollback of each alias would go."""
+    """Return the versions to which a rollback of each alias would go, as far as the events tell."""
     log = list(events)
     targets = set()
     for alias in adapter.aliases:

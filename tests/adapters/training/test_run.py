@@ -18,8 +18,10 @@ from peft import PeftModel
 from quickchange_adapters.errors import CannotTrain
 from quickchange_adapters.task import read_task_file
 from quickchange_adapters.training.checkpoint import NAME as CHECKPOINT
-from quickchange_adapters.training.run import RunResult, TrainingRun
+from quickchange_adapters.training.run import TrainingRun
 from quickchange_adapters.training.run_log import RunLog, read_log
+from quickchange_adapters.training.run_result import NAME as RECORD
+from quickchange_adapters.training.run_result import RunResult
 from quickchange_adapters.training.stop_signals import Stopped, StopSignals
 from quickchange_adapters.training.trainer import held_out_loss
 from safetensors.torch import load_file, save_file
@@ -244,6 +246,7 @@ def test_a_folder_is_for_one_run_at_a_time(tiny_base: Path, tmp_path: Path) -> N
     TrainingRun(prepared_in(tmp_path, tiny_base, values), lambda sentence: None, on_step).run()
     assert len(refused) == 1
     assert {each.name for each in tmp_path.iterdir()} == {
+        RECORD,
         "adapter",
         "train.jsonl",
         "train_log.jsonl",

@@ -81,3 +81,19 @@ def test_what_was_ignored_stays_ignored() -> None:
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+class ToldLate(StopSignals):
+    """Gets a signal just after it was asked whether there was one."""
+
+    def obey(self) -> None:
+        """Ask, and be told."""
+        super().obey()
+        send(signal.SIGTERM)
+
+
+def test_a_signal_after_the_last_question_is_not_lost() -> None:
+    signals = ToldLate()
+    with pytest.raises(Interrupted) as caught, signals.obeyed(), signals.held():
+        pass
+    assert caught.value.exit_code == 143

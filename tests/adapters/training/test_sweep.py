@@ -1,11 +1,14 @@
 """Studies: which cells there are, that none is done twice, and what the table says."""
 
+import signal
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from quickchange_adapters.errors import RecipeInvalid
+from quickchange_adapters.errors import CannotTrain, RecipeInvalid
 from quickchange_adapters.training.sweep import read_sweep
 from quickchange_adapters.training.sweep_page import sweep_page, write_sweep_picture
 from quickchange_adapters.training.sweep_run import RESULTS, in_own_process, run_cell, run_sweep
@@ -144,6 +147,42 @@ def test_a_process_of_its_own_comes_to_the_same(folder: Path, tiny_base: Path) -
     assert {k: v for k, v in alone.items() if k not in varies} == {
         k: v for k, v in here.items() if k not in varies
     }
+
+
+def test_a_cell_that_cannot_write_says_so(folder: Path, tiny_base: Path) -> None:
+    (cell,) = read_sweep(sweep_file(folder, "[[cell]]\nrank = 2\n")).cells
+    cell.recipe.output.mkdir(parents=True)
+    (cell.recipe.output / "adapter").write_text("no folder")
+    with pytest.raises(CannotTrain, match="File exists: .*adapter"):
+        in_own_process(cell, tiny_base)
+
+
+class Ending:
+    """What makes the process that reads it call a function."""
+
+    def __init__(self, function: Callable[[int], object], number: int) -> None:
+        self._call = function, (number,)
+
+    def __reduce__(self) -> tuple[Callable[[int], object], tuple[int]]:
+        """Return the call as what this is made by."""
+        return self._call
+
+
+@pytest.mark.parametrize(
+    ("function", "number", "sentence"),
+    [
+        (chr, -1, r"^'rank-2' failed \(see above\)"),
+        (sys.exit, 128 + signal.SIGTERM, "ended from outside"),
+        (signal.raise_signal, signal.SIGKILL, "ended from outside"),
+    ],
+)
+def test_a_process_that_says_nothing_is_judged_by_its_exit_code(
+    function: Callable[[int], object], number: int, sentence: str, folder: Path, tiny_base: Path
+) -> None:
+    (cell,) = read_sweep(sweep_file(folder, "[[cell]]\nrank = 2\n")).cells
+    recipe: Any = Ending(function, number)
+    with pytest.raises(CannotTrain, match=sentence):
+        in_own_process(replace(cell, recipe=recipe), tiny_base)
 
 
 def test_the_table_and_the_picture_have_every_cell(tmp_path: Path) -> None:

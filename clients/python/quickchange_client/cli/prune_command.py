@@ -74,10 +74,10 @@ def prune(
 ) -> None:
     """Delete old versions that no alias names; without --yes, only show them.
 
-    Kept in any case: what an alias names, what rollback would go back to, and
-    what is pinned or merged. Running requests finish. Exit code 1 when
-    something that was to go could not be deleted. The log of what was done
-    is no matter of this: the server shortens it (serve --event-days).
+    Kept in any case: what an alias names, what is pinned or merged, and what
+    rollback would go back to as far as the catalog's log reaches back. Running
+    requests finish. Exit code 1 when something that was to go could not be
+    deleted. Prune leaves that log alone: the server shortens it (serve --event-days).
 
     Examples:
         quickchange prune
