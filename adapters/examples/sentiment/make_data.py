@@ -260,7 +260,7 @@ def make_train(num_composed: int, seed: int) -> list[Row]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--composed", type=int, default=900)
+    parser.add_argument("--composed", type=int, default=450)
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--output", type=Path, default=HERE / "train.jsonl")
     options = parser.parse_args()
