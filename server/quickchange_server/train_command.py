@@ -177,6 +177,8 @@ def _train(prepared: "Prepared", restart: bool, track: str | None, signals: "Sto
         files = [log, log.with_name(PLOT), *sorted(result.adapter_folder.iterdir())]
         if result.is_new or tracker.is_begun:
             tracker.finish(_figures(result), files)
+        elif track is not None:
+            say(f"nothing new was trained, so {track} is told nothing; --restart trains and logs")
 
 
 def _say_result(result: "RunResult") -> None:

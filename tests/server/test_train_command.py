@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from quickchange_adapters.training.adapter_model import unserved
@@ -102,6 +103,16 @@ def test_what_ends_in_its_evaluation_goes_on_there(
     assert "parameters are trained" not in done.stderr
     assert page.exists()
     assert "parameters are trained" in train(recipe, "--restart", "--no-evaluate").stderr
+
+
+def test_a_tracker_that_is_told_nothing_is_said(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert train(recipe).exit_code == 0
+    monkeypatch.setitem(sys.modules, "mlflow", ModuleType("mlflow"))
+    done = train(recipe, "--track", "mlflow")
+    assert done.exit_code == 0, done.stderr
+    assert "nothing new was trained, so mlflow is told nothing" in done.stderr
 
 
 def test_without_matplotlib_it_says_so_and_goes_on(tmp_path: Path) -> None:
