@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import httpx
@@ -14,10 +15,13 @@ START_S = 240
 
 
 class Server:
-    """A `quickchange-server serve` process; `url` is known once it says that it is ready."""
+    """A `quickchange-server serve` process; `url` is known once it says that it is ready.
 
-    def __init__(self, arguments: list[str], folder: Path) -> None:
-        command = [sys.executable, "-m", "quickchange_server.cli", "serve", "--port", "0"]
+    `prefix`: words before the command, for what is to be arranged in the process first.
+    """
+
+    def __init__(self, arguments: list[str], folder: Path, prefix: Sequence[str] = ()) -> None:
+        command = [*prefix, sys.executable, "-m", "quickchange_server.cli", "serve", "--port", "0"]
         store = ["--store", str(folder / "store"), "--cache", str(folder / "cache")]
         self.folder = folder
         self.log = folder / "log"
