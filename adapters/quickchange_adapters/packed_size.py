@@ -1,11 +1,17 @@
-"""How much memory a version takes once it is packed: from its tensors, or from headers alone."""
+"""How much memory a version takes once it is packed: from its tensors, or from headers alone.
+
+Part of what packs adapters on machines that have nothing to check them with: see TYPE_CHECKING.
+"""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from quickchange_adapters.layout import AdapterLayout, round_up_rows
-from quickchange_adapters.structure import Structure
+
+if TYPE_CHECKING:
+    from quickchange_adapters.structure import Structure
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +23,7 @@ class PackedSize:
     num_vocabulary_bytes: int = 0
 
 
-def packed_size(structure: Structure, layout: AdapterLayout, item_bytes: int) -> PackedSize:
+def packed_size(structure: "Structure", layout: AdapterLayout, item_bytes: int) -> PackedSize:
     """Return what `pack_adapter` will make of files that fit the base; no numbers are read."""
     ranks: dict[str, int] = {}
     num_vocabulary = 0

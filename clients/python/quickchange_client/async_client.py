@@ -248,7 +248,10 @@ class AsyncAdapters:
         return await self._connection.send(call.delete_alias(name, alias, if_match))
 
     async def events(self, name: str) -> Events:
-        """Return what was done to a name, oldest first; a deleted name keeps its log."""
+        """Return what was done to a name, oldest first; a deleted name keeps its log.
+
+        The oldest events go by age and number (`--event-days`, `--events-per-adapter`).
+        """
         page = await self._connection.send(call.list_events(name, 0))
         found = page.data
         while page.has_more:
