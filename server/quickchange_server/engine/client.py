@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from quickchange_adapters.errors import NotFinite
@@ -17,7 +17,6 @@ from quickchange_adapters.host_adapter import HostAdapter, pack_adapter, pin_ada
 from quickchange_adapters.merge import MergedCopy, merge_adapter, merged_bytes_of
 from quickchange_adapters.packed_size import PackedSize, packed_size
 from quickchange_adapters.pool import AdapterPool
-from quickchange_adapters.structure import Structure
 from quickchange_adapters.weights import AdapterWeights
 
 from quickchange_server.engine.base_model import check_config, end_token_ids, load_base
@@ -42,6 +41,9 @@ from quickchange_server.errors import (
     QuickchangeError,
     Unavailable,
 )
+
+if TYPE_CHECKING:
+    from quickchange_adapters.structure import Structure
 
 T = TypeVar("T")
 
@@ -132,7 +134,7 @@ class EngineClient:
         """Whether a request for this digest can be submitted now."""
         return self._engine.residency.host_copy(digest) is not None
 
-    def packed_size(self, structure: Structure) -> PackedSize:
+    def packed_size(self, structure: "Structure") -> PackedSize:
         """Return what a version will take, by its files' headers."""
         return packed_size(structure, self._base_model.layout, self.dtype.itemsize)
 

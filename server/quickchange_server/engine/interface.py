@@ -5,14 +5,16 @@ The HTTP edge and the adapter service know only this; tests may drive them with 
 
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from quickchange_adapters.base_spec import BaseSpec
 from quickchange_adapters.packed_size import PackedSize
-from quickchange_adapters.structure import Structure
 from quickchange_adapters.weights import AdapterWeights
 
 from quickchange_server.engine.request import GenerationRequest, TokenOutput
+
+if TYPE_CHECKING:
+    from quickchange_adapters.structure import Structure
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +94,7 @@ class GenerationEngine(Protocol):
         Raises: QueueFull, Unavailable, at the first `__anext__`.
         """
 
-    def packed_size(self, structure: Structure) -> PackedSize:
+    def packed_size(self, structure: "Structure") -> PackedSize:
         """Return what a version whose files fit the base will take."""
 
     def size_of(self, digest: str) -> PackedSize | None:
