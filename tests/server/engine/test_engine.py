@@ -617,7 +617,7 @@ async def test_steps_mix_distinct_adapters(
     async with started(tiny_base, observer=recorder, kv_cache_bytes=8 * MIB) as engine:
         for version in (weights, other_weights):
             await engine.load_adapter(version)
-        asks = [greedy(f"r{i}", [None, "one", "two"][i % 3], num=20) for i in range(9)]
+        asks = [greedy(f"r{i}", [None, "one", "two"][i % 3], num=100) for i in range(9)]
         await run_all(engine, asks)
     assert max(step.num_adapters for step in recorder.steps) == 2
     assert max(step.num_rows for step in recorder.steps) == 9
