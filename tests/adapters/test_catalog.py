@@ -2,7 +2,7 @@
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,27 +25,7 @@ from quickchange_adapters.records import (
 )
 from sqlalchemy import update
 
-
-class Clock:
-    """Time that stands still until it is moved."""
-
-    def __init__(self) -> None:
-        self.now = 1_000_000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def catalog(catalog_url: str, clock: Clock) -> Iterator[Catalog]:
-    catalog = Catalog(catalog_url, clock)
-    yield catalog
-    catalog.close()
+from tests.adapters.conftest import Clock
 
 
 def sha(text: str) -> str:

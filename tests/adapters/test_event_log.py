@@ -1,7 +1,5 @@
 """The audit log is bounded, and who reads it page by page does not notice."""
 
-from collections.abc import Iterator
-
 import pytest
 from quickchange_adapters import event_log
 from quickchange_adapters.catalog import Catalog
@@ -9,21 +7,10 @@ from quickchange_adapters.catalog_schema import events, gone_events
 from quickchange_adapters.event_log import DAY_S, EventRule
 from sqlalchemy import func, select
 
-from tests.adapters.test_catalog import Clock, publish
+from tests.adapters.conftest import Clock
+from tests.adapters.test_catalog import publish
 
 RULE = EventRule(max_age_s=10 * DAY_S, max_per_name=6, min_kept=3)
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def catalog(catalog_url: str, clock: Clock) -> Iterator[Catalog]:
-    catalog = Catalog(catalog_url, clock)
-    yield catalog
-    catalog.close()
 
 
 def change(catalog: Catalog, name: str, number: int, tenant: str = "default") -> None:
