@@ -27,6 +27,8 @@ from sqlalchemy import (
     insert,
     or_,
     select,
+    true,
+    tuple_,
     update,
 )
 
@@ -39,7 +41,12 @@ MAX_PRUNED = 50_000
 """Events that one `prune` removes at most."""
 BATCH = 500
 """Events that go in one transaction: no other writer waits for long."""
+PART = 20_000
+"""Events that one query looks through, and those of one name more: none takes long."""
 DAY_S = 86400.0
+Name = tuple[str, str]
+"""A tenant, and a name of its."""
+_OF_NAME = (events.c.tenant, events.c.name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,10 +97,17 @@ class EventLog:
 
         Several servers may do so at once.
         """
-        with self._database.reading() as connection:
-            ids = connection.scalars(_outlived(rule, self._clock())).all()
-        batches = (ids[start : start + BATCH] for start in range(0, len(ids), BATCH))
-        return sum(map(self._remove, batches))
+        num_removed = 0
+        after: Name | None = ("", "")
+        while after is not None and num_removed < MAX_PRUNED:
+            with self._database.reading() as connection:
+                last = _end_of_part(connection, after)
+                query = _outlived(rule, self._clock(), after, last)
+                ids = connection.scalars(query.limit(MAX_PRUNED - num_removed)).all()
+            batches = (ids[start : start + BATCH] for start in range(0, len(ids), BATCH))
+            num_removed += sum(map(self._remove, batches))
+            after = last
+        return num_removed
 
     def _remove(self, ids: Sequence[int]) -> int:
         """Remove those of these events that nobody else has removed meanwhile."""
@@ -107,18 +121,33 @@ class EventLog:
         return removed.total()
 
 
-def _outlived(rule: EventRule, now: float) -> Select[int]:
-    """Return the query for what a rule lets go, oldest first: of each name a beginning."""
-    of_name = [events.c.tenant, events.c.name]
+def _end_of_part(connection: Connection, after: Name) -> Name | None:
+    """Return the last of the next names that have PART events together; None: all are left."""
+    names = select(*_OF_NAME).where(tuple_(*_OF_NAME) > after).order_by(*_OF_NAME)
+    row = connection.execute(names.offset(PART).limit(1)).first()
+    return None if row is None else (row.tenant, row.name)
+
+
+def _outlived(
+    rule: EventRule, now: float, after: Name = ("", ""), last: Name | None = None
+) -> Select[int]:
+    """Return the query for what a rule lets go, oldest first: of each name a beginning.
+
+    It looks at the names behind `after`, up to `last`.
+    """
+    is_meant = and_(
+        tuple_(*_OF_NAME) > after, true() if last is None else tuple_(*_OF_NAME) <= last
+    )
     is_living = and_(
         adapters.c.tenant == events.c.tenant,
         adapters.c.name == events.c.name,
         adapters.c.deleted_at.is_(None),
     )
-    place = func.row_number().over(partition_by=of_name, order_by=events.c.id.desc())
+    place = func.row_number().over(partition_by=_OF_NAME, order_by=events.c.id.desc())
     ranked = (
-        select(events.c.id, *of_name, events.c.at, place.label("place"), adapters.c.id.label("a"))
+        select(events.c.id, *_OF_NAME, events.c.at, place.label("place"), adapters.c.id.label("a"))
         .outerjoin(adapters, is_living)
+        .where(is_meant)
         .subquery()
     ).c
     is_old = false() if rule.max_age_s is None else ranked.at < now - rule.max_age_s
@@ -129,7 +158,7 @@ def _outlived(rule: EventRule, now: float) -> Select[int]:
     found = select(ranked.id, first_kept.label("first_kept")).subquery().c
     # clocks of several servers differ: what follows something that stays, stays
     is_before = or_(found.first_kept.is_(None), found.id < found.first_kept)
-    return select(found.id).where(is_before).order_by(found.id).limit(MAX_PRUNED)
+    return select(found.id).where(is_before).order_by(found.id)
 
 
 def _num_gone(connection: Connection, tenant: str, name: str) -> int:

@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 from weakref import WeakValueDictionary
 
@@ -29,6 +30,7 @@ from quickchange_adapters.records import VersionRecord
 from quickchange_adapters.structure import Structure
 from quickchange_adapters.weights import AdapterWeights
 
+from quickchange_server.adapter_views import Tier
 from quickchange_server.engine.interface import GenerationEngine, MergeResult, ResidentAdapter
 from quickchange_server.engine.torch_threads import use_one_thread
 from quickchange_server.errors import Conflict, NotFound, QueueFull, QuickchangeError, Unavailable
@@ -43,6 +45,14 @@ MAX_UNPACKED = 2
 READ_ERRORS = (AdapterRefused, BlobMissing, StoreUnavailable, OSError)
 T = TypeVar("T")
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _LoadStart:
+    """Where a version was when its load began, and when that was."""
+
+    tier: Tier
+    at_s: float
 
 
 class AdapterFiles(Protocol):
@@ -85,6 +95,7 @@ class AdapterLoader:
         self._num_waiting = 0
         self._together: dict[str, str] = {}
         self._mixing: Counter[str] = Counter()
+        self._starts: dict[str, _LoadStart] = {}
         self._with_room: set[str] = set()
         self._num_bookings = 0
         self._unpacking = asyncio.Semaphore(MAX_UNPACKED)
@@ -120,7 +131,7 @@ class AdapterLoader:
             for version in by_digest.values():
                 await self.load(version)
             return
-        with self._one_more_waiting(), self._known_as_loading(by_digest):
+        with self._one_more_waiting(), self._known_as_loading(versions):
             with self._failures_told():
                 sizes = {digest: await self._size_of(each) for digest, each in by_digest.items()}
             self.part(owner)
@@ -151,14 +162,22 @@ class AdapterLoader:
             self._num_waiting -= 1
 
     @contextmanager
-    def _known_as_loading(self, digests: Iterable[str]) -> Iterator[None]:
+    def _known_as_loading(self, versions: Iterable[VersionRecord]) -> Iterator[None]:
         """Have versions count as being loaded while they are sized, and wait for common room."""
-        cold = [digest for digest in digests if not self._engine.is_loaded(digest)]
-        self._mixing.update(cold)
+        cold = {each.digest: each for each in versions if not self._engine.is_loaded(each.digest)}
+        self._mixing.update(cold.keys())
+        for digest, version in cold.items():  # to size one is to fetch it
+            self._starts.setdefault(digest, self._start_of(version))
         try:
             yield
         finally:
-            self._mixing -= Counter(cold)
+            self._mixing -= Counter(cold.keys())
+            for digest in cold.keys() - self._mixing.keys():
+                self._starts.pop(digest, None)
+
+    def _start_of(self, version: VersionRecord) -> _LoadStart:
+        tier: Tier = "disk" if self._files.is_on_disk(version) else "remote"
+        return _LoadStart(tier, time.monotonic())
 
     async def _join_load(self, version: VersionRecord) -> None:
         def has_room() -> bool:
@@ -263,11 +282,10 @@ class AdapterLoader:
         if self._engine.is_loaded(version.digest):
             return
         self._check_served(version)
-        is_on_disk, started_s = self._files.is_on_disk(version), time.monotonic()
+        start = self._starts.pop(version.digest, None) or self._start_of(version)
         with self._failures_told():
             await self._bring(version)
-        seconds = time.monotonic() - started_s
-        self.observer.on_load("disk" if is_on_disk else "remote", "host", seconds)
+        self.observer.on_load(start.tier, "host", time.monotonic() - start.at_s)
 
     async def _bring(self, version: VersionRecord) -> None:
         """Load a version, room first: who waits for room holds no tensors."""

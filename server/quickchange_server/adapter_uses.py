@@ -60,13 +60,18 @@ class AdapterUses:
         Raises: NotFound, Conflict.
         """
         version = self._lookup.still_served(resolved)
-        if version.digest in self._engine.snapshot().quarantined:
-            raise Conflict(
-                f"{version.name}:{version.number} gave values that are not finite, repeatedly: "
-                "upload a corrected version, or unload it to try again",
-                code="adapter_quarantined",
-            )
+        check_not_quarantined(self._engine, resolved)
         if not is_repeat:
             self._views.note_use(version)
             self._loader.observer.on_hit(self._views.tier(version))
         return version
+
+
+def check_not_quarantined(engine: GenerationEngine, resolved: ResolvedModel) -> None:
+    """Refuse a version whose numbers damaged requests. Raises: Conflict."""
+    if resolved.digest in engine.snapshot().quarantined:
+        raise Conflict(
+            f"{resolved.served_name!r} gave values that are not finite, repeatedly, and is out of "
+            "service until the server restarts: upload a corrected version",
+            code="adapter_quarantined",
+        )

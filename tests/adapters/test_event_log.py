@@ -88,6 +88,26 @@ def test_who_reads_page_by_page_sees_each_event_once_while_events_go(catalog: Ca
     assert (late.first_place, late.events) == (8, log[7:])
 
 
+@pytest.mark.parametrize("size", [0, 1, 7, 30])
+def test_the_log_is_looked_through_in_parts(
+    catalog: Catalog, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    """One query over all of a large log would pass the time that a statement may take."""
+    names = ["a", "b", "c", "d"]
+    for number, name in enumerate(names):
+        change(catalog, name, 5 + number)
+    change(catalog, "b", 9, tenant="other")
+    monkeypatch.setattr(event_log, "PART", size)
+    with catalog.database.reading() as connection:
+        last = event_log._end_of_part(connection, ("default", "a"))
+        assert last == {0: ("default", "b"), 1: ("default", "b"), 7: ("default", "c")}.get(size)
+        query = event_log._outlived(RULE, 0.0, ("default", "a"), ("default", "c"))
+        assert len(connection.scalars(query).all()) == 1  # of c
+    assert catalog.event_log.prune(RULE) == 1 + 2 + 3
+    assert [len(places(catalog, name)) for name in names] == [5, 6, 6, 6]
+    assert places(catalog, "b", "other") == [4, 5, 6, 7, 8, 9]
+
+
 def test_it_goes_in_small_steps_and_two_servers_may_do_it_at_once(
     catalog: Catalog, catalog_url: str, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,9 @@ from quickchange_adapters.records import VersionRecord
 from quickchange_adapters.structure import Structure
 from quickchange_adapters.weights import AdapterWeights
 from quickchange_server.adapter_loader import MAX_UNPACKED, AdapterLoader
+from quickchange_server.adapter_views import Tier
 from quickchange_server.errors import QueueFull
+from quickchange_server.load_observer import NoLoadObserver
 
 from tests.server.adapter_records import version_record
 from tests.server.scripted_engine import ScriptedEngine
@@ -195,4 +197,43 @@ async def test_a_mix_that_waits_for_room_is_on_its_way() -> None:
     assert sorted(loader.loading()) == [each.digest for each in mixed]
     await leave(asking)
     assert loader.loading() == []
+    await loader.stop()
+
+
+class FetchedFiles(SlowStore):
+    """Files that are on this machine once they were fetched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.here: set[str] = set()
+
+    def is_on_disk(self, version: VersionRecord) -> bool:
+        return version.digest in self.here or super().is_on_disk(version)
+
+    def fetch(self, version: VersionRecord) -> None:
+        super().fetch(version)
+        self.here.add(version.digest)
+
+
+class NotedLoads(NoLoadObserver):
+    """Keeps where loaded versions came from."""
+
+    def __init__(self) -> None:
+        self.tiers: list[Tier] = []
+
+    def on_load(self, from_tier: Tier, to_tier: Tier, seconds: float) -> None:
+        self.tiers.append(from_tier)
+
+
+async def test_what_a_mix_had_fetched_came_from_the_store() -> None:
+    """It was fetched to learn its size, before its load."""
+    files = FetchedFiles()
+    loader = loader_of(ScriptedEngine(), files)
+    loader.observer = noted = NotedLoads()
+    files.may_come.set()
+    await loader.load_together("mix", [version("far0"), version("near"), version("far1")])
+    assert sorted(noted.tiers) == ["disk", "remote", "remote"]
+    await loader.load(version("far2"))
+    assert noted.tiers[-1] == "remote"
+    assert not loader._starts
     await loader.stop()

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 from quickchange_server.api.app import AppServices, create_app
+from quickchange_server.detokenizer import Detokenizer
 from quickchange_server.engine.request import GenerationRequest, TokenOutput
 from quickchange_server.errors import Unavailable
+from quickchange_server.tokenizer import Tokenizer
 
 from tests.server.conftest import serve_in_process
 from tests.server.scripted_engine import ScriptedEngine
@@ -65,3 +67,30 @@ async def test_a_request_that_starts_at_the_second_try_is_counted_once(
         assert unlucky.requests._in_flight.total == 0
         assert counted(unlucky) == {"ok": 1, "ada ok": 1}
         assert not engine.live
+
+
+class NoReader(Tokenizer):
+    """Cannot read what is generated."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.__dict__.update(tokenizer.__dict__)
+
+    def detokenizer(self) -> Detokenizer:
+        raise ValueError("there is no way to read it")
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/generate", {"inputs": "a", "parameters": {"adapter_id": "ada"}}),
+        ("/v1/completions", BODY),
+        ("/v1/completions", BODY | {"stream": True}),
+    ],
+)
+async def test_a_fault_while_the_answer_is_prepared_keeps_no_place(
+    services: AppServices, path: str, body: dict[str, Any]
+) -> None:
+    broken = replace(services, tokenizer=NoReader(services.tokenizer))
+    async for caller in serve_in_process(create_app(broken)):
+        assert (await caller.post(path, json=body)).status_code == 500
+        assert broken.requests._in_flight.total == 0

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from psutil import Process, wait_procs
 from quickchange_adapters.training.checkpoint import NAME as CHECKPOINT
 from quickchange_adapters.training.run_log import read_log
 
@@ -98,6 +99,22 @@ def test_a_sweep_stops_its_cell_with_a_checkpoint_and_leaves_no_process(recipe: 
     cell = recipe.parent / "sweep" / "rank-2" / "recipe.toml"
     said = told(started(cell, "sweep", str(study)), signal.SIGTERM)
     assert said.endswith("stopped; the same command goes on from there\n")
+    num_steps = num_logged(cell.parent)
+    assert num_steps < STEPS
+    found = torch.load(cell.with_name(CHECKPOINT), weights_only=True)
+    assert found["step"] == num_steps
+
+
+def test_a_sweep_that_is_killed_leaves_no_process_and_its_cell_a_checkpoint(recipe: Path) -> None:
+    study = recipe.with_name("study.toml")
+    study.write_text("[[cell]]\nrank = 2\n")
+    cell = recipe.parent / "sweep" / "rank-2" / "recipe.toml"
+    process = started(cell, "sweep", str(study))
+    children = Process(process.pid).children()
+    process.kill()
+    process.communicate(timeout=WAIT_S)  # its child has the same standard error
+    assert wait_procs(children, WAIT_S)[1] == []
+    assert children
     num_steps = num_logged(cell.parent)
     assert num_steps < STEPS
     found = torch.load(cell.with_name(CHECKPOINT), weights_only=True)

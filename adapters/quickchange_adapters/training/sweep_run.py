@@ -6,8 +6,11 @@ A cell that is done is not done again; one that was interrupted goes on.
 import hashlib
 import json
 import multiprocessing
+import os
 import resource
+import signal
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from multiprocessing.connection import Connection
@@ -36,7 +39,7 @@ RunCell = Callable[[Cell, Path], Result]
 
 
 def in_own_process(cell: Cell, base_folder: Path) -> Result:
-    """Run a cell in a process of its own, which is told to stop when this one is.
+    """Run a cell in a process of its own, which is told to stop when this one is, or ends.
 
     Raises: CannotTrain.
     """
@@ -73,6 +76,7 @@ def _ended(cell: Cell, exit_code: int | None) -> str:
 def _send_result(sender: Connection, cell: Cell, base_folder: Path) -> None:
     """Run a cell and send its result, or why there is none; send nothing if told to stop."""
     signals = StopSignals()
+    threading.Thread(target=_stop_with_parent, daemon=True).start()
     try:
         with signals.obeyed():
             sender.send(run_cell(cell, base_folder, signals))
@@ -80,6 +84,14 @@ def _send_result(sender: Connection, cell: Cell, base_folder: Path) -> None:
         sender.send(str(error))
     except Interrupted as interrupted:
         sys.exit(interrupted.exit_code)
+
+
+def _stop_with_parent() -> None:
+    """Tell this process to stop once the one that started it has ended, even if by `kill -9`."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def run_sweep(

@@ -18,7 +18,7 @@ from quickchange_server.api.generate_format import GenerateFormat, ShownParts, T
 from quickchange_server.api.generation_plan import GenerationPlan
 from quickchange_server.api.generation_planner import plan_completion
 from quickchange_server.api.generation_route import GenerationRoute
-from quickchange_server.api.generation_run import AnswerWay, admit, refusals_counted, respond
+from quickchange_server.api.generation_run import AnswerWay, refusals_counted, respond
 from quickchange_server.api.named_adapters import check_model
 from quickchange_server.api.schemas import (
     INT64,
@@ -95,7 +95,6 @@ async def _respond(
         if shape.is_stream or _needs_tokens(wanted):
             completion.logprobs = wanted.return_k_alternatives or 0
         plan = await plan_completion(completion, services, caller.tenant, None)
-        await admit(request, plan, services)
     answer = _format(body.inputs, wanted, plan, services, shape.is_list)
     reader = TokenReader(services.tokenizer.detokenizer(), StopStringFilter(plan.stop))
     way = AnswerWay(answer, lambda _: reader, _STREAM if shape.is_stream else None, headers)

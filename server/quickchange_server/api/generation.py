@@ -26,7 +26,6 @@ from quickchange_server.api.generation_planner import (
 from quickchange_server.api.generation_route import GenerationRoute
 from quickchange_server.api.generation_run import (
     AnswerWay,
-    admit,
     refusals_counted,
     respond,
     text_readers,
@@ -48,7 +47,6 @@ async def chat_completions(
         check_models(caller, body)
         headers = _ignored(body, NEUTRAL_IN_CHAT, services)
         plan = await plan_chat(body, services, caller.tenant)
-        await admit(request, plan, services)
     answer = ChatFormat(plan.head, services.tokenizer, chat_top_logprobs(body), _has_usage(body))
     way = _way(plan, services, answer, body, headers)
     return await respond(request, services, plan, way)
@@ -63,7 +61,6 @@ async def completions(
         check_models(caller, body)
         headers = _ignored(body, NEUTRAL_IN_COMPLETIONS, services)
         plan = await plan_completion(body, services, caller.tenant)
-        await admit(request, plan, services)
     answer = CompletionFormat(plan, services.tokenizer, body.logprobs, _has_usage(body))
     way = _way(plan, services, answer, body, headers)
     return await respond(request, services, plan, way)

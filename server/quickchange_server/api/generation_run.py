@@ -13,6 +13,7 @@ from pydantic_core import to_json
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
+from quickchange_server.adapter_uses import check_not_quarantined
 from quickchange_server.api.answer_format import AnswerFormat, CollectedChoice, timing_ms
 from quickchange_server.api.choice_reader import (
     ChoiceDelta,
@@ -32,7 +33,7 @@ from quickchange_server.api.streaming import (
     wait_for_disconnect,
     while_connected,
 )
-from quickchange_server.errors import Conflict, InvalidRequest, QuickchangeError, Unavailable
+from quickchange_server.errors import InvalidRequest, QuickchangeError, Unavailable
 from quickchange_server.metrics import RequestSummary
 from quickchange_server.request_record import GenerationRecord
 from quickchange_server.stop_strings import StopStringFilter
@@ -98,14 +99,8 @@ async def _acquire(
 ) -> None:
     """Have the plan's adapters loaded, together if it mixes; cold ones count for its tenant."""
     parts = [resolved for resolved in plan.model.resolved if resolved.kind == "adapter"]
-    quarantined = services.engine.snapshot().quarantined
-    for resolved in parts:
-        if resolved.digest in quarantined:
-            raise Conflict(
-                f"the adapter {resolved.served_name!r} gave non-finite values repeatedly and is "
-                "out of service; upload a sound version",
-                code="adapter_quarantined",
-            )
+    for part in parts:  # before their loads are counted
+        check_not_quarantined(services.engine, part)
     if not parts:
         return
     digests = list(dict.fromkeys(part.digest for part in parts))
@@ -137,31 +132,41 @@ def _check_num_choices(plan: GenerationPlan, max_requests: int) -> None:
 async def respond(
     request: Request, services: AppServices, plan: GenerationPlan, way: AnswerWay
 ) -> Response:
-    """Start an admitted plan and answer it; a client that leaves ends it.
+    """Admit a plan, start it and answer it; a client that leaves ends it.
 
-    Raises: QueueFull, Unavailable, NotFound, Conflict, GenerationFailed.
+    Raises: what `admit` does, and GenerationFailed.
     """
     if plan.model.adapters:
         digests = ",".join(ref.digest for ref in plan.model.adapters)
         way.headers["x-quickchange-adapter-digest"] = digests
-    lengths = tuple(len(prompt.token_ids) for prompt in plan.prompts)
+    session = await _admitted(request, services, plan)
     try:
-        record = _recorded(request, services, plan)
-    except BaseException:
-        _give_back(plan, services)
-        raise
-    arrival_s = request.state.arrival_s
-    label = SessionLabel(lengths, plan.num_choices, plan.model.labels, arrival_s, record)
-    session = await _started(request, plan, label, services, way.reader_of)
-    try:
+        await _start(session, request, plan, services, way.reader_of)
         if way.stream is not None:
             return EventStream(session, way.answer, way.stream, services.ping_s, way.headers)
         response = await _whole_answer(request, session, way.answer, way.headers)
-    except BaseException:
-        await session.close()
+    except BaseException as error:
+        await session.close("cancelled" if isinstance(error, ClientDisconnect) else None)
         raise
     await session.close()
     return response
+
+
+async def _admitted(
+    request: Request, services: AppServices, plan: GenerationPlan
+) -> GenerationSession:
+    """Admit a plan. What it then holds is given back by its session, or here if there is none."""
+    with refusals_counted(services):
+        await admit(request, plan, services)
+    try:
+        lengths = tuple(len(prompt.token_ids) for prompt in plan.prompts)
+        record = _recorded(request, services, plan)
+        arrival_s = request.state.arrival_s
+        label = SessionLabel(lengths, plan.num_choices, plan.model.labels, arrival_s, record)
+        return GenerationSession(label, services.metrics, lambda: _give_back(plan, services))
+    except BaseException:
+        _give_back(plan, services)
+        raise
 
 
 def _recorded(request: Request, services: AppServices, plan: GenerationPlan) -> GenerationRecord:
@@ -180,28 +185,23 @@ def _recorded(request: Request, services: AppServices, plan: GenerationPlan) -> 
     return record
 
 
-async def _started(
+async def _start(
+    session: GenerationSession,
     request: Request,
     plan: GenerationPlan,
-    label: SessionLabel,
     services: AppServices,
     reader_of: ReaderOf,
-) -> GenerationSession:
+) -> None:
     """Submit a plan; an adapter that was unloaded since it was acquired is acquired again.
 
     Raises: QueueFull, Unavailable, NotFound, Conflict.
     """
-    session = GenerationSession(label, services.metrics, lambda: _give_back(plan, services))
-    try:
-        for _ in range(MAX_STARTS):
-            if await _has_started(session, _choices(plan, services, reader_of)):
-                services.adapters.part(plan.head.id)  # its requests hold them now
-                return session
-            await admit(request, plan, services, is_repeat=True)
-        raise Unavailable("the adapter is being loaded and unloaded in turn: try again")
-    except BaseException as error:
-        await session.close("cancelled" if isinstance(error, ClientDisconnect) else None)
-        raise
+    for _ in range(MAX_STARTS):
+        if await _has_started(session, _choices(plan, services, reader_of)):
+            services.adapters.part(plan.head.id)  # its requests hold them now
+            return
+        await admit(request, plan, services, is_repeat=True)
+    raise Unavailable("the adapter is being loaded and unloaded in turn: try again")
 
 
 async def _has_started(
