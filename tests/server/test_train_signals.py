@@ -40,9 +40,14 @@ def recipe(tmp_path: Path, tiny_base: Path) -> Path:
 
 
 def started(recipe: Path, *words: str, ignored: int | None = None) -> "subprocess.Popen[str]":
-    """Start a command, as `nohup` would with a signal that is ignored; wait for its first steps."""
+    """Start a command, as `nohup` would with a signal that is ignored; wait for its first steps.
+
+    Whether these tests themselves run in a shell's background makes no difference to it.
+    """
 
     def ignore() -> None:
+        for number in (signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
         if ignored is not None:
             signal.signal(ignored, signal.SIG_IGN)
 
