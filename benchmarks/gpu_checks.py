@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from quickchange_adapters.host_adapter import pack_adapter
 from quickchange_adapters.layout import AdapterLayout, GroupShape, Place
-from quickchange_adapters.ops.deltas import add_deltas, add_reference
+from quickchange_adapters.ops.deltas import add_deltas, add_reference, start_deltas
 from quickchange_adapters.ops.triton_deltas import TritonDeltas
 from quickchange_adapters.plan import RowBlock, Term, build_plan
 from quickchange_adapters.pool import AdapterPool, Slot
@@ -102,6 +102,7 @@ def deltas_error(device: torch.device, dtype: torch.dtype) -> float:
         plan = build_plan(
             blocks, num_tokens, pool, is_exact=False, tables=TritonDeltas(pool, len(blocks))
         )
+        start_deltas(x, pool.arenas["group"], layer, plan)
         add_deltas(actual, x, pool.arenas["group"], layer, plan)
         for block in blocks:
             add_reference(expected, x, pool.arenas["group"], layer, block)

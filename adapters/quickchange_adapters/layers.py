@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from quickchange_adapters.arena import Arena
 from quickchange_adapters.layout import GroupShape
-from quickchange_adapters.ops.deltas import add_deltas, add_head
+from quickchange_adapters.ops.deltas import add_deltas, add_head, start_deltas
 from quickchange_adapters.ops.linear_weight import LinearWeight
 from quickchange_adapters.plan import StepPlan
 
@@ -49,9 +49,13 @@ class ProjectionGroup:
         plan = self._holder.plan
         rows = x.reshape(-1, self.shape.in_features)
         weight, bias = self._resident(plan)
-        y = weight.apply(rows, bias)
-        if plan.has_deltas:
-            add_deltas(y, rows, self._holder.arenas[self.shape.kind], self.layer, plan)
+        if not plan.has_deltas:
+            y = weight.apply(rows, bias)
+        else:
+            arena = self._holder.arenas[self.shape.kind]
+            start_deltas(rows, arena, self.layer, plan)
+            y = weight.apply(rows, bias)
+            add_deltas(y, rows, arena, self.layer, plan)
         return y.view(*x.shape[:-1], self.shape.out_features)
 
     def part(self, index: int, x: Tensor) -> Tensor:

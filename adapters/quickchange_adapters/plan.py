@@ -58,8 +58,11 @@ class StepTables(Protocol):
     def launch_for(self, max_blocks: int) -> None:
         """Launch enough programs for any later step of so many blocks: for a step to capture."""
 
-    def add(self, y: Tensor, x: Tensor, arena: Arena, layer: int) -> None:
-        """Add the taken blocks' deltas to one projection's output, in place."""
+    def start(self, x: Tensor, arena: Arena, layer: int) -> None:
+        """Begin the taken blocks' deltas of one projection's input, beside what is queued next."""
+
+    def add(self, y: Tensor, arena: Arena, layer: int) -> None:
+        """Add what was begun to the projection's output, in place."""
 
 
 @dataclass(frozen=True, slots=True)

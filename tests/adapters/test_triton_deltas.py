@@ -10,19 +10,21 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 import torch
+from quickchange_adapters.arena import Arena
 from quickchange_adapters.host_adapter import HostAdapter, pack_adapter
 from quickchange_adapters.layout import AdapterLayout, GroupShape, Place
-from quickchange_adapters.ops.deltas import add_deltas, add_reference
+from quickchange_adapters.ops.deltas import add_deltas, add_reference, start_deltas
 from quickchange_adapters.plan import RowBlock, StepPlan, Term, build_plan
 from quickchange_adapters.pool import AdapterPool, Slot
 from quickchange_adapters.weights import AdapterWeights, LoraPair
+from torch import Tensor
 
 pytest.importorskip("triton", reason="the kernels need Triton, which is made for Linux only")
 
-from quickchange_adapters.ops.triton_deltas import OUTPUT_TILE, TritonDeltas
+from quickchange_adapters.ops.triton_deltas import MAX_OUTPUT_TILE, PIECE_COLUMNS, TritonDeltas
 
 QKV = GroupShape("qkv", 40, (24, 10, 10), 2)
-WIDE = GroupShape("wide", 150, (OUTPUT_TILE + 9,), 1)
+WIDE = GroupShape("wide", PIECE_COLUMNS + 150, (MAX_OUTPUT_TILE + 9,), 1)
 LAYOUT = AdapterLayout(
     {"qkv": QKV, "wide": WIDE},
     {
@@ -74,6 +76,12 @@ def plan_of(blocks: list[RowBlock], pool: AdapterPool, max_blocks: int = 16) -> 
     return build_plan(blocks, blocks[-1].end + 1, pool, is_exact=False, tables=tables)
 
 
+def add_all(y: Tensor, x: Tensor, arena: Arena, layer: int, plan: StepPlan) -> None:
+    """Add a plan's deltas as a projection does."""
+    start_deltas(x, arena, layer, plan)
+    add_deltas(y, x, arena, layer, plan)
+
+
 def assert_as_reference(
     plan: StepPlan, blocks: list[RowBlock], pool: AdapterPool, tolerance: float = 1e-5
 ) -> None:
@@ -85,7 +93,7 @@ def assert_as_reference(
         expected, actual = start.float(), start.clone()
         for block in blocks:
             add_reference(expected, x, arena, layer, block)
-        add_deltas(actual, x, arena, layer, plan)
+        add_all(actual, x, arena, layer, plan)
         torch.testing.assert_close(actual.float(), expected, atol=tolerance, rtol=tolerance)
         base_rows = [0, *(block.end for block in blocks)]
         assert torch.equal(actual[base_rows], start[base_rows])
@@ -153,7 +161,7 @@ def test_a_row_of_infinities_stays_alone() -> None:
     x = torch.randn(plan.num_tokens, QKV.in_features)
     x[4] = float("inf")  # the middle one of the second block's rows
     y = torch.zeros(plan.num_tokens, QKV.out_features)
-    add_deltas(y, x, pool.arenas["qkv"], 0, plan)
+    add_all(y, x, pool.arenas["qkv"], 0, plan)
     assert not torch.isfinite(y[4]).all()
     assert torch.isfinite(y[[row for row in range(plan.num_tokens) if row != 4]]).all()
     assert y[3].abs().min() > 0
@@ -168,7 +176,7 @@ def test_a_neighbours_overflow_and_foreign_rank_rows_are_never_read() -> None:
     blocks = blocks_of(slots, [1, 1, 1], is_mixed=False)
     plan = plan_of(blocks, pool)
     y = torch.zeros(plan.num_tokens, QKV.out_features)
-    add_deltas(y, torch.randn(plan.num_tokens, QKV.in_features), pool.arenas["qkv"], 0, plan)
+    add_all(y, torch.randn(plan.num_tokens, QKV.in_features), pool.arenas["qkv"], 0, plan)
     assert torch.isnan(y[3]).all()
     assert torch.isfinite(y[[0, 1, 2, 4, 5]]).all()
     assert y[1].abs().min() > 0
@@ -184,5 +192,25 @@ def test_a_strided_input_is_read_in_place() -> None:
     expected = torch.zeros(plan.num_tokens, QKV.out_features)
     actual = expected.clone()
     add_reference(expected, x, arena, 1, blocks[0])
-    add_deltas(actual, x, arena, 1, plan)
+    add_all(actual, x, arena, 1, plan)
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_step_like_the_last_is_not_uploaded_again_but_a_moved_slot_is() -> None:
+    pool, slots = pool_with([16, 8])
+    tables = TritonDeltas(pool, 4)
+    blocks = blocks_of(slots, [1, 1], is_mixed=False)
+    tables.fill(blocks)
+    tables.tables.values.zero_()
+    assert tables.fill(list(blocks)) == 2
+    assert not tables.tables.values.any(), "what is on the device is as it was"
+    pool.release(slots[0])
+    pool.evict(slots[0].digest)
+    pool.compact()
+    assert slots[1].ranges["qkv"].start == 0
+    blocks = blocks_of(slots[1:], [1, 1], is_mixed=False)
+    assert_as_reference(plan_with(tables, blocks, pool), blocks, pool)
+
+
+def plan_with(tables: TritonDeltas, blocks: list[RowBlock], pool: AdapterPool) -> StepPlan:
+    return build_plan(blocks, blocks[-1].end + 1, pool, is_exact=False, tables=tables)

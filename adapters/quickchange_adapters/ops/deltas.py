@@ -21,14 +21,20 @@ from quickchange_adapters.weights import LoraPair
 EXACT_TILE_ROWS = 16
 
 
+def start_deltas(x: Tensor, arena: Arena, layer: int, plan: StepPlan) -> None:
+    """Begin what can be computed beside the base's own product of the same input."""
+    if plan.tables is not None:
+        plan.tables.start(x, arena, layer)
+
+
 def add_deltas(y: Tensor, x: Tensor, arena: Arena, layer: int, plan: StepPlan) -> None:
-    """Add all deltas of a step to one projection's output, in place."""
+    """Add all deltas of a step to one projection's output, in place, behind `start_deltas`."""
     window = plan.windows.get(arena.shape.kind)
     if window is not None:
         num_dense = plan.num_dense_tokens
         add_window(y[:num_dense], x[:num_dense], arena, layer, window)
     if plan.tables is not None:
-        plan.tables.add(y, x, arena, layer)
+        plan.tables.add(y, arena, layer)
     for block in plan.blocks:
         add_block(y, x, arena, layer, block, is_exact=plan.is_exact)
 

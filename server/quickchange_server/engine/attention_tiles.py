@@ -1,18 +1,27 @@
-"""A step's rows as tiles and block tables that an attention kernel can look up. Knows no kernel.
+"""A step's rows as work and block tables that an attention kernel can look up. Knows no kernel.
 
-A tile is up to `positions_per_tile` consecutive tokens of one request. One-token tiles come first,
-so that they can be computed with less height. Layout of the integers:
+A row of one token is cut into pieces of so many positions of its context, by its own length alone:
+its bits do not depend on its neighbours, and a long context keeps more than one program busy. A
+longer row is cut into tiles of up to `positions_per_tile` consecutive tokens. Layout of the
+integers, behind a header that says how many there are of pieces and joined rows, and where:
 
 | part | integers | content |
 |---|---|---|
-| tile | 4 | first packed row, tokens, position of the first, where the block table starts |
-| block table, per request | as many as it has blocks | block numbers in the order of positions |
+| header | 4 | number of pieces, their start, number of joined rows, their start |
+| tile | 4 | first packed row, tokens, position of the first, its block table's start |
+| piece | 6 | packed row, its position, first position, end, its block table's start, partial |
+| joined row | 3 | packed row, first partial, how many: a row of several pieces |
+| block table, per row | as many as it has blocks | block numbers in the order of positions |
+
+`partial`: where a piece's sums go, -1 for a row of one piece, which needs no joining.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-TILE_INTS = 4
+HEADER_INTS, PIECE_INTS, JOINED_INTS, TILE_INTS = 4, 6, 3, 4
+MIN_PIECE = 512
+MAX_PIECES = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,26 +35,82 @@ class KvRow:
 
 
 @dataclass(frozen=True, slots=True)
+class Cut:
+    """How rows are cut: positions of a piece, tokens of a tile, tokens of a KV block."""
+
+    piece_positions: int
+    tile_tokens: int
+    block_size: int
+
+
+@dataclass(frozen=True, slots=True)
 class TileTable:
-    """The integers of one step, and how many tiles of either kind lie in front."""
+    """The integers of one step, and how many of each part there are."""
 
     numbers: list[int]
-    num_single: int
-    num_long: int
+    num_pieces: int
+    num_joined: int
+    num_partials: int
+    num_tiles: int
 
 
-def tile_table(rows: Sequence[KvRow], block_size: int, positions_per_tile: int) -> TileTable:
+def piece_positions(max_model_len: int) -> int:
+    """Return how many positions a piece has, so that no row has more than `MAX_PIECES`."""
+    needed = -(-max_model_len // MAX_PIECES)
+    return max(MIN_PIECE, 1 << (needed - 1).bit_length())
+
+
+def max_row_ints(max_blocks: int) -> int:
+    """Return the most integers that a row of one token, with so many blocks, can take."""
+    return MAX_PIECES * PIECE_INTS + JOINED_INTS + max_blocks
+
+
+def tile_table(rows: Sequence[KvRow], cut: Cut) -> TileTable:
     """Lay out a step; the order of rows does not matter."""
     single = [row for row in rows if row.num_tokens == 1]
     long = [row for row in rows if row.num_tokens > 1]
-    num_long = sum(-(-row.num_tokens // positions_per_tile) for row in long)
+    counts = [row.position // cut.piece_positions + 1 for row in single]
+    num_pieces, num_joined = sum(counts), sum(count > 1 for count in counts)
+    num_tiles = sum(-(-row.num_tokens // cut.tile_tokens) for row in long)
+    first_piece = HEADER_INTS + TILE_INTS * num_tiles
+    first_joined = first_piece + PIECE_INTS * num_pieces
+    first_block = first_joined + JOINED_INTS * num_joined
+    pieces: list[int] = []
+    joined: list[int] = []
     tiles: list[int] = []
     blocks: list[int] = []
-    first_block = TILE_INTS * (len(single) + num_long)
-    for row in (*single, *long):
-        for offset in range(0, row.num_tokens, positions_per_tile):
-            count = min(positions_per_tile, row.num_tokens - offset)
-            tiles += (row.start + offset, count, row.position + offset, first_block + len(blocks))
-        num_blocks = -(-(row.position + row.num_tokens) // block_size)
-        blocks += row.blocks[:num_blocks]
-    return TileTable(tiles + blocks, len(single), num_long)
+    num_partials = 0
+    for row, count in zip(single, counts, strict=True):
+        partial = num_partials if count > 1 else -1
+        pieces += _pieces(row, partial, first_block + len(blocks), cut.piece_positions)
+        if count > 1:
+            joined += (row.start, partial, count)
+            num_partials += count
+        blocks += _table(row, cut.block_size)
+    for row in long:
+        tiles += _tiles(row, first_block + len(blocks), cut.tile_tokens)
+        blocks += _table(row, cut.block_size)
+    header = [num_pieces, first_piece, num_joined, first_joined]
+    numbers = [*header, *tiles, *pieces, *joined, *blocks]
+    return TileTable(numbers, num_pieces, num_joined, num_partials, num_tiles)
+
+
+def _pieces(row: KvRow, partial: int, table: int, size: int) -> list[int]:
+    numbers: list[int] = []
+    end = row.position + 1
+    for index, first in enumerate(range(0, end, size)):
+        own = partial + index if partial >= 0 else -1
+        numbers += (row.start, row.position, first, min(first + size, end), table, own)
+    return numbers
+
+
+def _tiles(row: KvRow, table: int, size: int) -> list[int]:
+    numbers: list[int] = []
+    for offset in range(0, row.num_tokens, size):
+        count = min(size, row.num_tokens - offset)
+        numbers += (row.start + offset, count, row.position + offset, table)
+    return numbers
+
+
+def _table(row: KvRow, block_size: int) -> Sequence[int]:
+    return row.blocks[: -(-(row.position + row.num_tokens) // block_size)]

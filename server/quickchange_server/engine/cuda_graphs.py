@@ -57,8 +57,8 @@ Forward = Callable[[DecodeBatch, StepTables | None], Tensor]
 class TileMaker(Protocol):
     """Makes a step's tiles, at the same address each time."""
 
-    def fill(self, rows: Sequence[KvRow]) -> StepTiles:
-        """Lay out and upload one step."""
+    def fill_for_capture(self, rows: Sequence[KvRow]) -> StepTiles:
+        """Lay out and upload one step; what it launches serves any of as many rows."""
 
 
 class DecodeInputs:
@@ -81,7 +81,7 @@ class DecodeInputs:
         slots = [self._slot(row) for row in rows]
         self._staged.upload([*token_ids, *positions, *slots])
         inputs = self._staged.values[: 3 * num_rows].view(3, num_rows)
-        return DecodeBatch(inputs[0], inputs[1], inputs[2], self._attention.fill(rows))
+        return DecodeBatch(inputs[0], inputs[1], inputs[2], self._attention.fill_for_capture(rows))
 
     def _slot(self, row: KvRow) -> int:
         block = row.blocks[row.position // self._block_size]

@@ -3,15 +3,15 @@
 Knows the packed form of a step. Does not know queues, callers or adapters beyond their slots.
 """
 
+import logging
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 from quickchange_adapters.merge import MergedCopy
 from quickchange_adapters.ops.deltas import add_embedding, add_head
-from quickchange_adapters.plan import RowBlock, StepPlan, StepTables, Term, build_plan
+from quickchange_adapters.plan import StepPlan, StepTables, build_plan
 from quickchange_adapters.pool import AdapterPool
 from torch import Tensor
 
@@ -25,18 +25,20 @@ from quickchange_server.engine.attention import (
     ShapeProbe,
     block_bytes,
 )
-from quickchange_server.engine.attention_tiles import KvRow
 from quickchange_server.engine.base_model import BaseModel
-from quickchange_server.engine.cuda_graphs import DecodeBatch, DecodeGraphs, DecodeStep
-from quickchange_server.engine.native_step import NativeStep, StepInput
+from quickchange_server.engine.cuda_graphs import DecodeBatch, DecodeGraphs
+from quickchange_server.engine.native_step import NativeStep
+from quickchange_server.engine.packing import Packing
 from quickchange_server.engine.request import TokenLogprobs
 from quickchange_server.engine.sampler import Sample, rows_logprobs, sample
 from quickchange_server.engine.scheduler import ScheduledRow
 from quickchange_server.engine.settings import EngineSettings
 
 if TYPE_CHECKING:
+    from quickchange_server.engine.fused_layers import FusedLayers
     from quickchange_server.engine.triton_kernels import TritonKernels
 
+log = logging.getLogger(__name__)
 MAX_LENGTH_SPREAD = 2.0
 
 
@@ -63,13 +65,14 @@ class ModelRunner:
         like = torch.empty(0, dtype=base.dtype, device=base.device)
         self.storage = KvStorage(self.kv_shapes, int(num_blocks), block_size, like)
         self._kernels = self._make_kernels(settings)
+        self._fused = self._make_fused_layers(settings)
         self.is_exact = (
             self._kernels is None and base.device.type == "cpu" and base.dtype == torch.float32
         )
         self.native: NativeStep | None = None
         self.graphs: DecodeGraphs | None = None
         if self._kernels is not None and settings.cuda_graphs:
-            self.graphs = self._kernels.decode_graphs(self.decode, base.max_model_len)
+            self.graphs = self._kernels.decode_graphs(self.decode)
 
     def start_native(self, max_model_len: int) -> None:
         """Hand the base to the native library, if it computes this base's steps.
@@ -86,7 +89,7 @@ class ModelRunner:
 
         `merged`: the copy that every row of this step uses. `rows` hold single-token rows first.
         """
-        packed = _Packing(rows)
+        packed = Packing(rows)
         logits = self._replay(packed) if merged is None else None
         if logits is None:
             logits = self._compute(packed, merged)
@@ -102,7 +105,7 @@ class ModelRunner:
         if blocks:
             self.storage.clear(blocks)
 
-    def _compute(self, packed: "_Packing", merged: MergedCopy | None) -> Tensor:
+    def _compute(self, packed: Packing, merged: MergedCopy | None) -> Tensor:
         if self.native is not None:
             return self._compute_natively(self.native, packed, merged)
         self.base.holder.plan = self._plan(packed, merged)
@@ -112,7 +115,7 @@ class ModelRunner:
             self.base.holder.plan = StepPlan(0)
 
     def _compute_natively(
-        self, native: NativeStep, packed: "_Packing", merged: MergedCopy | None
+        self, native: NativeStep, packed: Packing, merged: MergedCopy | None
     ) -> Tensor:
         """Return float32 logits; the vocabulary's two ends of adapters are added here."""
         step = packed.native_input(self.base)
@@ -124,7 +127,7 @@ class ModelRunner:
                 add_head(logits, hidden, block, is_exact=True)
         return logits
 
-    def _replay(self, packed: "_Packing") -> Tensor | None:
+    def _replay(self, packed: Packing) -> Tensor | None:
         """Return a decode step's logits from a captured one; None where there is none."""
         step = None if self.graphs is None else packed.decode_step()
         if self.graphs is None or step is None:
@@ -136,21 +139,14 @@ class ModelRunner:
     def decode(self, batch: DecodeBatch, deltas: StepTables | None) -> Tensor:
         """Compute float32 logits of one token a row. Runs while a step is being captured."""
         self.base.holder.plan = StepPlan(batch.token_ids.shape[0], tables=deltas)
+        step = AttentionStep(self.storage, batch.slots, tiles=batch.tiles)
         try:
-            output = self.base.model(
-                inputs_embeds=self.base.embed(batch.token_ids).unsqueeze(0),
-                position_ids=batch.positions.unsqueeze(0),
-                past_key_values=None,
-                use_cache=False,
-                logits_to_keep=0,
-                step=AttentionStep(self.storage, batch.slots, tiles=batch.tiles),
-            )
+            embeds = self.base.embed(batch.token_ids)
+            return self._run_blocks(embeds, batch.positions, step, None).float()
         finally:
             self.base.holder.plan = StepPlan(0)
-        logits: Tensor = output.logits[0].float()
-        return logits
 
-    def _plan(self, packed: "_Packing", merged: MergedCopy | None) -> StepPlan:
+    def _plan(self, packed: Packing, merged: MergedCopy | None) -> StepPlan:
         if merged is not None:
             return StepPlan(packed.num_tokens, merged=merged)
         plan = build_plan(
@@ -162,7 +158,7 @@ class ModelRunner:
         )
         return replace(plan, head_blocks=packed.head_blocks())
 
-    def _forward(self, packed: "_Packing", hidden_rows: list[int]) -> Tensor:
+    def _forward(self, packed: Packing, hidden_rows: list[int]) -> Tensor:
         """Return float32 logits of the wanted packed rows [wanted, vocabulary]."""
         device = self.base.device
         step = self._attention_step(packed)
@@ -170,18 +166,31 @@ class ModelRunner:
         embeds = self.base.embed(token_ids)
         for block in packed.row_blocks:
             add_embedding(embeds, token_ids, block, is_exact=self.is_exact)
+        positions = torch.tensor(packed.positions, device=device)
+        wanted = torch.tensor(hidden_rows or [0], device=device)
+        return self._run_blocks(embeds, positions, step, wanted)[: len(hidden_rows)].float()
+
+    def _run_blocks(
+        self, embeds: Tensor, positions: Tensor, step: AttentionStep, wanted: Tensor | None
+    ) -> Tensor:
+        """Return logits of the wanted rows, None: of all; embeds [tokens, width]: overwritten."""
+        if self._fused is not None:
+            assert self.base.head is not None
+            hidden = self._fused.run(embeds, positions, step)
+            fused: Tensor = self.base.head(hidden if wanted is None else hidden[wanted])
+            return fused
         output = self.base.model(
             inputs_embeds=embeds.unsqueeze(0),
-            position_ids=torch.tensor([packed.positions], device=device),
+            position_ids=positions.unsqueeze(0),
             past_key_values=None,
             use_cache=False,
-            logits_to_keep=torch.tensor(hidden_rows or [0], device=device),
+            logits_to_keep=0 if wanted is None else wanted,
             step=step,
         )
         logits: Tensor = output.logits[0]
-        return logits[: len(hidden_rows)].float()
+        return logits
 
-    def _attention_step(self, packed: "_Packing") -> AttentionStep:
+    def _attention_step(self, packed: Packing) -> AttentionStep:
         size, device = self.storage.block_size, self.base.device
         slots = torch.tensor(packed.kv_slots(size), device=device)
         step = AttentionStep(self.storage, slots)
@@ -209,7 +218,7 @@ class ModelRunner:
             longest,
         )
 
-    def _sample(self, packed: "_Packing", logits: Tensor) -> list[Sample | None]:
+    def _sample(self, packed: Packing, logits: Tensor) -> list[Sample | None]:
         results: list[Sample | None] = [None] * len(packed.rows)
         due, offset, picked = [], 0, []
         for index, row in enumerate(packed.rows):
@@ -246,7 +255,19 @@ class ModelRunner:
             return None
         from quickchange_server.engine.triton_kernels import TritonKernels
 
-        return TritonKernels(self.pool, self.storage, self.kv_shapes, settings.max_batch_rows)
+        parts = self.pool, self.storage, self.kv_shapes, settings.max_batch_rows
+        return TritonKernels(*parts, self.base.max_model_len)
+
+    def _make_fused_layers(self, settings: EngineSettings) -> "FusedLayers | None":
+        if self._kernels is None or not settings.fused_layers:
+            return None
+        from quickchange_server.engine.fused_layers import FusedLayers, fused_refusal
+
+        reason = fused_refusal(self.base)
+        if reason is not None:
+            log.info("blocks are run as transformers has them: %s", reason)
+            return None
+        return FusedLayers(self.base, self.storage, self._rules)
 
     @torch.inference_mode()
     def _probe_layers(self) -> tuple[list[KvShape], list[Rule]]:
@@ -266,126 +287,8 @@ class ModelRunner:
         return [probe.shapes[i] for i in layers], [probe.rules[i] for i in layers]
 
 
-class _Packing:
-    """Rows laid out one after another in a single packed row of tokens.
-
-    A step of one token is padded to two: products of one row take another path in some kernels.
-    """
-
-    def __init__(self, rows: SequenceOf[ScheduledRow]) -> None:
-        self.rows = rows
-        self.starts: list[int] = []
-        self.token_ids: list[int] = []
-        self.positions: list[int] = []
-        for row in rows:
-            self.starts.append(len(self.token_ids))
-            self.token_ids.extend(row.sequence.token_ids[row.start : row.end])
-            self.positions.extend(range(row.start, row.end))
-        self._num_padding = 2 - len(self.token_ids) if len(self.token_ids) < 2 else 0
-        self.token_ids.extend([0] * self._num_padding)
-        self.positions.extend([0] * self._num_padding)
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the step, padding included."""
-        return len(self.token_ids)
-
-    @cached_property
-    def row_blocks(self) -> list[RowBlock]:
-        """A block for each row that needs adapters, in row order."""
-        blocks: list[RowBlock] = []
-        for start, row in zip(self.starts, self.rows, strict=True):
-            terms = _terms_of(row)
-            if terms:
-                blocks.append(RowBlock(start, start + row.num_tokens, terms))
-        return blocks
-
-    def head_blocks(self) -> tuple[RowBlock, ...]:
-        """Blocks over the wanted logits' rows, of requests whose adapters change the head."""
-        blocks: list[RowBlock] = []
-        start = 0
-        for row in self.rows:
-            end = start + self.num_logits(row)
-            terms = _terms_of(row)
-            if end > start and any(term.slot.head is not None for term in terms):
-                blocks.append(RowBlock(start, end, terms))
-            start = end
-        return tuple(blocks)
-
-    def kv_slots(self, block_size: int) -> list[int]:
-        """Where each token's K and V go; padding goes to the scratch block."""
-        slots: list[int] = []
-        for row in self.rows:
-            blocks = row.sequence.blocks
-            slots.extend(
-                blocks[p // block_size] * block_size + p % block_size
-                for p in range(row.start, row.end)
-            )
-        return slots + [0] * self._num_padding
-
-    def kv_rows(self) -> list[KvRow]:
-        """Rows with where their tokens stand and where their KV lies."""
-        return [
-            KvRow(start, row.start, row.num_tokens, row.sequence.blocks)
-            for start, row in zip(self.starts, self.rows, strict=True)
-        ]
-
-    def native_input(self, base: BaseModel) -> StepInput:
-        """Return the step as the native library takes it: without padding, without deltas."""
-        num_tokens = len(self.token_ids) - self._num_padding
-        token_ids = torch.tensor(self.token_ids[:num_tokens])
-        embeds = base.embed(token_ids)
-        for block in self.row_blocks:
-            add_embedding(embeds, token_ids, block, is_exact=True)
-        step = StepInput(embeds, self.positions[:num_tokens])
-        for row in self.rows:
-            step.tables.extend([len(step.kv_blocks)] * row.num_tokens)
-            step.kv_blocks.extend(row.sequence.blocks)
-        step.wanted = self.logit_rows()
-        return step
-
-    def decode_step(self) -> DecodeStep | None:
-        """Return the step as a captured one takes it; None if it holds anything else.
-
-        Anything else: several tokens of a row, or adapters that change the vocabulary's two ends.
-        """
-        blocks = self.row_blocks
-        slots = [term.slot for block in blocks for term in block.terms]
-        has_ends = any(slot.head is not None or slot.embedding is not None for slot in slots)
-        if has_ends or any(row.num_tokens > 1 for row in self.rows):
-            return None
-        return DecodeStep(self.token_ids[: len(self.rows)], self.kv_rows(), blocks)
-
-    def decode_rows(self) -> list[tuple[int, ScheduledRow]]:
-        """Single-token rows with their packed index."""
-        return [(s, r) for s, r in zip(self.starts, self.rows, strict=True) if r.num_tokens == 1]
-
-    def chunk_rows(self) -> list[tuple[int, ScheduledRow]]:
-        """Longer rows with their packed start."""
-        return [(s, r) for s, r in zip(self.starts, self.rows, strict=True) if r.num_tokens > 1]
-
-    def num_logits(self, row: ScheduledRow) -> int:
-        """How many of a row's tokens need logits: all for prompt logprobs, else the last."""
-        if row.sequence.request.prompt_logprobs is not None and row.start < row.sequence.num_prompt:
-            return row.num_tokens
-        return int(row.needs_logits)
-
-    def logit_rows(self) -> list[int]:
-        """Packed indices of the tokens whose logits are wanted, in row order."""
-        wanted: list[int] = []
-        for start, row in zip(self.starts, self.rows, strict=True):
-            end = start + row.num_tokens
-            wanted.extend(range(end - self.num_logits(row), end))
-        return wanted
-
-
 def _padded(blocks: list[int], width: int) -> list[int]:
     return blocks[:width] + blocks[-1:] * (width - len(blocks))
-
-
-def _terms_of(row: ScheduledRow) -> tuple[Term, ...]:
-    pairs = zip(row.sequence.slots, row.sequence.request.adapters, strict=True)
-    return tuple(Term(slot, adapter.weight) for slot, adapter in pairs)
 
 
 def _length_buckets(

@@ -66,12 +66,13 @@ def native_refusal(model: Any, block_size: int) -> str | None:
 
 
 def _widths(config: Any) -> tuple[int, ...]:
-    head = _head_width(config)
+    head = head_width(config)
     heads = config.num_attention_heads * head, config.num_key_value_heads * head
     return (config.hidden_size, config.intermediate_size, head, *heads)
 
 
-def _head_width(config: Any) -> int:
+def head_width(config: Any) -> int:
+    """Return how many columns of a projection are one head's."""
     width = getattr(config, "head_dim", None)
     return int(width or config.hidden_size // config.num_attention_heads)
 
@@ -114,7 +115,7 @@ class NativeStep:
         self._rules = rules
         self._base = base
         self._storage = storage
-        self._kinds = [_kind_of(base, tail) for _, tail in ROLES]
+        self._kinds = [kind_of(base, tail) for _, tail in ROLES]
         self._tables = _rotary_tables(base, max_model_len)
         self._layers = self._make_layers()
         self._model = self._make_model(pool)
@@ -244,7 +245,7 @@ class NativeStep:
             width=config.hidden_size,
             num_heads=config.num_attention_heads,
             num_kv_heads=config.num_key_value_heads,
-            head_width=_head_width(config),
+            head_width=head_width(config),
             intermediate=config.intermediate_size,
             vocabulary=self._base.vocab_size,
             block_size=self._storage.block_size,
@@ -279,7 +280,7 @@ def _blocks(model: Any) -> list[Any]:
     return list(model.model.layers)
 
 
-def _kind_of(base: "BaseModel", tail: str) -> str:
+def kind_of(base: "BaseModel", tail: str) -> str:
     """Return the kind of the group that holds a linear of the first block."""
     path = next(path for path in base.layout.places if path.endswith(f"layers.0.{tail}"))
     return base.layout.places[path].kind
@@ -290,7 +291,7 @@ def _rotary_tables(base: "BaseModel", num_positions: int) -> tuple[Tensor, Tenso
     like = torch.empty(1, dtype=base.dtype)
     positions = torch.arange(num_positions)[None]
     cosines, sines = base.model.model.rotary_emb(like, positions)
-    assert cosines.shape[-1] == _head_width(base.config)
+    assert cosines.shape[-1] == head_width(base.config)
     half = cosines.shape[-1] // 2
     return cosines[0, :, :half].contiguous(), sines[0, :, :half].contiguous()
 

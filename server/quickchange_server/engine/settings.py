@@ -32,6 +32,7 @@ class EngineSettings:
         native_folder: where the native library is kept; None: in the user's cache.
         group_merged: whether a merged adapter's rows may run in steps of their own (on a CPU).
         auto_merge: whether it is counted what merged copies would bring.
+        fused_layers: whether blocks of Llama's shape run as fused kernels, where Triton's run.
         cuda_graphs: whether decode steps are captured and replayed, where Triton's kernels run.
     """
 
@@ -55,4 +56,5 @@ class EngineSettings:
     native_folder: Path | None = None
     group_merged: bool = True
     auto_merge: bool = False
+    fused_layers: bool = True
     cuda_graphs: bool = True

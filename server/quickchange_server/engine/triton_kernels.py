@@ -6,7 +6,7 @@ from quickchange_adapters.ops.triton_deltas import TritonDeltas
 from quickchange_adapters.pool import AdapterPool
 
 from quickchange_server.engine.attention import KvShape, KvStorage
-from quickchange_server.engine.attention_tiles import TILE_INTS
+from quickchange_server.engine.attention_tiles import HEADER_INTS, max_row_ints
 from quickchange_server.engine.cuda_graphs import (
     Capture,
     DecodeGraphs,
@@ -21,25 +21,33 @@ from quickchange_server.engine.triton_attention import TritonAttention
 class TritonKernels:
     """Attention and deltas of any step, and captured decode steps.
 
+    `max_model_len`: most tokens of a request.
     On a CPU, where Triton's interpreter runs the kernels, captured steps are computed again.
     """
 
     def __init__(
-        self, pool: AdapterPool, storage: KvStorage, shapes: Sequence[KvShape], max_rows: int
+        self,
+        pool: AdapterPool,
+        storage: KvStorage,
+        shapes: Sequence[KvShape],
+        max_rows: int,
+        max_model_len: int,
     ) -> None:
         self.deltas = TritonDeltas(pool, max_rows)
         self._pool, self._storage, self._shapes = pool, storage, shapes
-        self._max_rows = max_rows
-        self.attention = self._attention(max_rows * TILE_INTS)
+        self._max_rows, self._max_model_len = max_rows, max_model_len
+        self.attention = self._attention(max_rows * max_row_ints(0))
 
-    def decode_graphs(self, forward: Forward, max_model_len: int) -> DecodeGraphs:
-        """Make the captured steps of a model whose requests have at most so many tokens."""
+    def decode_graphs(self, forward: Forward) -> DecodeGraphs:
+        """Make the captured steps of a model; nothing that they read ever moves."""
         block_size, device = self._storage.block_size, self._pool.device
-        num_blocks = min(-(-max_model_len // block_size), self._storage.num_blocks)
-        attention = self._attention(self._max_rows * (TILE_INTS + num_blocks))
+        num_blocks = min(-(-self._max_model_len // block_size), self._storage.num_blocks)
+        attention = self._attention(HEADER_INTS + self._max_rows * max_row_ints(num_blocks))
+        attention.reserve(self._max_rows)
         inputs = DecodeInputs(attention, self._max_rows, block_size, device)
         capture: Capture = DeviceCapture() if device.type == "cuda" else compute_again
         return DecodeGraphs(forward, inputs, self.deltas, self._max_rows, capture)
 
     def _attention(self, capacity: int) -> TritonAttention:
-        return TritonAttention(self._shapes, self._storage.block_size, capacity, self._pool.device)
+        parts = self._shapes, self._storage.block_size, capacity, self._pool.device
+        return TritonAttention(*parts, self._max_model_len)

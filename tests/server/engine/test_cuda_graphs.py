@@ -41,7 +41,7 @@ class Tiles:
 class TileMaker:
     """Keeps the rows that it was given."""
 
-    def fill(self, rows: Sequence[KvRow]) -> Tiles:
+    def fill_for_capture(self, rows: Sequence[KvRow]) -> Tiles:
         return Tiles(rows)
 
 
@@ -58,7 +58,10 @@ class Tables:
     def launch_for(self, max_blocks: int) -> None:
         self.launches.append(max_blocks)
 
-    def add(self, y: Tensor, x: Tensor, arena: Arena, layer: int) -> None:
+    def start(self, x: Tensor, arena: Arena, layer: int) -> None:
+        raise NotImplementedError
+
+    def add(self, y: Tensor, arena: Arena, layer: int) -> None:
         raise NotImplementedError
 
 

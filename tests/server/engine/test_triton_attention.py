@@ -168,10 +168,44 @@ def test_strides_of_a_transposed_query_are_followed() -> None:
 
 
 def test_a_step_larger_than_the_tables_moves_them() -> None:
-    attention = TritonAttention([SHAPE], BLOCK_SIZE, 8, CPU)
+    attention = TritonAttention([SHAPE], BLOCK_SIZE, 11, CPU)
     small = attention.fill([KvRow(0, 0, 1, [1])])
     large = attention.fill([KvRow(i, 40, 1, list(range(1, 12))) for i in range(4)])
-    assert small.numbers.shape[0] == 8
-    assert large.numbers.shape[0] >= 4 * (4 + 11)
+    assert small.numbers.shape[0] == 11
+    assert large.numbers.shape[0] >= 4 * (6 + 11)
     again = attention.fill([KvRow(0, 0, 1, [1])])
     assert again.numbers.data_ptr() == large.numbers.data_ptr()
+
+
+PIECES = [(0, 1), (511, 1), (512, 1), (1300, 1), (40, 3)]
+
+
+@pytest.mark.parametrize("rule", [{}, {"sliding_window": 700}, {"sliding_window": 9}])
+def test_rows_of_several_pieces_agree_with_the_cpu_path(rule: dict[str, Any]) -> None:
+    """A window may leave whole pieces with nothing to see."""
+    assert_agree(step_of(PIECES), **rule)
+
+
+def test_a_row_has_the_same_bits_alone_and_beside_others() -> None:
+    step = step_of(PIECES)
+    together = step.actual()
+    row = step.rows[3]
+    alone = Step(
+        step.storage,
+        [KvRow(0, row.position, 1, row.blocks)],
+        *(each[:, 3:4] for each in (step.query, step.key, step.value)),
+    )
+    assert torch.equal(alone.actual()[0], together[3])
+
+
+def test_programs_launched_for_a_capture_serve_later_steps() -> None:
+    """A captured step launches what it launched at its capture, whatever the table holds now."""
+    step = step_of([(1300, 1), (600, 1), (5, 1)])
+    attention = TritonAttention([SHAPE], BLOCK_SIZE, 4000, CPU)
+    attention.reserve(3)
+    captured = attention.fill_for_capture([KvRow(i, 0, 1, [0]) for i in range(3)])
+    later = attention.fill_for_capture(step.rows)
+    assert captured.numbers.data_ptr() == later.numbers.data_ptr()
+    assert captured.partials.mixed.data_ptr() == later.partials.mixed.data_ptr()
+    actual = step.attend(AttentionStep(step.storage, step.slots, tiles=captured))
+    torch.testing.assert_close(actual, step.expected(), atol=1e-5, rtol=1e-5)

@@ -29,6 +29,7 @@ from tests.server.engine.test_engine_peft import full_logprobs, prompt_of
 
 pytest.importorskip("triton", reason="the kernels need Triton, which is made for Linux only")
 
+from quickchange_server.engine.fused_layers import fused_refusal
 from quickchange_server.engine.triton_kernels import TritonKernels
 
 VOCAB = 381
@@ -123,14 +124,18 @@ class HostReads(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gemma2"])
-def test_a_decode_step_never_waits_for_the_device(tmp_path: Path, model_type: str) -> None:
+@pytest.mark.parametrize(
+    ("model_type", "is_fused"), [("llama", True), ("llama", False), ("gemma2", False)]
+)
+def test_a_decode_step_never_waits_for_the_device(
+    tmp_path: Path, model_type: str, *, is_fused: bool
+) -> None:
     folder = save_tiny_base(tmp_path / "base", model_type)
-    settings = EngineSettings(kernels="triton", max_batch_rows=2)
+    settings = EngineSettings(kernels="triton", max_batch_rows=2, fused_layers=is_fused)
     base = load_base(folder, settings)
     pool = AdapterPool(base.layout, MIB, base.dtype, base.device)
     runner = ModelRunner(base, pool, MIB, settings.kv_block_size, settings)
-    kernels = TritonKernels(pool, runner.storage, runner.kv_shapes, 2)
+    kernels = TritonKernels(pool, runner.storage, runner.kv_shapes, 2, base.max_model_len)
     inputs = DecodeInputs(kernels.attention, 2, settings.kv_block_size, base.device)
     rows = [KvRow(0, 4, 1, [1]), KvRow(1, 20, 1, [2, 3])]
     batch = inputs.fill(DecodeStep([5, 6], rows, []), 2)
@@ -141,3 +146,51 @@ def test_a_decode_step_never_waits_for_the_device(tmp_path: Path, model_type: st
     with HostReads() as reads:
         int(torch.tensor([5]))
     assert reads.names, "the mode notes such reads"
+
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"attention_bias": True, "mlp_bias": True},
+    "mistral": {"sliding_window": 8},
+    "qwen2": {},
+    "qwen3": {"head_dim": 24},
+}
+
+
+@pytest.mark.parametrize("model_type", list(FAMILIES))
+async def test_fused_blocks_compute_what_the_models_own_modules_do(
+    tmp_path: Path, model_type: str
+) -> None:
+    base = save_tiny_base(tmp_path / "base", model_type, **FAMILIES[model_type])
+    loaded = load_base(base, EngineSettings(kernels="triton"))
+    assert fused_refusal(loaded) is None
+    await assert_agree(base, [ask("a", 20), ask("b", 1)], [])
+
+
+@pytest.mark.parametrize(
+    ("model_type", "values", "reason"),
+    [
+        ("gemma2", {}, "not of Llama's shape"),
+        ("llama", {"hidden_act": "relu"}, "activation is 'relu'"),
+    ],
+)
+async def test_other_bases_are_computed_by_their_own_modules(
+    tmp_path: Path, model_type: str, values: dict[str, Any], reason: str
+) -> None:
+    base = save_tiny_base(tmp_path / "base", model_type, **values)
+    refusal = fused_refusal(load_base(base, EngineSettings(kernels="triton")))
+    assert refusal is not None
+    assert reason in refusal
+    await assert_agree(base, [ask("a", 20)], [], cuda_graphs=False)
+
+
+async def test_adapters_reach_every_group_of_fused_blocks(
+    tiny_base: Path, make_adapter: MakeAdapter
+) -> None:
+    """Each linear by itself: one whose delta was left out would leave the base's answer."""
+    modules = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
+    weights = [
+        peft_weights(make_adapter(seed=index, r=4, target_modules=[module]), module)
+        for index, module in enumerate(modules)
+    ]
+    requests = [ask(module, 6, (module, 1.0)) for module in modules]
+    await assert_agree(tiny_base, [*requests, ask("base", 6)], weights)
