@@ -37,8 +37,8 @@ inline void normalise(const bf16* x, int width, const bf16* weight, float epsilo
   const float mean = _mm512_reduce_add_ps(squares) / static_cast<float>(width);
   const __m512 factor = _mm512_set1_ps(1.0f / std::sqrt(mean + epsilon));
   for (int i = 0; i < width; i += 16) {
-    store_bf16(out + i, _mm512_mul_ps(load_floats(x + i), factor));
-    store_bf16(out + i, _mm512_mul_ps(load_floats(out + i), load_floats(weight + i)));
+    const __m512 v = round_to_bf16(_mm512_mul_ps(load_floats(x + i), factor));
+    store_bf16(out + i, _mm512_mul_ps(v, load_floats(weight + i)));
   }
 }
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 SOURCES = (
-    *("vector.h", "tables.h", "team.h", "product.h"),
+    *("vector.h", "tables.h", "team.h", "ahead.h", "product.h"),
     *("panels.h", "deltas.h", "attention.h", "step.h"),
 )
 MAIN_SOURCE = "library.cpp"

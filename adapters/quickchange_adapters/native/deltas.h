@@ -24,6 +24,8 @@ class GroupDeltas {
     offsets_.assign(num_blocks ? blocks[num_blocks - 1].end_term : 0, 0);
     block_of_.assign(num_tokens, -1);
     stride_ = 0;
+    a_lines_.start(kPieceShift, kMostLines);
+    b_lines_.start(0, kMostLines);
     for (int b = 0; b < num_blocks; ++b) add_block(b);
     hidden_.resize(static_cast<std::size_t>(stride_) * num_tokens);
   }
@@ -42,12 +44,25 @@ class GroupDeltas {
     }
   }
 
+  // Lines of A that `shrink` will read: part `index` of `num_parts`, or its first `most`.
+  Lines lines_of_a(int layer, int index, int num_parts, int most) const {
+    return a_lines_.part(arena_->a_of(layer, 0), index, num_parts, most);
+  }
+
+  // Lines of B that `expand` will read for a panel, likewise.
+  Lines lines_of_b(int layer, int panel, int index, int num_parts, int most) const {
+    return b_lines_.part(arena_->b_of(layer, 0) + panel * kPanel, index, num_parts, most);
+  }
+
   // Adds hidden·B to a tile: outputs of one panel, tokens [first, first + num_rows).
   void expand(int layer, int panel, int first, int num_rows, Tile* tile) const {
     if (units_.empty()) return;
-    for (int m = 0; m < num_rows; ++m) {
+    for (int m = 0; m < num_rows;) {
       const int block = block_of_[first + m];
-      if (block >= 0) expand_token(layer, panel * kPanel, first + m, block, tile->values[m]);
+      int end = m + 1;
+      while (end < num_rows && end < m + kTogether && block_of_[first + end] == block) ++end;
+      if (block >= 0) expand_tokens(layer, panel * kPanel, first + m, end - m, block, tile->values + m);
+      m = end;
     }
   }
 
@@ -60,6 +75,9 @@ class GroupDeltas {
   };
 
   static constexpr int kUnitRows = 16, kUnitTokens = 16;
+  static constexpr int kTogether = 4;  // tokens that share what is read of B
+  static constexpr int kPieceShift = 4;
+  static constexpr std::size_t kMostLines = 32768;  // 2 MiB: what is fetched too early is lost again
 
   void add_block(int index) {
     const RowBlock& block = blocks_[index];
@@ -67,6 +85,7 @@ class GroupDeltas {
     for (int t = block.first_term; t < block.end_term; ++t) {
       offsets_[t] = offset;
       add_units(block, t, offset);
+      add_lines(terms_[t]);
       offset += terms_[t].num_rows * arena_->num_parts;
     }
     stride_ = std::max(stride_, offset);
@@ -83,6 +102,16 @@ class GroupDeltas {
     }
   }
 
+  bf16* hidden_of(int token) { return hidden_.data() + static_cast<std::size_t>(token) * stride_; }
+  const bf16* hidden_of(int token) const { return hidden_.data() + static_cast<std::size_t>(token) * stride_; }
+
+  void add_lines(const Term& term) {
+    const std::int64_t a_row = static_cast<std::int64_t>(arena_->num_parts) * arena_->num_inputs * sizeof(bf16) / kLine;
+    const std::int64_t b_row = static_cast<std::int64_t>(arena_->num_outputs) * sizeof(bf16) / kLine;
+    a_lines_.add(term.first_row * a_row, term.num_rows * a_row);
+    for (int r = 0; r < term.num_rows; ++r) b_lines_.add((term.first_row + r) * b_row, 1);
+  }
+
   void shrink_tile(const Unit& u, const Term& term, const bf16* rows, int row, int token, const bf16* x,
                    std::int64_t stride) {
     const int num_tokens = std::min(4, u.end_token - token);
@@ -97,13 +126,14 @@ class GroupDeltas {
     alignas(64) float totals[16];
     _mm512_store_ps(totals, sum_each(sums));
     const int parts = arena_->num_parts;
-    for (int i = 0; i < num_tokens; ++i) {
-      float* hidden = hidden_.data() + static_cast<std::size_t>(token + i) * stride_ + u.offset;
-      for (int j = 0; j < 4; ++j) {
-        const int rank = (row + j) / parts, part = (row + j) % parts;
-        const bool is_bias = term.has_bias && rank == term.num_rows - 1;
-        hidden[part * term.num_rows + rank] = is_bias ? term.weight : totals[i * 4 + j] * term.weight;
+    int rank = row / parts, part = row % parts;
+    for (int j = 0; j < 4; ++j) {
+      const bool is_bias = term.has_bias && rank == term.num_rows - 1;
+      bf16* hidden = hidden_of(token) + u.offset + part * term.num_rows + rank;
+      for (int i = 0; i < num_tokens; ++i, hidden += stride_) {
+        *hidden = to_bf16(is_bias ? term.weight : totals[i * 4 + j] * term.weight);
       }
+      if (++part == parts) part = 0, ++rank;
     }
   }
 
@@ -125,25 +155,46 @@ class GroupDeltas {
     }
   }
 
-  void expand_token(int layer, int column, int token, int block, float* values) const {
+  void expand_tokens(int layer, int column, int token, int count, int block, float (*values)[kPanel]) const {
+    switch (count) {
+      case 1: return expand_rows<1>(layer, column, token, block, values);
+      case 2: return expand_rows<2>(layer, column, token, block, values);
+      case 3: return expand_rows<3>(layer, column, token, block, values);
+      default: return expand_rows<4>(layer, column, token, block, values);
+    }
+  }
+
+  // Two rank rows at a time: their numbers for an output lie side by side in a register, as dpbf16 takes them.
+  template <int kTokens>
+  void expand_rows(int layer, int column, int token, int block, float (*values)[kPanel]) const {
     const int part = arena_->part_of(column);
-    const float* hidden = hidden_.data() + static_cast<std::size_t>(token) * stride_;
-    __m512 even = _mm512_setzero_ps(), odd = _mm512_setzero_ps();
+    const std::int64_t num_outputs = arena_->num_outputs;
+    __m512 sums[kTokens][2];
+#pragma GCC unroll 4
+    for (int i = 0; i < kTokens; ++i) sums[i][0] = sums[i][1] = _mm512_setzero_ps();
     for (int t = blocks_[block].first_term; t < blocks_[block].end_term; ++t) {
       const Term& term = terms_[t];
-      const float* factors = hidden + offsets_[t] + part * term.num_rows;
+      const bf16* hidden = hidden_of(token) + offsets_[t] + part * term.num_rows;
       const bf16* b = arena_->b_of(layer, term.first_row) + column;
-      for (int r = 0; r < term.num_rows; ++r) {
-        const __m512i bits = load_bits(b + static_cast<std::int64_t>(r) * arena_->num_outputs);
-        const __m512 factor = _mm512_set1_ps(factors[r]);
-        even = _mm512_fmadd_ps(factor, even_floats(bits), even);
-        odd = _mm512_fmadd_ps(factor, odd_floats(bits), odd);
+      for (int r = 0; r < term.num_rows; r += 2, b += 2 * num_outputs) {
+        const __m512i even = load_bits(b), odd = load_bits(b + num_outputs);
+        const __m512bh low = (__m512bh)_mm512_unpacklo_epi16(even, odd);
+        const __m512bh high = (__m512bh)_mm512_unpackhi_epi16(even, odd);
+#pragma GCC unroll 4
+        for (int i = 0; i < kTokens; ++i) {
+          const __m512bh both = load_pair(hidden + i * static_cast<std::ptrdiff_t>(stride_) + r);
+          sums[i][0] = _mm512_dpbf16_ps(sums[i][0], low, both);
+          sums[i][1] = _mm512_dpbf16_ps(sums[i][1], high, both);
+        }
       }
     }
-    __m512 first, last;
-    interleave(even, odd, &first, &last);
-    _mm512_store_ps(values, _mm512_add_ps(_mm512_load_ps(values), first));
-    _mm512_store_ps(values + 16, _mm512_add_ps(_mm512_load_ps(values + 16), last));
+#pragma GCC unroll 4
+    for (int i = 0; i < kTokens; ++i) {
+      __m512 first, last;
+      in_order(sums[i][0], sums[i][1], &first, &last);
+      _mm512_store_ps(values[i], _mm512_add_ps(_mm512_load_ps(values[i]), first));
+      _mm512_store_ps(values[i] + 16, _mm512_add_ps(_mm512_load_ps(values[i] + 16), last));
+    }
   }
 
   const Arena* arena_ = nullptr;
@@ -151,8 +202,9 @@ class GroupDeltas {
   const Term* terms_ = nullptr;
   std::vector<Unit> units_;
   std::vector<int> offsets_;   // of each term, within a token's hidden numbers
+  LineList a_lines_, b_lines_;
   std::vector<int> block_of_;  // of each token, or -1
-  std::vector<float> hidden_;  // [tokens, stride]: by term, then part, then rank row
+  std::vector<bf16> hidden_;  // [tokens, stride]: by term, then part, then rank row, of which there is an even number
   int stride_ = 0;
 };
 

@@ -47,7 +47,10 @@ void product(const bf16* x, int num_tokens, const Linear& linear, int num_output
     const int num_columns = std::min(kPanel, num_outputs - panel * kPanel);
     for_tiles(num_tokens, [&](int first, int count) {
       Tile tile;
-      Panels(matrix, num_inputs, omp_get_num_threads(), unpacked).multiply_tile(panel, x, first, count, &tile);
+      const Panels panels(matrix, num_inputs, num_tokens, unpacked);
+      Ahead ahead;
+      if (first == 0) ahead.panel = panels.numbers(panel + 1);
+      panels.multiply_tile(panel, x, first, count, ahead, &tile);
       for (int m = 0; m < count; ++m) {
         bf16* out = y + static_cast<std::int64_t>(first + m) * num_outputs + panel * kPanel;
         for (int i = 0; i < num_columns; ++i) {
@@ -100,7 +103,7 @@ QC_EXPORT int qc_product(const bf16* x, int num_tokens, const Linear* linear, in
   try {
     const std::size_t size = Panels::unpacked_size(*linear, num_inputs, num_tokens);
     std::vector<bf16> unpacked(size * static_cast<std::size_t>(omp_get_max_threads()));
-    Team team(1);
+    Team team(1, omp_get_max_threads());
 #pragma omp parallel
     product(x, num_tokens, *linear, num_outputs, num_inputs, y, team,
             unpacked.data() + size * static_cast<std::size_t>(omp_get_thread_num()));
@@ -120,7 +123,7 @@ QC_EXPORT int qc_run_step(const Model* model, const Step* step, void* scratch) {
   try {
     Scratch& buffers = *static_cast<Scratch*>(scratch);
     StepRun::prepare(*model, *step, buffers);
-    Team team(StepRun::num_stages(*model));
+    Team team(StepRun::num_stages(*model), omp_get_max_threads());
 #pragma omp parallel
     StepRun(*model, *step, buffers, team).run();
   } catch (const std::bad_alloc&) {

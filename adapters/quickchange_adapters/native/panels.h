@@ -1,8 +1,8 @@
 // A packed matrix's panels, in bfloat16 or in int8 with a scale for each output, times tiles of tokens.
 //
 // An int8 panel lies as a bfloat16 one does, [out / 32][in / 2][32][2], but that within each 64 bytes
-// numbers are where `byte_place` says. It is unpacked while it is multiplied where tokens are few, and
-// once for all tiles where there are more. Both ways compute the same sums in the same order.
+// numbers are where `byte_place` says. It is unpacked while it is multiplied by the first few tokens, and
+// kept for the others. Both ways compute the same sums in the same order.
 #pragma once
 
 #include <cstddef>
@@ -12,7 +12,7 @@
 
 namespace quickchange {
 
-constexpr int kDirectRows = 4;
+constexpr int kDirectRows = 8;  // with their sums, there are registers left for unpacking
 
 // Where, of 64 bytes, number i lies: so that two byte-wise merges bring them into order.
 constexpr int byte_place(int i) { return i % 32 / 8 * 16 + i / 32 * 8 + i % 8; }
@@ -49,24 +49,30 @@ class ByteTables {
   __m512i low_[2], high_[2];
 };
 
-template <int kRows>
-inline void multiply_bytes(const bf16* x, std::int64_t stride, const std::int8_t* panel, int num_pairs, Tile* tile) {
+// Multiplies rows with one int8 panel, and keeps its numbers as bfloat16 at `unpacked` if kKeeps.
+template <int kRows, bool kKeeps>
+inline void multiply_bytes(const bf16* x, std::int64_t stride, const std::int8_t* panel, int num_pairs,
+                           const Ahead& ahead, bf16* unpacked, float (*out)[kPanel]) {
   const ByteTables tables;
   const auto load = [&](int k, __m512bh* first, __m512bh* last) {
     __m512i low, high;
     tables.convert(panel + k * 2 * kPanel, &low, &high);
+    if constexpr (kKeeps) {
+      _mm512_storeu_si512(unpacked + k * 2 * kPanel, low);
+      _mm512_storeu_si512(unpacked + k * 2 * kPanel + kPanel, high);
+    }
     *first = (__m512bh)low;
     *last = (__m512bh)high;
   };
-  multiply_pairs<kRows>(x, stride, num_pairs, load, tile);
+  multiply_pairs<kRows>(x, stride, num_pairs, load, ahead, out);
 }
 
 class Panels {
  public:
   // `unpacked` is this thread's buffer for one panel, of `unpacked_size` numbers; work on two matrices
   // at once takes two.
-  Panels(const Linear& linear, int num_inputs, int num_threads, bf16* unpacked)
-      : linear_(linear), num_inputs_(num_inputs), num_threads_(num_threads), unpacked_(unpacked) {}
+  Panels(const Linear& linear, int num_inputs, int num_tokens, bf16* unpacked)
+      : linear_(linear), num_inputs_(num_inputs), num_tokens_(num_tokens), unpacked_(unpacked) {}
 
   // How many numbers a thread's buffer has to hold.
   static std::size_t unpacked_size(const Linear& linear, int num_inputs, int num_tokens) {
@@ -74,52 +80,53 @@ class Panels {
   }
 
   // Multiplies tokens [first, first + count) of x [tokens, in], and adds the bias. A panel's tiles are
-  // asked for in order, from the first on.
-  void multiply_tile(int panel, const bf16* x, int first, int count, Tile* tile) const {
+  // asked for in order, from the first on. A matrix in int8 does not fetch
+  // the panel of `ahead`.
+  void multiply_tile(int panel, const bf16* x, int first, int count, const Ahead& ahead, Tile* tile) const {
     const bf16* rows = x + static_cast<std::int64_t>(first) * num_inputs_;
     if (linear_.scales) {
-      multiply_quantised(panel, rows, first, count, tile);
+      multiply_quantised(panel, rows, first, count, ahead, tile);
     } else {
-      // What will be read next is fetched while the first tile is computed: panels are taken in
-      // turn, so it is as far ahead as there are threads.
-      const bf16* here = numbers(panel);
-      multiply(rows, num_inputs_, count, here, num_inputs_, first == 0 ? numbers(panel + num_threads_) : here, tile);
+      multiply(rows, num_inputs_, count, numbers(panel), num_inputs_, ahead, tile->values);
     }
     if (linear_.bias) add_bias(tile, count, linear_.bias + panel * kPanel);
   }
 
+  // Where a panel of a matrix in bfloat16 begins; the one behind the last is what lies behind the matrix.
+  const bf16* numbers(int panel) const { return static_cast<const bf16*>(linear_.weight) + offset(panel); }
+
  private:
   std::int64_t offset(int panel) const { return static_cast<std::int64_t>(panel) * kPanel * num_inputs_; }
-  const bf16* numbers(int panel) const { return static_cast<const bf16*>(linear_.weight) + offset(panel); }
   const std::int8_t* bytes(int panel) const { return static_cast<const std::int8_t*>(linear_.weight) + offset(panel); }
 
-  void multiply_quantised(int panel, const bf16* rows, int first, int count, Tile* tile) const {
-    const int pairs = num_inputs_ / 2;
-    // Tiles of so few rows are alone: more tokens are cut into higher ones.
-    if (count == 1) {
-      multiply_bytes<1>(rows, num_inputs_, bytes(panel), pairs, tile);
-    } else if (count == 2) {
-      multiply_bytes<2>(rows, num_inputs_, bytes(panel), pairs, tile);
-    } else if (count <= kDirectRows) {
-      count == 3 ? multiply_bytes<3>(rows, num_inputs_, bytes(panel), pairs, tile)
-                 : multiply_bytes<4>(rows, num_inputs_, bytes(panel), pairs, tile);
-    } else {
-      if (first == 0) unpack(panel);
-      multiply(rows, num_inputs_, count, unpacked_, num_inputs_, unpacked_, tile);
+  void multiply_quantised(int panel, const bf16* rows, int first, int count, const Ahead& ahead, Tile* tile) const {
+    int done = 0;
+    if (first == 0) {
+      done = std::min(count, kDirectRows);
+      multiply_first(panel, rows, done, ahead, tile->values);
+    }
+    if (done < count) {
+      multiply(rows + static_cast<std::int64_t>(done) * num_inputs_, num_inputs_, count - done, unpacked_, num_inputs_,
+               done ? Ahead{} : ahead, tile->values + done);
     }
     scale(tile, count, linear_.scales + panel * kPanel);
   }
 
-  void unpack(int panel) const {
-    const std::size_t size = static_cast<std::size_t>(num_inputs_) * kPanel;
-    const std::int8_t* from = bytes(panel);
-    const ByteTables tables;
-    for (std::size_t i = 0; i < size; i += 2 * kLanes) {
-      __m512i first, last;
-      tables.convert(from + i, &first, &last);
-      _mm512_storeu_si512(unpacked_ + i, first);
-      _mm512_storeu_si512(unpacked_ + i + kLanes, last);
+  void multiply_first(int panel, const bf16* rows, int count, const Ahead& ahead, float (*out)[kPanel]) const {
+    const int pairs = num_inputs_ / 2;
+    switch (count) {
+      case 1: return multiply_bytes<1, false>(rows, num_inputs_, bytes(panel), pairs, ahead, nullptr, out);
+      case 2: return multiply_bytes<2, false>(rows, num_inputs_, bytes(panel), pairs, ahead, nullptr, out);
+      case 3: return multiply_bytes<3, false>(rows, num_inputs_, bytes(panel), pairs, ahead, nullptr, out);
+      case 4: return multiply_bytes<4, false>(rows, num_inputs_, bytes(panel), pairs, ahead, nullptr, out);
+      case 5: return multiply_bytes<5, false>(rows, num_inputs_, bytes(panel), pairs, ahead, nullptr, out);
+      case 6: return multiply_bytes<6, false>(rows, num_inputs_, bytes(panel), pairs, ahead, nullptr, out);
+      case 7: return multiply_bytes<7, false>(rows, num_inputs_, bytes(panel), pairs, ahead, nullptr, out);
     }
+    if (num_tokens_ == kDirectRows) {
+      return multiply_bytes<kDirectRows, false>(rows, num_inputs_, bytes(panel), pairs, ahead, nullptr, out);
+    }
+    multiply_bytes<kDirectRows, true>(rows, num_inputs_, bytes(panel), pairs, ahead, unpacked_, out);
   }
 
   static void scale(Tile* tile, int num_rows, const float* scales) {
@@ -132,7 +139,7 @@ class Panels {
   }
 
   const Linear& linear_;
-  const int num_inputs_, num_threads_;
+  const int num_inputs_, num_tokens_;
   bf16* unpacked_;
 };
 

@@ -6,6 +6,9 @@
 // of threads, or the tile: a token's bits do not depend on the batch.
 #pragma once
 
+#include <algorithm>
+
+#include "ahead.h"
 #include "vector.h"
 
 namespace quickchange {
@@ -18,14 +21,21 @@ struct Tile {
   alignas(64) float values[kTile][kPanel];
 };
 
+// What is brought near while a tile is computed: a panel, or null, and lines, one for each pair of inputs.
+struct Ahead {
+  const bf16* panel = nullptr;
+  Lines lines[3];
+};
+
 // Multiplies rows with one panel. `load(k, &first, &last)` gives the numbers of a pair of inputs: of the
 // first 16 outputs, and of the last.
 template <int kRows, typename Load>
-inline void multiply_pairs(const bf16* x, std::int64_t stride, int num_pairs, const Load& load, Tile* tile) {
+inline void multiply_pairs(const bf16* x, std::int64_t stride, int num_pairs, const Load& load, const Ahead& ahead,
+                           float (*out)[kPanel]) {
   __m512 sums[kRows][2];
 #pragma GCC unroll 12
   for (int m = 0; m < kRows; ++m) sums[m][0] = sums[m][1] = _mm512_setzero_ps();
-  for (int k = 0; k < num_pairs; ++k) {
+  const auto multiply_pair = [&](int k) __attribute__((always_inline)) {
     __m512bh first, last;
     load(k, &first, &last);
 #pragma GCC unroll 12
@@ -34,56 +44,72 @@ inline void multiply_pairs(const bf16* x, std::int64_t stride, int num_pairs, co
       sums[m][0] = _mm512_dpbf16_ps(sums[m][0], first, both);
       sums[m][1] = _mm512_dpbf16_ps(sums[m][1], last, both);
     }
+  };
+  int k = 0;
+  if constexpr (kRows >= kAheadRows) {
+    for (const Lines& lines : ahead.lines) {
+      const int end = std::min(k + lines.count, num_pairs);
+      for (int line = 0; k < end; ++k, ++line) {
+        lines.fetch(line);
+        multiply_pair(k);
+      }
+    }
   }
+  for (; k < num_pairs; ++k) multiply_pair(k);
 #pragma GCC unroll 12
   for (int m = 0; m < kRows; ++m) {
-    _mm512_store_ps(tile->values[m], sums[m][0]);
-    _mm512_store_ps(tile->values[m] + 16, sums[m][1]);
+    _mm512_store_ps(out[m], sums[m][0]);
+    _mm512_store_ps(out[m] + 16, sums[m][1]);
   }
 }
 
-template <int kRows>
-inline void multiply_rows(const bf16* x, std::int64_t stride, const bf16* panel, int num_pairs, const bf16* ahead,
-                          Tile* tile) {
+template <int kRows, bool kPanelAhead>
+inline void multiply_rows(const bf16* x, std::int64_t stride, const bf16* panel, int num_pairs, const Ahead& ahead,
+                          float (*out)[kPanel]) {
   const auto load = [&](int k, __m512bh* first, __m512bh* last) {
     *first = load_bf16(panel + k * 2 * kPanel);
     *last = load_bf16(panel + k * 2 * kPanel + kPanel);
-    if constexpr (kRows >= kAheadRows) {
-      const char* next = reinterpret_cast<const char*>(ahead + k * 2 * kPanel);
+    if constexpr (kPanelAhead) {
+      const char* next = reinterpret_cast<const char*>(ahead.panel + k * 2 * kPanel);
       _mm_prefetch(next, _MM_HINT_T1);
-      _mm_prefetch(next + 64, _MM_HINT_T1);
+      _mm_prefetch(next + kLine, _MM_HINT_T1);
     }
   };
-  multiply_pairs<kRows>(x, stride, num_pairs, load, tile);
+  multiply_pairs<kRows>(x, stride, num_pairs, load, ahead, out);
 }
 
-// Fills the first `num_rows` rows of a tile with one panel's outputs; num_inputs is even. The panel
-// at `ahead` is brought near meanwhile; give the panel itself where none is wanted.
+template <int kRows>
+inline void multiply_ahead(const bf16* x, std::int64_t stride, const bf16* panel, int num_pairs, const Ahead& ahead,
+                           float (*out)[kPanel]) {
+  if (kRows >= kAheadRows && ahead.panel) return multiply_rows<kRows, true>(x, stride, panel, num_pairs, ahead, out);
+  return multiply_rows<kRows, false>(x, stride, panel, num_pairs, ahead, out);
+}
+
+// Fills out [num_rows, 32] with one panel's outputs; num_inputs is even.
 inline void multiply(const bf16* x, std::int64_t stride, int num_rows, const bf16* panel, int num_inputs,
-                     const bf16* ahead, Tile* tile) {
+                     const Ahead& ahead, float (*out)[kPanel]) {
   const int pairs = num_inputs / 2;
   switch (num_rows) {
-    case 1: return multiply_rows<1>(x, stride, panel, pairs, ahead, tile);
-    case 2: return multiply_rows<2>(x, stride, panel, pairs, ahead, tile);
-    case 3: return multiply_rows<3>(x, stride, panel, pairs, ahead, tile);
-    case 4: return multiply_rows<4>(x, stride, panel, pairs, ahead, tile);
-    case 5: return multiply_rows<5>(x, stride, panel, pairs, ahead, tile);
-    case 6: return multiply_rows<6>(x, stride, panel, pairs, ahead, tile);
-    case 7: return multiply_rows<7>(x, stride, panel, pairs, ahead, tile);
-    case 8: return multiply_rows<8>(x, stride, panel, pairs, ahead, tile);
-    case 9: return multiply_rows<9>(x, stride, panel, pairs, ahead, tile);
-    case 10: return multiply_rows<10>(x, stride, panel, pairs, ahead, tile);
-    case 11: return multiply_rows<11>(x, stride, panel, pairs, ahead, tile);
-    default: return multiply_rows<12>(x, stride, panel, pairs, ahead, tile);
+    case 1: return multiply_ahead<1>(x, stride, panel, pairs, ahead, out);
+    case 2: return multiply_ahead<2>(x, stride, panel, pairs, ahead, out);
+    case 3: return multiply_ahead<3>(x, stride, panel, pairs, ahead, out);
+    case 4: return multiply_ahead<4>(x, stride, panel, pairs, ahead, out);
+    case 5: return multiply_ahead<5>(x, stride, panel, pairs, ahead, out);
+    case 6: return multiply_ahead<6>(x, stride, panel, pairs, ahead, out);
+    case 7: return multiply_ahead<7>(x, stride, panel, pairs, ahead, out);
+    case 8: return multiply_ahead<8>(x, stride, panel, pairs, ahead, out);
+    case 9: return multiply_ahead<9>(x, stride, panel, pairs, ahead, out);
+    case 10: return multiply_ahead<10>(x, stride, panel, pairs, ahead, out);
+    case 11: return multiply_ahead<11>(x, stride, panel, pairs, ahead, out);
+    default: return multiply_ahead<12>(x, stride, panel, pairs, ahead, out);
   }
 }
 
-// Calls work(first, count) for the tiles that `num_tokens` tokens fall into, all about as high.
+// Calls work(first, count) for the tiles that `num_tokens` tokens fall into: whole ones, and the rest. The first,
+// during which the next panel is fetched, then takes as long as it can.
 template <typename Work>
 inline void for_tiles(int num_tokens, Work&& work) {
-  const int num_tiles = (num_tokens + kTile - 1) / kTile;
-  const auto start = [&](int i) { return static_cast<int>(static_cast<std::int64_t>(num_tokens) * i / num_tiles); };
-  for (int i = 0; i < num_tiles; ++i) work(start(i), start(i + 1) - start(i));
+  for (int first = 0; first < num_tokens; first += kTile) work(first, std::min(kTile, num_tokens - first));
 }
 
 inline void add_bias(Tile* tile, int num_rows, const bf16* bias) {

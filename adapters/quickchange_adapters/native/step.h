@@ -37,6 +37,7 @@ struct ThreadBuffers {
 struct Scratch {
   std::vector<bf16> normed, qkv, attended, active;
   std::array<GroupDeltas, 4> deltas;
+  LineList kv_lines;  // of the rows' blocks, in a layer's keys and in its values
   std::vector<ThreadBuffers> threads;
 };
 
@@ -67,6 +68,7 @@ class StepRun {
       const Term* terms = step.terms + static_cast<std::ptrdiff_t>(group) * step.num_terms;
       scratch.deltas[group].prepare(model.arenas[group], step.blocks, step.num_blocks, terms, step.num_tokens);
     }
+    list_kv(model, step, scratch.kv_lines);
     prepare_threads(model, step, scratch);
   }
 
@@ -83,6 +85,22 @@ class StepRun {
   static constexpr int kFewTokens = 4;
   static constexpr int kRunsOfThread = 4;  // or more, so that threads end together
   static constexpr int kLongestRun = 16;
+  static constexpr std::size_t kMostKvLines = 32768;  // 2 MiB of keys, and as much of values
+  static constexpr int kPieceShift = 4;
+
+  static void list_kv(const Model& model, const Step& step, LineList& lines) {
+    lines.start(kPieceShift, kMostKvLines);
+    const std::int64_t row = static_cast<std::int64_t>(model.num_kv_heads) * model.head_width * sizeof(bf16) / kLine;
+    for (int token = 0; token < step.num_tokens; ++token) {
+      const int table = step.tables[token];
+      if (token + 1 < step.num_tokens && step.tables[token + 1] == table) continue;  // of the same row, further on
+      const int num_positions = Attention::scores_size(step.positions[token]);
+      for (int position = 0; position < num_positions; position += model.block_size) {
+        const std::int64_t block = step.kv_blocks[table + position / model.block_size];
+        lines.add(block * model.block_size * row, std::min(model.block_size, num_positions - position) * row);
+      }
+    }
+  }
 
   static void prepare_threads(const Model& model, const Step& step, Scratch& scratch) {
     int last = 0;
@@ -162,19 +180,70 @@ class StepRun {
     end(stage);
   }
 
-  // Computes one panel of a group for a tile of tokens: product, bias and deltas.
-  void compute(Group group, const Linear& linear, int layer, int panel, const bf16* x, int num_inputs, int first,
-               int count, Tile* tile, bf16* unpacked) const {
-    Panels(linear, num_inputs, num_threads_, unpacked).multiply_tile(panel, x, first, count, tile);
-    scratch_.deltas[group].expand(layer, panel, first, count, tile);
+  // The product of one stage: x [tokens, inputs] times a group's matrix in a layer.
+  struct Product {
+    Group group;
+    int layer;
+    const Linear& linear;
+    const bf16* x;
+    int num_inputs;
+  };
+
+  // Computes one panel for a tile of tokens: product, bias and deltas.
+  void compute(const Product& product, int panel, int first, int count, Tile* tile, bf16* unpacked) const {
+    const Panels panels(product.linear, product.num_inputs, step_.num_tokens, unpacked);
+    Ahead ahead = ahead_of(product, panel, first);
+    if (first == 0) ahead.panel = panels.numbers(panel + 1);
+    panels.multiply_tile(panel, product.x, first, count, ahead, tile);
+    scratch_.deltas[product.group].expand(product.layer, panel, first, count, tile);
+  }
+
+  // What a tile fetches beside the next panel: for the next panel's deltas, and for later stages.
+  Ahead ahead_of(const Product& product, int panel, int first) const {
+    const int tile = first / kTile, num_tiles = (step_.num_tokens + kTile - 1) / kTile;
+    const int pairs = product.num_inputs / 2, num_panels = model_.arenas[product.group].num_outputs / kPanel;
+    Ahead ahead;
+    const Slot slot{panel * num_tiles + tile, num_panels * num_tiles, pairs};
+    fetch_for_later(product, slot, ahead.lines);
+    ahead.lines[2] = scratch_.deltas[product.group].lines_of_b(product.layer, panel + 1, tile, num_tiles, pairs);
+    return ahead;
+  }
+
+  // Which of a stage's tiles one is, and how many lines it can fetch of each kind.
+  struct Slot {
+    int index, count, num_lines;
+  };
+
+  // The rank rows of the next group, and, beside the two largest products, the next layer's keys and values.
+  void fetch_for_later(const Product& product, const Slot& slot, Lines* lines) const {
+    const int layer = product.layer, next = layer + 1;
+    const bool is_end = next == model_.num_layers;
+    const auto rank_rows = [&](Group group, int of_layer) {
+      return scratch_.deltas[group].lines_of_a(of_layer, slot.index, slot.count, slot.num_lines);
+    };
+    const auto kv = [&](const bf16* base) {
+      return scratch_.kv_lines.part(base, slot.index, slot.count, slot.num_lines);
+    };
+    if (product.group == kQkv) {
+      lines[0] = rank_rows(kOutput, layer);
+    } else if (product.group == kOutput) {
+      lines[0] = rank_rows(kGateUp, layer);
+    } else if (product.group == kGateUp) {
+      lines[0] = rank_rows(kDown, layer);
+      if (!is_end) lines[1] = kv(step_.layers[next].keys);
+    } else if (!is_end) {
+      lines[0] = rank_rows(kQkv, next);
+      lines[1] = kv(step_.layers[next].values);
+    }
   }
 
   void project_qkv(int stage, const Layer& layer, int index) {
     const int num_outputs = model_.arenas[kQkv].num_outputs;
+    const Product product{kQkv, index, layer.qkv, scratch_.normed.data(), model_.width};
     team_.share(stage, num_outputs / kPanel, 1, [&](int panel) {
       for_tiles(step_.num_tokens, [&](int first, int count) {
         Tile tile;
-        compute(kQkv, layer.qkv, index, panel, scratch_.normed.data(), model_.width, first, count, &tile, buffer(0));
+        compute(product, panel, first, count, &tile, buffer(0));
         for (int m = 0; m < count; ++m) {
           bf16* out = scratch_.qkv.data() + static_cast<std::int64_t>(first + m) * num_outputs + panel * kPanel;
           store_bf16(out, _mm512_load_ps(tile.values[m]));
@@ -215,10 +284,11 @@ class StepRun {
   }
 
   void add_to_hidden(int stage, Group group, const Linear& linear, int index, const bf16* x, int num_inputs) {
+    const Product product{group, index, linear, x, num_inputs};
     team_.share(stage, model_.width / kPanel, 1, [&](int panel) {
       for_tiles(step_.num_tokens, [&](int first, int count) {
         Tile tile;
-        compute(group, linear, index, panel, x, num_inputs, first, count, &tile, buffer(0));
+        compute(product, panel, first, count, &tile, buffer(0));
         for (int m = 0; m < count; ++m) {
           bf16* out = step_.hidden + static_cast<std::int64_t>(first + m) * model_.width + panel * kPanel;
           store_bf16(out, _mm512_add_ps(load_floats(out), _mm512_load_ps(tile.values[m])));
@@ -231,12 +301,12 @@ class StepRun {
 
   void activate(int stage, const Layer& layer, int index) {
     const int half = model_.intermediate / kPanel;
+    const Product product{kGateUp, index, layer.gate_up, scratch_.normed.data(), model_.width};
     team_.share(stage, half, 1, [&](int panel) {
       for_tiles(step_.num_tokens, [&](int first, int count) {
         Tile gate, up;
-        const bf16* x = scratch_.normed.data();
-        compute(kGateUp, layer.gate_up, index, panel, x, model_.width, first, count, &gate, buffer(0));
-        compute(kGateUp, layer.gate_up, index, half + panel, x, model_.width, first, count, &up, buffer(1));
+        compute(product, panel, first, count, &gate, buffer(0));
+        compute(product, half + panel, first, count, &up, buffer(1));
         for (int m = 0; m < count; ++m) {
           bf16* out = scratch_.active.data() + static_cast<std::int64_t>(first + m) * model_.intermediate;
           for (int i = 0; i < kPanel; i += 16) {
@@ -281,7 +351,10 @@ class StepRun {
     const Linear head{step_.head.weight, nullptr, step_.head.scales};
     for_tiles(step_.num_wanted, [&](int first, int count) {
       Tile tile;
-      Panels(head, model_.width, 1, buffer(0)).multiply_tile(panel, step_.wanted_hidden, first, count, &tile);
+      const Panels panels(head, model_.width, step_.num_wanted, buffer(0));
+      Ahead ahead;
+      if (first == 0) ahead.panel = panels.numbers(panel + 1);
+      panels.multiply_tile(panel, step_.wanted_hidden, first, count, ahead, &tile);
       const int num_columns = std::min(kPanel, model_.vocabulary - panel * kPanel);
       for (int m = 0; m < count; ++m) {
         float* out = step_.logits + static_cast<std::int64_t>(first + m) * model_.vocabulary + panel * kPanel;

@@ -55,12 +55,25 @@ inline void store_bf16(bf16* p, __m512 value) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(value));
 }
 
+// Rounds to what bfloat16 can hold.
+inline __m512 round_to_bf16(__m512 value) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(value)), 16));
+}
+
 // Puts numbers of even and odd places in order: the first sixteen, and the last.
 inline void interleave(__m512 even, __m512 odd, __m512* first, __m512* last) {
   const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
   const __m512i high = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
   *first = _mm512_permutex2var_ps(even, low, odd);
   *last = _mm512_permutex2var_ps(even, high, odd);
+}
+
+// Puts what was unpacked by 64 bits in order: `low` and `high` hold, in each 128-bit quarter, four numbers each.
+inline void in_order(__m512 low, __m512 high, __m512* first, __m512* last) {
+  const __m512i before = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
+  const __m512i behind = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+  *first = _mm512_castpd_ps(_mm512_permutex2var_pd(_mm512_castps_pd(low), before, _mm512_castps_pd(high)));
+  *last = _mm512_castpd_ps(_mm512_permutex2var_pd(_mm512_castps_pd(low), behind, _mm512_castps_pd(high)));
 }
 
 // Lane i of the result is the sum of all lanes of v[i].
