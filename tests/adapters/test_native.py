@@ -1,5 +1,6 @@
 """The native library: built safely, exact to pack and unpack, and a row's bits its own."""
 
+import math
 import os
 import shutil
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 import torch
 from quickchange_adapters.native import build
 from quickchange_adapters.native.build import BuildFailed, library_path
-from quickchange_adapters.native.library import load_library
+from quickchange_adapters.native.library import highest_of_rows, load_library
 from quickchange_adapters.native.weight import NativeInt8Weight, NativeWeight, PackedMemory
 from quickchange_adapters.ops.int8_weight import Int8Weight, quantise
 
@@ -110,6 +111,24 @@ def test_a_rows_bits_do_not_depend_on_the_number_of_rows_or_threads() -> None:
 
 
 @needs_native
+@needs_native
+@pytest.mark.parametrize("num_columns", [1, 15, 16, 17, 1000])
+def test_the_highest_number_of_a_row_is_pytorch_s(num_columns: int) -> None:
+    generator = torch.Generator().manual_seed(num_columns)
+    # few different numbers, so that the highest comes more than once
+    rows = torch.randint(-3, 4, (9, num_columns), generator=generator).float()
+    rows[5] = -torch.inf
+    rows[6, -1] = torch.inf
+    rows[7, num_columns // 2] = torch.nan
+    rows[8, -1] = torch.nan
+    rows[8, 0] = torch.inf if num_columns > 1 else torch.nan
+    highest, places = highest_of_rows(load_library(), rows)
+    assert highest[:7] == rows[:7].amax(dim=1).tolist()
+    assert places[:7] == [row.index(max(row)) for row in rows[:7].tolist()]
+    assert all(math.isnan(each) for each in highest[7:])
+    assert places[7:] == [0, 0]
+
+
 def test_two_builders_at_once_leave_one_whole_library(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "quickchange_adapters.native"]
     environment = {**os.environ, "QUICKCHANGE_CACHE": str(tmp_path)}

@@ -113,6 +113,14 @@ QC_EXPORT int qc_product(const bf16* x, int num_tokens, const Linear* linear, in
   return 0;
 }
 
+// For each row of x [rows, columns] its highest number and where that is, as `highest` says.
+QC_EXPORT void qc_highest(const float* x, int num_rows, int num_columns, float* highest_of, std::int32_t* places) {
+#pragma omp parallel for if (num_rows > 1)
+  for (int row = 0; row < num_rows; ++row) {
+    highest_of[row] = highest(x + static_cast<std::int64_t>(row) * num_columns, num_columns, places + row);
+  }
+}
+
 // Null when there was not enough memory.
 QC_EXPORT void* qc_new_scratch() { return new (std::nothrow) Scratch(); }
 

@@ -5,7 +5,7 @@ from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 
-import torch  # noqa: F401  (loads the OpenMP runtime that the library is bound to)
+from torch import Tensor  # torch loads the OpenMP runtime that the library is bound to
 
 from quickchange_adapters.native.build import BuildFailed, library_path, openmp_runtime
 
@@ -140,6 +140,18 @@ def load_library(folder: Path | None = None) -> ctypes.CDLL:
     return library
 
 
+def highest_of_rows(library: ctypes.CDLL, x: Tensor) -> tuple[list[float], list[int]]:
+    """Return each row's highest number and the first place where it is; NaN and 0 if one is NaN.
+
+    `x` [rows, columns] float32.
+    """
+    rows, columns = x.shape
+    x = x.contiguous()
+    highest, places = (c_float * rows)(), (c_int32 * rows)()
+    library.qc_highest(x.data_ptr(), rows, columns, highest, places)
+    return list(highest), list(places)
+
+
 def _declare(library: ctypes.CDLL) -> None:
     library.qc_pack.argtypes = [c_void_p, c_int32, c_int32, c_int32, c_void_p]
     library.qc_unpack.argtypes = [c_void_p, c_int32, c_int32, c_int32, c_void_p]
@@ -148,7 +160,8 @@ def _declare(library: ctypes.CDLL) -> None:
         *(c_int32, c_int32, c_void_p),
     ]
     library.qc_product.restype = c_int32
-    for function in (library.qc_pack, library.qc_unpack):
+    library.qc_highest.argtypes = [c_void_p, c_int32, c_int32, c_void_p, c_void_p]
+    for function in (library.qc_pack, library.qc_unpack, library.qc_highest):
         function.restype = None
     library.qc_new_scratch.restype = c_void_p
     library.qc_delete_scratch.argtypes = [c_void_p]

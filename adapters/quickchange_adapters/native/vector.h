@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 namespace quickchange {
 
@@ -121,6 +122,29 @@ inline __m512 exp_floats(__m512 x) {
   p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
   p = _mm512_fmadd_ps(p, _mm512_mul_ps(r, r), _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
   return _mm512_scalef_ps(p, n);
+}
+
+// The largest of some numbers, NaN if one is, and the first place where it is; 0 in case of NaN.
+inline float highest(const float* x, int count, std::int32_t* place) {
+  __m512 most = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+  __m512i where = _mm512_setzero_si512();
+  __m512i here = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  __mmask16 has_nan = 0;
+  for (int i = 0; i < count; i += 16, here = _mm512_add_epi32(here, _mm512_set1_epi32(16))) {
+    const __mmask16 within = count - i < 16 ? static_cast<__mmask16>((1u << (count - i)) - 1u) : __mmask16{0xffff};
+    const __m512 each = _mm512_maskz_loadu_ps(within, x + i);
+    has_nan |= _mm512_cmp_ps_mask(each, each, _CMP_UNORD_Q);
+    const __mmask16 is_more = _mm512_mask_cmp_ps_mask(within, each, most, _CMP_GT_OQ);
+    most = _mm512_mask_mov_ps(most, is_more, each);
+    where = _mm512_mask_mov_epi32(where, is_more, here);
+  }
+  *place = 0;
+  if (has_nan) return std::numeric_limits<float>::quiet_NaN();
+  const float result = _mm512_reduce_max_ps(most);
+  const __mmask16 is_it = _mm512_cmp_ps_mask(most, _mm512_set1_ps(result), _CMP_EQ_OQ);
+  const __m512i places = _mm512_mask_mov_epi32(_mm512_set1_epi32(std::numeric_limits<int>::max()), is_it, where);
+  *place = _mm512_reduce_min_epi32(places);
+  return result;
 }
 
 }  // namespace quickchange

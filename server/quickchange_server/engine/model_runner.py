@@ -30,7 +30,13 @@ from quickchange_server.engine.cuda_graphs import DecodeBatch, DecodeGraphs
 from quickchange_server.engine.native_step import NativeStep
 from quickchange_server.engine.packing import Packing
 from quickchange_server.engine.request import TokenLogprobs
-from quickchange_server.engine.sampler import Sample, rows_logprobs, sample
+from quickchange_server.engine.sampler import (
+    FindHighest,
+    Sample,
+    highest_of_rows,
+    rows_logprobs,
+    sample,
+)
 from quickchange_server.engine.scheduler import ScheduledRow
 from quickchange_server.engine.settings import EngineSettings
 
@@ -70,6 +76,7 @@ class ModelRunner:
             self._kernels is None and base.device.type == "cpu" and base.dtype == torch.float32
         )
         self.native: NativeStep | None = None
+        self._find_highest: FindHighest = highest_of_rows
         self.graphs: DecodeGraphs | None = None
         if self._kernels is not None and settings.cuda_graphs:
             self.graphs = self._kernels.decode_graphs(self.decode)
@@ -82,6 +89,7 @@ class ModelRunner:
         if self.base.native is not None and self._kernels is None:
             parts = self.base, self.pool, self.storage
             self.native = NativeStep(*parts, self._rules, max_model_len)
+            self._find_highest = self.native.highest
 
     @torch.inference_mode()
     def run(self, rows: SequenceOf[ScheduledRow], merged: MergedCopy | None) -> list[Sample | None]:
@@ -231,7 +239,8 @@ class ModelRunner:
             offset += count
         if due:
             wanted = logits[picked] if len(picked) != logits.shape[0] else logits
-            samples = sample(wanted, [packed.rows[index].sequence for index in due])
+            sequences = [packed.rows[index].sequence for index in due]
+            samples = sample(wanted, sequences, self._find_highest)
             for index, result in zip(due, samples, strict=True):
                 results[index] = result
         return results

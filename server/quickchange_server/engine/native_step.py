@@ -167,6 +167,10 @@ class NativeStep:
             raise MemoryError("not enough memory for a step's buffers")
         return logits, hidden
 
+    def highest(self, logits: Tensor) -> tuple[list[float], list[int]]:
+        """Return each row's highest number and where it is, as `sampler.FindHighest` says."""
+        return native.highest_of_rows(self._library, logits)
+
     def start_clock(self) -> None:
         """Measure from now on how long each stage takes, from zero."""
         self._clock = (ctypes.c_double * len(STAGES))()

@@ -6,6 +6,8 @@ Source of the hash: SplitMix64 (Steele et al. 2014, doi 10.1145/2660193.2660195)
 """
 
 import logging
+import math
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
@@ -20,6 +22,9 @@ log = logging.getLogger(__name__)
 _MASK = (1 << 64) - 1
 _NUM_CANDIDATES = 256
 
+FindHighest = Callable[[Tensor], tuple[list[float], list[int]]]
+"""Finds the highest number of each row of logits [rows, vocabulary], NaN if one is, and its place."""
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:
@@ -30,14 +35,20 @@ class Sample:
     error: str | None = None
 
 
-def sample(logits: Tensor, sequences: SequenceOf[Sequence]) -> list[Sample]:
+def highest_of_rows(logits: Tensor) -> tuple[list[float], list[int]]:
+    """Return each row's highest number, NaN if one is NaN, and where it is."""
+    highest, places = logits.max(dim=-1)
+    return highest.tolist(), places.tolist()
+
+
+def sample(
+    logits: Tensor, sequences: SequenceOf[Sequence], find_highest: FindHighest = highest_of_rows
+) -> list[Sample]:
     """Choose one token per row; logits [rows, vocabulary] float32 are not changed."""
-    highest, best = logits.max(dim=-1)
-    is_finite = torch.isfinite(highest).tolist()
-    greedy = best.tolist()
+    highest, greedy = find_highest(logits)
     results = []
     for row, sequence in enumerate(sequences):
-        if not is_finite[row]:
+        if not math.isfinite(highest[row]):
             results.append(Sample(None))
             continue
         try:
