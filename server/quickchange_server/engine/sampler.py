@@ -23,7 +23,7 @@ _MASK = (1 << 64) - 1
 _NUM_CANDIDATES = 256
 
 FindHighest = Callable[[Tensor], tuple[list[float], list[int]]]
-"""Finds the highest number of each row of logits [rows, vocabulary], NaN if one is, and its place."""
+"""Finds the highest number of each row [rows, vocabulary], NaN if one is, and its place."""
 
 
 @dataclass(frozen=True, slots=True)
