@@ -241,11 +241,13 @@ def _ranks_and_scalings(
     if largest > limits.max_rank:
         message = f"the config asks for rank {largest}; at most {limits.max_rank} is served"
         structure.problems.append(Problem("rank_too_large", "r", message))
+    where = "rank_pattern"
     try:
         ranks = config.ranks(modules)
+        where = "alpha_pattern"
         return ranks, config.scalings(ranks)
     except PatternRefused as error:
-        structure.problems.append(Problem(error.code, "rank_pattern", str(error)))
+        structure.problems.append(Problem(error.code, where, str(error)))
         return {}, {}
 
 

@@ -35,7 +35,7 @@ from quickchange_server.engine.interface import GenerationEngine, MergeResult, R
 from quickchange_server.engine.torch_threads import use_one_thread
 from quickchange_server.errors import Conflict, NotFound, QueueFull, QuickchangeError, Unavailable
 from quickchange_server.load_observer import LoadObserver, NoLoadObserver
-from quickchange_server.shared_tasks import SharedTasks
+from quickchange_server.shared_tasks import SharedTasks, in_time
 
 DRAIN_POLL_S = 60.0
 MAX_LOADS = 3
@@ -234,7 +234,7 @@ class AdapterLoader:
         Raises: TimeoutError; the unload goes on.
         """
         task = self._unloads.start(digest, lambda: self._unload(digest))
-        return await asyncio.wait_for(asyncio.shield(task), timeout_s)
+        return await in_time(task, timeout_s)
 
     def loading(self) -> list[str]:
         """Return the digests that are being loaded for requests; from any thread."""

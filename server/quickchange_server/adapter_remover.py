@@ -1,6 +1,5 @@
 """The end of versions: out of the engine when their last request ended, then off the disk."""
 
-import asyncio
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -13,7 +12,7 @@ from quickchange_server.adapter_loader import AdapterLoader
 from quickchange_server.adapter_views import FreedBytes
 from quickchange_server.errors import QuickchangeError
 from quickchange_server.live_catalog import LiveCatalog
-from quickchange_server.shared_tasks import SharedTasks
+from quickchange_server.shared_tasks import SharedTasks, in_time
 from quickchange_server.view_builder import freed_bytes
 
 
@@ -67,7 +66,7 @@ class AdapterRemover:
         """
         key = ",".join(f"{version.tenant}/{version.name}:{version.number}" for version in gone)
         task = self._drains.start(key, lambda: self._end(key, gone))
-        return await asyncio.wait_for(asyncio.shield(task), timeout_s)
+        return await in_time(task, timeout_s)
 
     async def retry(self) -> None:
         """End what the store or the catalog cut short; one that fails again keeps no other.

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import signal
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from types import FrameType
@@ -38,8 +38,12 @@ class DrainTimes:
 class ApiServer(uvicorn.Server):
     """Serves the API until a signal, then drains."""
 
-    def __init__(self, app: FastAPI, drain: Drain, times: DrainTimes) -> None:
+    def __init__(
+        self, app: FastAPI, drain: Drain, times: DrainTimes, cut_off: Callable[[], Awaitable[None]]
+    ) -> None:
+        """`cut_off` ends what did not finish in time, so that its callers are told."""
         super().__init__(_uvicorn_config(app))
+        self._cut_off = cut_off
         self._drain = drain
         self._times = times
 
@@ -59,6 +63,7 @@ class ApiServer(uvicorn.Server):
         )
         if num_left:
             log.warning("%d requests did not finish in time and are cut off", num_left)
+            await self._cut_off()
 
 
 class AdminServer(uvicorn.Server):

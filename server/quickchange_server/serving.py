@@ -81,10 +81,11 @@ def run_server(config: ServerConfig, base_folder: Path, keyring: Keyring) -> Non
     with bind(config.host, config.port) as listener, _bind_admin(config) as admin_listener:
         tracer = open_tracer(config.otlp_endpoint, __version__) if config.otlp_endpoint else None
         observers = (log_request, tracer.on_request) if tracer else (log_request,)
-        app = create_app(build_services(config, base_folder, keyring, observers))
+        services = build_services(config, base_folder, keyring, observers)
+        app = create_app(services)
         restore_affinity()
         times = DrainTimes(config.drain_delay, config.drain_timeout)
-        server = ApiServer(app, app.state.drain, times)
+        server = ApiServer(app, app.state.drain, times, services.engine.stop)
         with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
             runner.run(_serve(app, server, (listener, admin_listener), config))
         if tracer is not None:

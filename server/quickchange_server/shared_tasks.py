@@ -7,6 +7,8 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
+MOMENT_S = 0.5
+"""What work may take that has nobody to wait for."""
 log = logging.getLogger(__name__)
 
 
@@ -79,3 +81,14 @@ class SharedTasks(Generic[T]):
         # left by now.
         if not task.cancelled() and task.exception() is not None:
             log.info("%s ended with %r", key, task.exception())
+
+
+async def in_time(task: "asyncio.Task[T]", timeout_s: float | None) -> T:
+    """Return what a task comes to; it goes on when the time is up. None: as long as it takes.
+
+    A time of 0 is a moment: it says not to wait for others, and not that nothing may be done.
+
+    Raises: TimeoutError.
+    """
+    seconds = None if timeout_s is None else max(timeout_s, MOMENT_S)
+    return await asyncio.wait_for(asyncio.shield(task), seconds)

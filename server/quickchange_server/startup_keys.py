@@ -9,6 +9,7 @@ from quickchange_server.admin_key_file import read_admin_key
 from quickchange_server.config import ServerConfig
 from quickchange_server.errors import ConfigInvalid
 from quickchange_server.keyring import Keyring
+from quickchange_server.storage import is_new_catalog
 
 
 def open_keyring(config: ServerConfig) -> Keyring:
@@ -38,6 +39,8 @@ def _require_stored_key(config: ServerConfig) -> None:
 
 
 def _stored_keys(config: ServerConfig) -> list[KeyRecord]:
+    if is_new_catalog(config.catalog_url):
+        return []
     catalog = Catalog(config.catalog_url)
     try:
         return KeyCatalog(catalog.database).list_keys()

@@ -100,6 +100,11 @@ def _open_catalog(config: ServerConfig) -> Catalog:
     return Catalog(config.catalog_url)
 
 
+def is_new_catalog(url: str) -> bool:
+    """Whether a catalog is a file that is not there yet; what a database holds is not asked."""
+    return url.startswith(SQLITE_PREFIX) and not Path(url.removeprefix(SQLITE_PREFIX)).exists()
+
+
 def _check_sqlite_file(path: Path) -> None:
     """Refuse what is no catalog, before anything is written to it.
 

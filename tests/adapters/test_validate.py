@@ -147,6 +147,12 @@ def test_a_base_that_others_know_by_another_name_is_the_same(tmp_path: Path) -> 
     assert not report.warnings
 
 
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_is_none_is_named_by_its_field(tmp_path: Path, field: str) -> None:
+    report = check(tmp_path, config=config_values() | {field: {"(": 4}})
+    assert [(p.code, p.where) for p in report.problems] == [("config_invalid", field)]
+
+
 @pytest.mark.parametrize(
     ("changes", "code", "where"),
     [

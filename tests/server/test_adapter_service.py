@@ -333,6 +333,14 @@ async def test_unload_gives_memory_back_and_the_next_request_loads_again(world: 
     assert world.engine.num_loads == 2
 
 
+async def test_no_time_to_wait_is_enough_where_nobody_is_waited_for(world: World) -> None:
+    await world.upload("a")
+    await world.service.load("a")
+    assert (await world.service.unload("a", timeout_s=0)).freed.host > 0
+    await world.service.load("a")
+    assert (await world.service.delete_adapter("a", timeout_s=0)).done
+
+
 async def test_a_request_during_an_unload_waits_and_is_served(world: World) -> None:
     await world.upload("a")
     async with world.running("a"):

@@ -142,6 +142,37 @@ async def test_files_come_back_as_they_were_sent(
         assert answer.headers["etag"] == f'"{hashlib.sha256(answer.content).hexdigest()}"'
 
 
+async def test_what_the_caller_has_is_not_sent_again(
+    real_client: httpx.AsyncClient, make_adapter: MakeAdapter
+) -> None:
+    await push(real_client, make_adapter(seed=1))
+    for path in ("/v1/adapters/ada", f"/v1/adapters/ada/versions/1/files/{WEIGHTS}"):
+        etag = (await real_client.get(path)).headers["etag"]
+        for known in (etag, f"W/{etag}", f'"x", {etag}', "*"):
+            answer = await real_client.get(path, headers={"if-none-match": known})
+            assert (answer.status_code, answer.content) == (304, b""), known
+            assert answer.headers["etag"] == etag
+        for other in ('"x"', etag.strip('"')):
+            answer = await real_client.get(path, headers={"if-none-match": other})
+            assert answer.status_code == 200, other
+
+
+async def test_what_can_be_read_can_be_asked_for_by_head(
+    real_client: httpx.AsyncClient, make_adapter: MakeAdapter
+) -> None:
+    folder = make_adapter(seed=1)
+    await push(real_client, folder)
+    file = f"/v1/adapters/ada/versions/1/files/{WEIGHTS}"
+    paths = ["", "/ada", "/ada/events", "/ada/versions/1"]
+    for path in (*(f"/v1/adapters{each}" for each in paths), file, "/v1/models/ada", "/docs"):
+        asked, read = await real_client.head(path), await real_client.get(path)
+        assert (asked.status_code, read.status_code) == (200, 200), path
+        for name in ("content-type", "content-length", "etag"):
+            assert asked.headers.get(name) == read.headers.get(name), path
+    assert asked.headers["content-length"] != "0"
+    assert (await real_client.head("/v1/adapters/nix")).status_code == 404
+
+
 async def test_a_download_does_not_tell_when_others_sent_the_same_bytes(
     real_client: httpx.AsyncClient, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:

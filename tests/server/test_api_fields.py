@@ -196,7 +196,12 @@ async def test_values_that_change_nothing_pass_even_when_strict(
 async def test_best_of_may_only_repeat_n(
     client: httpx.AsyncClient, best_of: int, status: int
 ) -> None:
-    assert (await post(client, n=2, best_of=best_of)).status_code == status
+    answer = await post(client, n=2, best_of=best_of)
+    assert answer.status_code == status
+    if status == 400:
+        assert "null or 1 or 2)" in answer.json()["error"]["message"]
+        once = (await post(client, best_of=best_of)).json()["error"]["message"]
+        assert "null or 1)" in once
 
 
 async def test_unknown_fields_are_named_in_a_header(client: httpx.AsyncClient) -> None:
@@ -225,4 +230,18 @@ async def test_base_cannot_be_part_of_a_mix(client: httpx.AsyncClient) -> None:
 
 
 async def test_unknown_adapter_in_a_mix_is_404(client: httpx.AsyncClient) -> None:
-    assert (await post(client, adapters=[{"model": "nobody"}])).status_code == 404
+    answer = await post(client, adapters=[{"model": "ada"}, {"model": "nobody"}])
+    assert (answer.status_code, answer.json()["error"]["param"]) == (404, "adapters[1].model")
+
+
+@pytest.mark.parametrize("token_id", [-1, 10**6])
+async def test_a_stop_token_id_that_is_none_is_named(
+    client: httpx.AsyncClient, token_id: int
+) -> None:
+    answer = await post(client, stop_token_ids=[1, token_id])
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"], error["code"]) == (
+        *(400, "stop_token_ids"),
+        "invalid_token_id",
+    )
+    assert f"{token_id} is not a token id" in error["message"]

@@ -1,6 +1,7 @@
 """A server that is told to stop: what was accepted is finished, what is new is refused in words."""
 
 import asyncio
+import json
 import signal
 import socket
 import threading
@@ -123,17 +124,40 @@ def test_a_drain_loses_nothing_and_says_no_to_new_work(server: Server) -> None:
     assert "Traceback" not in server.log.read_text()
 
 
+def num_taken(url: str) -> float:
+    """Return how many choices run or wait."""
+    lines = httpx.get(f"{url}/metrics").text.splitlines()
+    names = ("quickchange_requests_running ", "quickchange_requests_waiting ")
+    return sum(float(line.split()[1]) for line in lines if line.startswith(names))
+
+
 @pytest.mark.parametrize("server", [("--drain-timeout", "0")], indirect=True)
 def test_what_does_not_finish_in_time_is_cut_off_and_the_exit_is_clean(server: Server) -> None:
-    body = {**LONG, "max_tokens": 480, "n": 8}
-    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as answer:
+    body = {**LONG, "max_tokens": 480, "n": 16, "stream": False}
+    whole: list[httpx.Response] = []
+
+    def ask() -> None:
+        whole.append(httpx.post(f"{server.url}/v1/completions", json=body, timeout=60))
+
+    asking = threading.Thread(target=ask)
+    with httpx.stream(
+        *("POST", f"{server.url}/v1/completions"), json=body | {"stream": True}, timeout=60
+    ) as answer:
         lines = answer.iter_lines()
         next(lines)
+        asking.start()
+        while num_taken(server.url) <= 16:
+            assert asking.is_alive()
+            time.sleep(0.05)
         server.process.send_signal(signal.SIGTERM)
-        with pytest.raises(httpx.RemoteProtocolError):
-            list(lines)
+        *_, last = [line for line in lines if line]
+    asking.join(60)
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "unavailable"
+    assert whole[0].status_code == 503
+    assert "retry-after" in whole[0].headers
+    assert whole[0].json()["error"]["code"] == "unavailable"
     assert server.process.wait(60) == 0
-    assert "1 requests did not finish" in server.log.read_text()
+    assert "2 requests did not finish" in server.log.read_text()
 
 
 def test_a_signal_while_it_starts_ends_it_at_once(tmp_path: Path, tiny_base: Path) -> None:
@@ -156,6 +180,10 @@ def handles_sigterm(pid: int) -> bool:
     return bool(int(caught, 16) >> (signal.SIGTERM - 1) & 1)
 
 
+async def never() -> None:
+    raise AssertionError("nothing runs here")
+
+
 async def test_a_signal_just_before_it_listens_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
     def signalled(app: FastAPI) -> FastAPI:
         """Stand for the moment between the end of loading and uvicorn's own handlers."""
@@ -165,7 +193,7 @@ async def test_a_signal_just_before_it_listens_is_obeyed(monkeypatch: pytest.Mon
     monkeypatch.setattr(serving, "create_admin_app", signalled)
     app = FastAPI()
     app.state.services = SimpleNamespace(adapters=None, keyring=SimpleNamespace(is_open=True))
-    server = ApiServer(app, Drain(), DrainTimes(0.0, 60.0))
+    server = ApiServer(app, Drain(), DrainTimes(0.0, 60.0), never)
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         with bind("127.0.0.1", 0) as listener:

@@ -99,6 +99,13 @@ def test_public_address_without_keys_needs_insecure(host: str, tmp_path: Path) -
     assert open_keyring(config(tmp_path, host=host, insecure=True)).is_open
 
 
+def test_a_public_address_where_nothing_was_kept_yet_has_no_key(tmp_path: Path) -> None:
+    folder = tmp_path / "not" / "there"
+    with pytest.raises(ConfigInvalid, match="no key is configured"):
+        open_keyring(config(folder, host="0.0.0.0"))
+    assert not folder.exists()
+
+
 def test_public_address_with_a_key_in_the_catalog_needs_nothing_else(tmp_path: Path) -> None:
     catalog = Catalog(sqlite_url(tmp_path / "catalog.sqlite"))
     keys = KeyCatalog(catalog.database)

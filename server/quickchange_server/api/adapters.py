@@ -15,6 +15,7 @@ from quickchange_server.adapter_upload import UploadTerms
 from quickchange_server.adapter_views import AdapterView, DeletionView
 from quickchange_server.api.auth import Reader, Writer
 from quickchange_server.api.cold_loads import count_if_cold
+from quickchange_server.api.etags import is_known
 from quickchange_server.api.file_answer import FileAnswer
 from quickchange_server.api.named_adapters import check_upload
 from quickchange_server.api.schemas import INT64, ActionBody, AliasBody, LoadBody
@@ -29,6 +30,7 @@ Version = Annotated[int, Path(ge=1, le=999_999_999)]
 Timeout = Annotated[float, Query(ge=0, le=3600, allow_inf_nan=False)]
 Limit = Annotated[int, Query(ge=1, le=100)]
 IfMatch = Annotated[str | None, Header()]
+IfNoneMatch = Annotated[str | None, Header()]
 
 router = APIRouter(prefix="/v1/adapters", tags=["adapters"], route_class=ScopedRoute)
 _CHECKED_OR_THERE: dict[int | str, dict[str, Any]] = {
@@ -94,6 +96,7 @@ def note_refusal(error: QuickchangeError, services: AppServices) -> None:
             error.problems = (Problem(error.code, error.param or "", error.message),)
 
 
+@router.head("", include_in_schema=False)
 @router.get("")
 async def list_adapters(
     services: Services,
@@ -108,12 +111,22 @@ async def list_adapters(
     return page.to_json()
 
 
+@router.head("/{name}", include_in_schema=False)
 @router.get("/{name}")
-async def get_adapter(name: str, services: Services, caller: Reader) -> Response:
-    """Show an adapter with its versions and aliases; the ETag covers both."""
-    return _adapter(await services.adapters.get(name, tenant=caller.tenant))
+async def get_adapter(
+    name: str, services: Services, caller: Reader, if_none_match: IfNoneMatch = None
+) -> Response:
+    """Show an adapter with its versions and aliases; the ETag covers both.
+
+    `If-None-Match` makes it a 304 while they are as they were; tiers and last uses may differ then.
+    """
+    view = await services.adapters.get(name, tenant=caller.tenant)
+    if is_known(if_none_match, view.etag):
+        return Response(status_code=304, headers={"etag": view.etag})
+    return _adapter(view)
 
 
+@router.head("/{name}/events", include_in_schema=False)
 @router.get("/{name}/events")
 async def get_events(
     name: str,
@@ -139,6 +152,7 @@ async def get_events(
     }
 
 
+@router.head("/{name}/versions/{version}", include_in_schema=False)
 @router.get("/{name}/versions/{version}")
 async def get_version(name: str, version: Version, services: Services, caller: Reader) -> Json:
     """Show one version with the report of its upload."""
@@ -161,16 +175,22 @@ async def _held_file(
         yield held
 
 
+@router.head("/{name}/versions/{version}/files/{file}", include_in_schema=False)
 @router.get("/{name}/versions/{version}/files/{file}", response_class=FileAnswer)
 async def get_file(
-    file: str, held: Annotated[HeldFile, Depends(_held_file)], caller: Reader
-) -> FileAnswer:
+    file: str,
+    held: Annotated[HeldFile, Depends(_held_file)],
+    caller: Reader,
+    if_none_match: IfNoneMatch = None,
+) -> Response:
     """Download one file of a version, byte for byte as it was uploaded; its ETag is its sha256."""
     # The file's own time is that of whoever sent these bytes last, and differs between servers.
     headers = {
         "etag": f'"{held.sha256}"',
         "last-modified": formatdate(held.created_at, usegmt=True),
     }
+    if is_known(if_none_match, headers["etag"]):
+        return Response(status_code=304, headers=headers)
     return FileAnswer(held.path, filename=file, headers=headers)
 
 

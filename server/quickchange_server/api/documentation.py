@@ -27,12 +27,14 @@ def describe(app: FastAPI) -> dict[str, Any]:
     return app.openapi_schema
 
 
+@router.head(OPENAPI_PATH)
 @router.get(OPENAPI_PATH)
 async def openapi(request: Request, caller: AnyKey) -> dict[str, Any]:
     """Describe every route."""
     return describe(request.app)
 
 
+@router.head("/docs")
 @router.get("/docs")
 async def docs(request: Request, caller: AnyKey) -> HTMLResponse:
     """Show the description as a page."""

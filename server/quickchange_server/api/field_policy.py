@@ -107,7 +107,7 @@ def check_extra_fields(
         if value is None or name in BOOKKEEPING:
             continue
         if name == "best_of":
-            _check_neutral(name, value, (1, num_choices))
+            _check_neutral(name, value, tuple(dict.fromkeys((1, num_choices))))
         elif name in neutral:
             _check_neutral(name, value, neutral[name])
         else:

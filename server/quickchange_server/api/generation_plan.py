@@ -12,7 +12,7 @@ from quickchange_server.adapter_views import ResolvedModel
 from quickchange_server.api.prompts import PromptIds
 from quickchange_server.api.schemas import GenerationBody
 from quickchange_server.engine.request import AdapterRef, GenerationRequest, SamplingParams
-from quickchange_server.errors import InvalidRequest
+from quickchange_server.errors import InvalidRequest, NotFound
 
 FINGERPRINT_HEX = 12
 GREEDY_BELOW = 1e-5
@@ -87,12 +87,22 @@ def resolve_model(body: GenerationBody, service: AdapterService, tenant: str) ->
             f"model: {body.model!r} is an adapter; with `adapters` it must be the base",
             param="model",
         )
-    parts = tuple(service.resolve(part.model, tenant=tenant) for part in body.adapters)
-    for place, part in enumerate(parts):
-        if part.kind == "base":
-            where = f"adapters[{place}].model"
-            raise InvalidRequest(f"{where}: {part.served_name!r} is the base", param=where)
+    parts = tuple(
+        _resolve_part(part.model, f"adapters[{place}].model", service, tenant)
+        for place, part in enumerate(body.adapters)
+    )
     return ModelChoice(parts, tuple(part.weight for part in body.adapters))
+
+
+def _resolve_part(name: str, where: str, service: AdapterService, tenant: str) -> ResolvedModel:
+    """Say what an adapter of a mix is. Raises: NotFound, InvalidRequest for the base."""
+    try:
+        part = service.resolve(name, tenant=tenant)
+    except NotFound as error:
+        raise NotFound(str(error), code=error.code, param=where) from error
+    if part.kind == "base":
+        raise InvalidRequest(f"{where}: {part.served_name!r} is the base", param=where)
+    return part
 
 
 def answer_head(prefix: str, model_name: str, base_digest: str, model: ModelChoice) -> AnswerHead:
@@ -133,6 +143,21 @@ def _logit_bias(body: GenerationBody, vocab_size: int) -> tuple[tuple[int, float
             )
         pairs.append((int(key), value))
     return tuple(pairs)
+
+
+def end_ids(body: GenerationBody, vocab_size: int) -> frozenset[int]:
+    """Return the token ids that end an answer beside the model's own.
+
+    Raises: InvalidRequest for one that is none.
+    """
+    for token_id in body.stop_token_ids or ():
+        if not 0 <= token_id < vocab_size:
+            raise InvalidRequest(
+                f"stop_token_ids: {token_id} is not a token id; they are below {vocab_size}",
+                param="stop_token_ids",
+                code="invalid_token_id",
+            )
+    return frozenset(body.stop_token_ids or ())
 
 
 def stop_strings(stop: str | list[str] | None) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ from quickchange_server.api.generation_plan import (
     GenerationPlan,
     ModelChoice,
     answer_head,
+    end_ids,
     engine_requests,
     resolve_model,
     sampling_params,
@@ -121,14 +122,15 @@ def _shared_request(
     logprobs: int | None,
 ) -> GenerationRequest:
     """Return what all choices of a body have in common."""
+    num_ids = vocab_size(services)
     has_echo = isinstance(body, CompletionBody) and bool(body.echo)
     return GenerationRequest(
         request_id=request_id,
         prompt_ids=(),
         adapters=model.adapters,
-        sampling=sampling_params(body, logprobs, vocab_size(services)),
+        sampling=sampling_params(body, logprobs, num_ids),
         min_tokens=body.min_tokens or 0,
-        stop_token_ids=frozenset(body.stop_token_ids or ()),
+        stop_token_ids=end_ids(body, num_ids),
         ignore_eos=bool(body.ignore_eos),
         cache_scope=f"{tenant}/{body.cache_salt or ''}",
         prompt_logprobs=logprobs if has_echo else None,

@@ -35,6 +35,7 @@ async def create_key(body: KeyBody, services: Services, caller: Admin) -> Respon
     return JSONResponse({**key_json(record), "secret": secret}, 201, headers=NOT_STORED)
 
 
+@router.head("", include_in_schema=False)
 @router.get("")
 async def list_keys(
     services: Services,

@@ -20,6 +20,7 @@ Json = dict[str, Any]
 router = APIRouter(tags=["models"], route_class=ScopedRoute)
 
 
+@router.head("/v1/models", include_in_schema=False)
 @router.get("/v1/models")
 async def list_models(services: Services, caller: Generator) -> Json:
     """List the base, the adapters, and their aliases."""
@@ -27,6 +28,7 @@ async def list_models(services: Services, caller: Generator) -> Json:
     return {"object": "list", "data": [model.to_json() for model in models]}
 
 
+@router.head("/v1/models/{model_id:path}", include_in_schema=False)
 @router.get("/v1/models/{model_id:path}")
 async def get_model(model_id: str, services: Services, caller: Generator) -> Json:
     """Show one model; any model string that a request may name."""

@@ -73,6 +73,7 @@ async def metrics(request: Request, services: Services, caller: Scraper) -> Resp
     return Response(text, headers={"content-type": content_type})
 
 
+@router.head("/v1/memory", include_in_schema=False)
 @router.get("/v1/memory")
 async def memory(services: Services, caller: Admin) -> Json:
     """Show bytes by part, and by adapter version: all of them to the tenant default.

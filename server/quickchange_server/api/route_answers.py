@@ -69,17 +69,20 @@ _JSON: Json = {"application/json": {"schema": {}}}
 _DELETED: Json = {
     "202": {"description": "Unknown to new requests; running ones finish", "content": _JSON}
 }
+_NOT_MODIFIED: Json = {"304": {"description": "As `If-None-Match` knows it"}}
 ANSWERS: Mapping[str, Mapping[str, Json]] = {
     **{
         f"POST {path}": {"200": {"description": "The answer", "content": {**_JSON, **_EVENTS}}}
         for path in ("/v1/chat/completions", "/v1/completions", "/")
     },
     "POST /generate_stream": {"200": {"description": "An event a token", "content": _EVENTS}},
+    f"GET {_ADAPTER}": _NOT_MODIFIED,
     f"DELETE {_ADAPTER}": _DELETED,
     f"DELETE {_VERSION}": _DELETED,
     f"GET {_VERSION}/files/{{file}}": {
         "200": {"description": "The file"},
         "206": {"description": "The range of it that was asked for"},
+        **_NOT_MODIFIED,
     },
 }
 """Answers that FastAPI cannot see."""
