@@ -171,7 +171,8 @@ class Attention {
     }
   }
 
-  // Replaces scores by exp(score - the largest), and by zero outside the span; returns their sum.
+  // Replaces scores by exp(score - the largest) as bfloat16, and by zero outside the span, packed to the front of
+  // the scores' memory; returns their sum.
   static float exponentiate(float* scores, const Span& span) {
     __m512 largest = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
     for (int position = span.first; position < span.end; position += kKeys) {
@@ -180,17 +181,18 @@ class Attention {
     }
     const __m512 shift = _mm512_set1_ps(_mm512_reduce_max_ps(largest));
     __m512 total = _mm512_setzero_ps();
-    for (int position = span.first; position < span.end; position += kKeys) {
-      float* at = scores + (position - span.first);
-      const __m512 raised = exp_floats(_mm512_sub_ps(_mm512_loadu_ps(at), shift));
-      const __m512 weights = _mm512_maskz_mov_ps(span.seen(position), raised);
-      _mm512_storeu_ps(at, weights);
-      total = _mm512_add_ps(total, weights);
+    bf16* weights = reinterpret_cast<bf16*>(scores);  // never ahead of what is read
+    for (int position = span.first; position < span.end; position += kKeys, weights += kKeys) {
+      const __m512 raised = exp_of_negative(_mm512_sub_ps(_mm512_loadu_ps(scores + (position - span.first)), shift));
+      const __m512 each = _mm512_maskz_mov_ps(span.seen(position), raised);
+      store_bf16(weights, each);
+      total = _mm512_add_ps(total, each);
     }
     return _mm512_reduce_add_ps(total);
   }
 
-  // out = factor * Σ weight · V for each head, 64 numbers of a head at a time.
+  // out = factor * Σ weight · V for each head, 64 numbers of a head at a time, two positions at a time. What lies
+  // outside the span is not read: it may be anything.
   template <int kHeads>
   void gather(const Span& span, const Heads& heads, const float* factors) const {
     const int width = model_.head_width;
@@ -202,21 +204,32 @@ class Attention {
       for (int h = 0; h < kHeads; ++h) {
         for (int j = 0; j < 4; ++j) sums[h][j] = _mm512_setzero_ps();
       }
-      for (int position = span.start; position < span.end;) {
+      const auto add = [&](int position, const bf16* a, const bf16* b) __attribute__((always_inline)) {
+        const __m512i bits[2][2] = {{load_bits(a + k), load_bits(a + next)}, {load_bits(b + k), load_bits(b + next)}};
+        const bf16* weights = reinterpret_cast<const bf16*>(heads.scores) + (position - span.first);
+        __m512bh values[4];
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; ++j) {
+          values[2 * j] = (__m512bh)_mm512_unpacklo_epi16(bits[0][j], bits[1][j]);
+          values[2 * j + 1] = (__m512bh)_mm512_unpackhi_epi16(bits[0][j], bits[1][j]);
+        }
+#pragma GCC unroll 4
+        for (int h = 0; h < kHeads; ++h) {
+          const __m512bh both = load_pair(weights + static_cast<std::ptrdiff_t>(h) * 2 * heads.stride);
+#pragma GCC unroll 4
+          for (int j = 0; j < 4; ++j) sums[h][j] = _mm512_dpbf16_ps(sums[h][j], values[j], both);
+        }
+      };
+      for (int position = span.start / 2 * 2; position < span.end;) {
         const bf16* rows = heads.values + place(span.token, position);
         const int end = std::min(span.end, (position / kKeys + 1) * kKeys);
-        for (; position < end; ++position, rows += row_width()) {
-          const __m512i low = load_bits(rows + k), high = load_bits(rows + next);
-          const float* weight = heads.scores + (position - span.first);
-#pragma GCC unroll 4
-          for (int h = 0; h < kHeads; ++h) {
-            const __m512 factor = _mm512_set1_ps(weight[static_cast<std::ptrdiff_t>(h) * heads.stride]);
-            sums[h][0] = _mm512_fmadd_ps(factor, even_floats(low), sums[h][0]);
-            sums[h][1] = _mm512_fmadd_ps(factor, odd_floats(low), sums[h][1]);
-            sums[h][2] = _mm512_fmadd_ps(factor, even_floats(high), sums[h][2]);
-            sums[h][3] = _mm512_fmadd_ps(factor, odd_floats(high), sums[h][3]);
-          }
+        // One that is not seen has the weight zero; the other one's numbers stand in for its own.
+        if (position < span.start) {
+          add(position, rows + row_width(), rows + row_width());
+          position += 2, rows += 2 * row_width();
         }
+        for (; position + 1 < end; position += 2, rows += 2 * row_width()) add(position, rows, rows + row_width());
+        if (position < end) add(position, rows, rows), position += 2;
       }
       for (int h = 0; h < kHeads; ++h) {
         const __m512 scale = _mm512_set1_ps(factors[h]);
@@ -228,7 +241,7 @@ class Attention {
 
   static void write(const __m512* sums, __m512 scale, bf16* out) {
     __m512 first, last;
-    interleave(_mm512_mul_ps(sums[0], scale), _mm512_mul_ps(sums[1], scale), &first, &last);
+    in_order(_mm512_mul_ps(sums[0], scale), _mm512_mul_ps(sums[1], scale), &first, &last);
     store_bf16(out, first);
     store_bf16(out + 16, last);
   }
