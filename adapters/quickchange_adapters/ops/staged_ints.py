@@ -4,6 +4,7 @@ What a kernel looks up by address (tables of row blocks, of KV blocks) changes e
 captured step goes on reading where it read when it was captured.
 """
 
+from array import array
 from collections.abc import Sequence
 
 import torch
@@ -18,6 +19,8 @@ class StagedInts:
     ) -> None:
         is_cuda = device.type == "cuda"
         self._host = torch.zeros(capacity, dtype=dtype, pin_memory=is_cuda)
+        self._numbers = self._host.numpy()  # filled from an array: far faster than from a list
+        self._code = "q" if dtype == torch.long else "i"
         self.values: Tensor = torch.zeros_like(self._host, device=device) if is_cuda else self._host
         self._copied = torch.cuda.Event() if is_cuda else None  # type: ignore[no-untyped-call]
 
@@ -32,7 +35,7 @@ class StagedInts:
         assert count <= self.capacity, f"{count} integers where {self.capacity} fit"
         if self._copied is not None:
             self._copied.synchronize()  # the last transfer may not have read the host's copy yet
-        self._host[:count] = torch.tensor(numbers, dtype=self._host.dtype)
+        self._numbers[:count] = array(self._code, numbers)
         if self._copied is not None:
             self.values[:count].copy_(self._host[:count], non_blocking=True)
             self._copied.record()

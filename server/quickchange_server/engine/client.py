@@ -69,6 +69,8 @@ class EngineClient:
         self.max_model_len = _context_limit(runner, settings)
         freeze_rope(base.model, self.max_model_len)
         runner.start_native(self.max_model_len)
+        if base.device.type == "cuda":
+            runner.warm_up()
         self.native_refusal = base.native_refusal
         self.max_requests = settings.max_queue + settings.max_batch_rows
         self._settings = settings

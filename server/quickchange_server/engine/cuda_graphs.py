@@ -112,6 +112,20 @@ class DecodeGraphs:
         """How many steps were captured so far."""
         return len(self._replays)
 
+    def capture_all(self) -> None:
+        """Capture every size now, so that no stream waits for it later; the largest first.
+
+        Smaller ones then find all their memory in the pool.
+        """
+        self._deltas.fill(())
+        num_rows: int = padded_rows(self._max_rows, self._max_rows) or 0
+        while num_rows and not self._is_off:
+            batch = self._inputs.fill(DecodeStep([], [], ()), num_rows)
+            for has_adapters in (True, False):
+                self._replay(batch, num_rows, has_adapters=has_adapters)
+            smaller = 1 << (num_rows - 1).bit_length() - 1
+            num_rows = smaller if smaller >= min(MIN_ROWS, self._max_rows) else 0
+
     def run(self, step: DecodeStep) -> Tensor | None:
         """Return logits [rows, vocabulary], valid until the next call; None: compute it plainly."""
         num_rows = padded_rows(len(step.rows), self._max_rows)
@@ -129,6 +143,8 @@ class DecodeGraphs:
             deltas = self._deltas if has_adapters else None
             if deltas is not None:
                 deltas.launch_for(num_rows)
+            if self._is_off:
+                return None
             try:
                 self._replays[key] = self._capture(lambda: self._forward(batch, deltas))
             except RuntimeError:

@@ -5,6 +5,7 @@ Knows the packed form of a step. Does not know queues, callers or adapters beyon
 
 import logging
 from collections.abc import Sequence as SequenceOf
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ from quickchange_server.engine.attention import (
     ShapeProbe,
     block_bytes,
 )
+from quickchange_server.engine.attention_tiles import KvRow
 from quickchange_server.engine.base_model import BaseModel
 from quickchange_server.engine.cuda_graphs import DecodeBatch, DecodeGraphs
 from quickchange_server.engine.native_step import NativeStep
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 MAX_LENGTH_SPREAD = 2.0
+WARM_UP_TOKENS = 32
 
 
 class ModelRunner:
@@ -90,6 +93,25 @@ class ModelRunner:
             parts = self.base, self.pool, self.storage
             self.native = NativeStep(*parts, self._rules, max_model_len)
             self._find_highest = self.native.highest
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Compile the kernels and capture all decode steps, where there are any to capture.
+
+        It works in the scratch block. Without it, the first requests of each kind and size would
+        wait for seconds, and whoever streams with them.
+        """
+        if self._kernels is None:
+            return
+        device = self.base.device
+        is_cuda = device.type == "cuda"
+        with torch.cuda.device(device) if is_cuda else nullcontext():
+            rows = [KvRow(0, 0, WARM_UP_TOKENS, [0] * WARM_UP_TOKENS)]
+            zeros = torch.zeros(WARM_UP_TOKENS, dtype=torch.long, device=device)
+            step = AttentionStep(self.storage, zeros, tiles=self._kernels.attention.fill(rows))
+            self._run_blocks(self.base.embed(zeros), zeros, step, zeros[:1])
+            if self.graphs is not None:
+                self.graphs.capture_all()
 
     @torch.inference_mode()
     def run(self, rows: SequenceOf[ScheduledRow], merged: MergedCopy | None) -> list[Sample | None]:

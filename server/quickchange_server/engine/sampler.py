@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quickchange_server.engine.batch_sampler import Draw, draw_together
 from quickchange_server.engine.logits import adjust_logits, needs_adjusting
 from quickchange_server.engine.request import SamplingParams, TokenLogprobs
 from quickchange_server.engine.sequence import Sequence
@@ -42,29 +43,72 @@ def highest_of_rows(logits: Tensor) -> tuple[list[float], list[int]]:
 
 
 def sample(
-    logits: Tensor, sequences: SequenceOf[Sequence], find_highest: FindHighest = highest_of_rows
+    logits: Tensor,
+    sequences: SequenceOf[Sequence],
+    find_highest: FindHighest = highest_of_rows,
+    *,
+    is_together: bool | None = None,
 ) -> list[Sample]:
-    """Choose one token per row; logits [rows, vocabulary] float32 are not changed."""
+    """Choose one token per row; logits [rows, vocabulary] float32 are not changed.
+
+    `is_together`: draw for all rows at once, which is faster on a GPU alone; None: there.
+    """
     highest, greedy = find_highest(logits)
+    tokens: dict[int, int] = {}
+    if logits.device.type != "cpu" if is_together is None else is_together:
+        finite = [row for row, each in enumerate(highest) if math.isfinite(each)]
+        tokens = _draw_together(logits, finite, sequences)
     results = []
     for row, sequence in enumerate(sequences):
         if not math.isfinite(highest[row]):
             results.append(Sample(None))
             continue
         try:
-            results.append(_sample_row(logits[row], greedy[row], sequence))
+            token_id = tokens.get(row)
+            if token_id is None:
+                token_id = _token(logits, row, greedy[row], sequence)
+            num_top = sequence.request.sampling.logprobs
+            entry = None if num_top is None else token_logprobs(logits[row], token_id, num_top)
+            results.append(Sample(token_id, entry))
         except Exception as error:
             log.exception("sampling failed for request %s", sequence.request_id)
             results.append(Sample(None, error=type(error).__name__))
     return results
 
 
-def _sample_row(logits: Tensor, greedy: int, sequence: Sequence) -> Sample:
+def _draw_together(
+    logits: Tensor, rows: SequenceOf[int], sequences: SequenceOf[Sequence]
+) -> dict[int, int]:
+    """Draw for those of the rows that are not greedy; none, if that fails for any of them."""
+    draws = {row: _draw(sequences[row]) for row in rows if _is_drawn(sequences[row])}
+    tokens: dict[int, int] = {}
+    try:
+        for has_filter in (False, True):  # those with filters are drawn from sorted weights
+            own = [row for row in draws if draws[row].has_filter is has_filter]
+            if own:
+                wanted = [adjust_logits(logits[row], sequences[row]) for row in own]
+                found = draw_together(torch.stack(wanted), [draws[row] for row in own])
+                tokens |= zip(own, found, strict=True)
+    except Exception:
+        log.exception("rows cannot be drawn together; each is tried by itself")
+        return {}
+    return tokens
+
+
+def _is_drawn(sequence: Sequence) -> bool:
+    return sequence.request.sampling.temperature > 0
+
+
+def _draw(sequence: Sequence) -> Draw:
     params = sequence.request.sampling
-    token_id = greedy
-    if params.temperature > 0 or needs_adjusting(sequence):
-        token_id = _choose(adjust_logits(logits, sequence), sequence)
-    return Sample(token_id, token_logprobs(logits, token_id, params.logprobs))
+    number = uniform(sequence.seed, sequence.request.choice, len(sequence.token_ids))
+    return Draw(number, params.temperature, params.top_k, params.top_p, params.min_p)
+
+
+def _token(logits: Tensor, row: int, greedy: int, sequence: Sequence) -> int:
+    if _is_drawn(sequence) or needs_adjusting(sequence):
+        return _choose(adjust_logits(logits[row], sequence), sequence)
+    return greedy
 
 
 def token_logprobs(logits: Tensor, token_id: int, num_top: int | None) -> TokenLogprobs | None:

@@ -62,6 +62,7 @@ class ScheduledStep:
     """
 
     rows: list[ScheduledRow] = field(default_factory=list)
+    num_taken: int = 0  # of the budget; else every row would add up all before it
     fresh_blocks: list[int] = field(default_factory=list)
     num_preempted: int = 0
     prefix_queries: int = 0
@@ -158,7 +159,7 @@ class Scheduler:
 
     def _share(self, step: ScheduledStep, sequence: Sequence) -> int:
         """How many of its pending tokens a sequence may compute in this step."""
-        budget = self._budget.num_tokens - step.num_tokens
+        budget = self._budget.num_tokens - step.num_taken
         if sequence.request.prompt_logprobs is not None:
             budget = min(budget, MAX_SCORED_TOKENS)
         return min(sequence.num_pending, budget)
@@ -166,9 +167,11 @@ class Scheduler:
     def _append(self, step: ScheduledStep, sequence: Sequence, num_tokens: int) -> None:
         sequence.last_step = self._num_steps
         step.rows.append(ScheduledRow(sequence, sequence.num_computed, num_tokens))
+        step.num_taken += num_tokens
 
     def _preempt(self, step: ScheduledStep, victim: Sequence) -> None:
         step.rows = [row for row in step.rows if row.sequence is not victim]
+        step.num_taken = step.num_tokens
         step.num_preempted += 1
         self.running.remove(victim)
         self._give_back(victim)
@@ -232,7 +235,7 @@ class Scheduler:
         self._admit(step, sequence, slots)
 
     def _has_budget(self, step: ScheduledStep) -> bool:
-        return step.num_tokens < self._budget.num_tokens
+        return step.num_taken < self._budget.num_tokens
 
     def _note_passed_over(self, sequence: Sequence) -> None:
         if sequence.passed_since is None:

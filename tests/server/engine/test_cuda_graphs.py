@@ -154,3 +154,23 @@ def test_a_capture_that_fails_is_not_tried_again(caplog: pytest.LogCaptureFixtur
     recorder.error = None
     assert graphs.run(step_of(2)) is None
     assert "without graphs" in caplog.text
+
+
+def test_all_sizes_can_be_captured_ahead_and_are_those_that_steps_want() -> None:
+    recorder = Recorder()
+    graphs = recorder.graphs()
+    graphs.capture_all()
+    assert recorder.captured == [(n, has) for n in (6, 4, 2) for has in (True, False)]
+    for num_rows in range(1, MAX_ROWS + 1):
+        assert graphs.run(step_of(num_rows)) is not None
+        assert graphs.run(step_of(num_rows, [BLOCK])) is not None
+    assert graphs.num_captured == 6
+
+
+def test_capturing_ahead_ends_with_the_first_failure() -> None:
+    recorder = Recorder(error=RuntimeError("out of memory"))
+    graphs = recorder.graphs()
+    graphs.capture_all()
+    recorder.error = None
+    graphs.capture_all()
+    assert recorder.captured == []

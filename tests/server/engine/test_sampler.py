@@ -1,6 +1,7 @@
 """Sampling: greedy, filters, reproducible draws, penalties, log probabilities."""
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -111,3 +112,37 @@ def test_logprobs_are_the_models_own() -> None:
     values, ids = expected.topk(5)
     assert [token for token, _ in result.logprobs.top] == ids.tolist()
     assert [value for _, value in result.logprobs.top] == pytest.approx(values.tolist())
+
+
+@pytest.mark.parametrize("num", [1, 40])
+def test_rows_drawn_together_get_the_tokens_that_each_gets_alone(num: int) -> None:
+    filters: list[dict[str, Any]] = [
+        {},
+        {"top_k": 7},
+        {"top_p": 0.6},
+        {"min_p": 0.2},
+        {"top_k": 30, "top_p": 0.5, "min_p": 0.1},
+        {"temperature": 0},
+        {"repetition_penalty": 1.5, "logit_bias": ((3, 2.0),)},
+    ]
+    generator = torch.Generator().manual_seed(num)
+    logits = 3 * torch.randn(num, 400, generator=generator)
+    if num > 2:
+        logits[2, 5] = float("nan")
+    for shift in range(len(filters)):
+        sequences = [
+            sequence_of(seed, (3, 4), **{"temperature": 0.8, **filters[(seed + shift) % 7]})
+            for seed in range(num)
+        ]
+        alone = sample(logits, sequences, is_together=False)
+        assert sample(logits, sequences, is_together=True) == alone
+
+
+def test_a_row_that_cannot_be_drawn_hurts_only_itself() -> None:
+    sequences = [sequence_of(seed, temperature=1.0) for seed in range(3)]
+    sequences[1].request = replace(
+        sequences[1].request, sampling=SamplingParams(logit_bias=((999, 1.0),))
+    )
+    results = sample(torch.randn(3, 20), sequences, is_together=True)
+    assert [result.error is None for result in results] == [True, False, True]
+    assert results[0].token_id is not None

@@ -194,3 +194,17 @@ async def test_adapters_reach_every_group_of_fused_blocks(
     ]
     requests = [ask(module, 6, (module, 1.0)) for module in modules]
     await assert_agree(tiny_base, [*requests, ask("base", 6)], weights)
+
+
+def test_a_warm_runner_has_captured_its_steps_and_touched_the_scratch_block_alone(
+    tiny_base: Path,
+) -> None:
+    settings = EngineSettings(kernels="triton", max_batch_rows=4)
+    base = load_base(tiny_base, settings)
+    pool = AdapterPool(base.layout, MIB, base.dtype, base.device)
+    runner = ModelRunner(base, pool, MIB, settings.kv_block_size, settings)
+    runner.warm_up()
+    assert runner.graphs is not None
+    assert runner.graphs.num_captured == 4
+    assert runner.storage.keys[0][0].any()
+    assert not any(each[1:].any() for each in (*runner.storage.keys, *runner.storage.values))
