@@ -3,7 +3,9 @@
 No files and no downloads: what is compared and timed does not depend on the weights' values.
 """
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,14 +92,31 @@ class Answer:
 
 
 class Recorder:
-    """Keeps every step."""
+    """Keeps every step, and when it was over."""
 
     def __init__(self) -> None:
         self.steps: list[StepStats] = []
+        self.ends_s: list[float] = []
+
+    def clear(self) -> None:
+        """Forget all."""
+        self.steps.clear()
+        self.ends_s.clear()
 
     def on_step(self, stats: StepStats) -> None:
         """Take note of one finished step."""
         self.steps.append(stats)
+        self.ends_s.append(time.perf_counter())
+
+    def decode_periods_s(self, num_rows: int) -> list[float]:
+        """Return the time from step to step while so many rows decode: host work included."""
+        is_full = [s.kind == "decode" and s.num_rows == num_rows for s in self.steps]
+        both = zip(is_full, is_full[1:], strict=False)
+        return [
+            self.ends_s[index + 1] - self.ends_s[index]
+            for index, (one, other) in enumerate(both)
+            if one and other
+        ]
 
     def on_activation(self, seconds: float) -> None:
         """Do nothing."""
@@ -135,14 +154,28 @@ def random_adapter(base: BaseModel, rank: int, seed: int) -> AdapterWeights:
     return AdapterWeights(f"adapter-{seed}", pairs)
 
 
+class TimedBase(BaseModel):
+    """A base whose digest is made up: hashing 16 GB takes longer than most of what is timed."""
+
+    def checksum(self) -> str:
+        """Return any digest."""
+        return "0" * 64
+
+
 class GpuEngine:
     """An engine without a thread: every step runs in the call of `run`."""
 
-    def __init__(self, family: str, values: dict[str, Any], settings: EngineSettings) -> None:
+    def __init__(
+        self,
+        family: str,
+        values: dict[str, Any],
+        settings: EngineSettings,
+        make_base: type[BaseModel] = BaseModel,
+    ) -> None:
         register_attention()
         device, dtype = torch.device(settings.device), getattr(torch, settings.dtype)
         model = random_model(family, values, dtype, device, ATTENTION_NAME)
-        self.base = BaseModel(model, settings)
+        self.base = make_base(model, settings)
         self.pool = AdapterPool(
             self.base.layout, settings.adapter_device_bytes, dtype, self.base.device
         )
@@ -161,25 +194,49 @@ class GpuEngine:
         adapter = pack_adapter(weights, self.base.layout, self.base.dtype, self.base.bias_of)
         if self.base.device.type == "cuda":
             adapter = pin_adapter(adapter)
+        return self.add_packed(adapter)
+
+    def add_packed(self, adapter: HostAdapter) -> HostAdapter:
+        """Keep a packed version in host memory."""
         self._engine.residency.add_host(adapter)
         return adapter
 
     @torch.inference_mode()
-    def run(self, rows: Sequence[Row], num_tokens: int, num_logprobs: int | None) -> list[Answer]:
-        """Answer all rows at once, greedily. Raises: RuntimeError if one of them fails."""
+    def run(
+        self,
+        rows: Sequence[Row],
+        num_tokens: int,
+        num_logprobs: int | None,
+        *,
+        is_resident: bool = True,
+        on_step: Callable[[], object] = lambda: None,
+    ) -> list[Answer]:
+        """Answer all rows, greedily, as many at once as fit.
+
+        `is_resident`: their adapters are brought to the device before; else as in serving, while
+        steps run. `on_step` is called between steps.
+
+        Raises: RuntimeError if one of them fails.
+        """
         self._outputs.clear()
-        self.recorder.steps.clear()
-        names = [self._add(row, num_tokens, num_logprobs) for row in rows]
-        unfinished = set(names)
-        while unfinished:
+        self.recorder.clear()
+        names = [self._add(row, num_tokens, num_logprobs, is_resident) for row in rows]
+        num_seen, num_left = 0, len(names)
+        while num_left:
             self._engine.step()
-            for output in self._outputs:
+            on_step()
+            for output in self._outputs[num_seen:]:
                 if output.failure is not None:
                     raise RuntimeError(f"{output.request_id} failed: {output.failure.message}")
-            unfinished -= {o.request_id for o in self._outputs if o.finish_reason is not None}
-        return [self._answer(name) for name in names]
+                num_left -= output.finish_reason is not None
+            num_seen = len(self._outputs)
+        return [] if num_logprobs is None else [self._answer(name) for name in names]
 
-    def _add(self, row: Row, num_tokens: int, num_logprobs: int | None) -> str:
+    def activate(self, digest: str) -> "Future[bool]":
+        """Begin to bring a version to the device, as a hint does in serving."""
+        return self._engine.residency.activate(digest)
+
+    def _add(self, row: Row, num_tokens: int, num_logprobs: int | None, is_resident: bool) -> str:
         self._num_requests += 1
         name = f"request-{self._num_requests}"
         adapters = tuple(AdapterRef(f"adapter-{index}", weight) for index, weight in row.adapters)
@@ -190,7 +247,8 @@ class GpuEngine:
         refusal = self._engine.residency.claim(request)
         if refusal is not None:
             raise RuntimeError(f"{name} was refused: {refusal.message}")
-        self._activate(adapters)
+        if is_resident:
+            self._activate(adapters)
         self._engine.add(request)
         return name
 

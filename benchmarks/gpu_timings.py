@@ -1,14 +1,13 @@
-"""How fast is the GPU's path? Kernels by themselves, pool loads, and whole steps of the engine.
+"""How fast are the GPU's kernels by themselves, and the plain ways beside them?
 
 Kernels are timed in a captured graph, so that what launches them does not count; several inputs
 take turns, so that what is read does not stay in the cache. All figures are medians.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
 
 import torch
 from quickchange_adapters.arena import RowRange
@@ -19,17 +18,13 @@ from quickchange_adapters.plan import RowBlock, Term, build_plan
 from quickchange_adapters.pool import AdapterPool, Slot
 from quickchange_server.engine.attention import KvShape, KvStorage, Rule
 from quickchange_server.engine.attention_tiles import KvRow
-from quickchange_server.engine.settings import EngineSettings
 from quickchange_server.engine.triton_attention import TritonAttention
 from torch.nn import functional
-
-from benchmarks.gpu_engine import MIB, SHAPES, GpuEngine, Row, random_adapter, random_prompt
 
 NUM_REPEATS = 30
 NUM_INPUTS = 4
 BLOCK_SIZE = 16
 Timing = tuple[str, str, str]
-Scenario = tuple[int, int]  # rows, adapters
 
 
 def time_s(compute: Callable[[int], object], device: torch.device) -> float:
@@ -177,79 +172,3 @@ def _dense_seconds(num_rows: int, length: int, device: torch.device, dtype: torc
         functional.scaled_dot_product_attention(query, key, value, enable_gqa=True)
 
     return time_s(attend, device)
-
-
-def engine_timings(
-    device: torch.device, dtype: str, shape: str, scenarios: Sequence[Scenario]
-) -> list[Timing]:
-    """Time decode steps and prefill of a whole model: captured, eager, and with plain kernels."""
-    timings: list[Timing] = []
-    variants: dict[str, dict[str, Any]] = {
-        "graphs": {"kernels": "triton"},
-        "eager": {"kernels": "triton", "cuda_graphs": False},
-        "plain": {"kernels": "plain"},
-    }
-    for name, values in variants.items():
-        engine = GpuEngine("llama", SHAPES[shape], _settings(device, dtype, values))
-        loads = [_load_seconds(engine, seed) for seed in range(max(a for _, a in scenarios))]
-        if name == "graphs" and loads:
-            num_bytes = engine.pool.slots[0].num_bytes
-            note = f"{num_bytes / MIB:.0f} MiB, {num_bytes / median(loads) / 1e9:.1f} GB/s"
-            timings.append(("pool load of one adapter", f"{1e3 * median(loads):.2f} ms", note))
-        for num_rows, num_adapters in scenarios:
-            seconds = _decode_seconds(engine, num_rows, num_adapters)
-            title = f"{shape} decode, {name}: {num_rows} rows, {num_adapters or 'no'} adapters"
-            timings.append((title, f"{1e3 * seconds:.2f} ms", f"{num_rows / seconds:.0f} tokens/s"))
-        prefill = _prefill_seconds(engine)
-        timings.append((f"{shape} prefill, {name}: 1024 tokens", f"{1e3 * prefill:.1f} ms", ""))
-        del engine
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    return timings
-
-
-def _settings(device: torch.device, dtype: str, values: dict[str, Any]) -> EngineSettings:
-    return EngineSettings(
-        device=str(device),
-        dtype=dtype,
-        kv_cache_bytes=2048 * MIB if device.type == "cuda" else 32 * MIB,
-        adapter_device_bytes=2048 * MIB if device.type == "cuda" else 32 * MIB,
-        adapter_host_bytes=8192 * MIB,
-        max_step_tokens=2048,
-        max_batch_rows=32,
-        merged_bytes=0,
-        **values,
-    )
-
-
-def _load_seconds(engine: GpuEngine, seed: int) -> float:
-    """Load a new adapter into the pool and wait for it."""
-    adapter = engine.add_adapter(random_adapter(engine.base, 16, seed))
-    started = time.perf_counter()
-    slots = engine.pool.acquire(adapter)
-    if engine.base.device.type == "cuda":
-        torch.cuda.synchronize(engine.base.device)
-    seconds = time.perf_counter() - started
-    assert slots is not None
-    engine.pool.release(slots[0])
-    return seconds
-
-
-def _decode_seconds(engine: GpuEngine, num_rows: int, num_adapters: int) -> float:
-    """Return the median of full decode steps, after a run that captures and compiles."""
-    rows = [
-        Row(random_prompt(64, row), ((row % num_adapters, 1.0),) if num_adapters else ())
-        for row in range(num_rows)
-    ]
-    engine.run(rows, 4, None)
-    engine.run(rows, 32, None)
-    steps = engine.recorder.steps
-    return median(s.seconds for s in steps if s.kind == "decode" and s.num_rows == num_rows)
-
-
-def _prefill_seconds(engine: GpuEngine) -> float:
-    seconds = []
-    for seed in range(4):
-        engine.run([Row(random_prompt(1024, seed))], 1, None)
-        seconds.append(sum(step.seconds for step in engine.recorder.steps))
-    return median(seconds[1:])

@@ -112,6 +112,11 @@ class DecodeGraphs:
         """How many steps were captured so far."""
         return len(self._replays)
 
+    def captured(self, num_rows: int, *, has_adapters: bool) -> Replay | None:
+        """Return the captured step that so many rows take, if there is one: to be timed."""
+        padded = padded_rows(num_rows, self._max_rows)
+        return None if padded is None else self._replays.get((padded, has_adapters))
+
     def capture_all(self) -> None:
         """Capture every size now, so that no stream waits for it later; the largest first.
 
