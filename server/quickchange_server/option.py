@@ -22,6 +22,7 @@ BYTE_UNITS = {"": 1, "b": 1} | {
     for unit, base in (("", 1000), ("b", 1000), ("i", 1024), ("ib", 1024))
 }
 
+ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#@\s*]+")
 NO_STORES = ("http", "https", "memory", "local", "ftp")
 """What fsspec knows and what keeps no uploads: it cannot be written to, or forgets."""
 CATALOG_SCHEMES = ("sqlite:///", "postgresql://", "postgres://", "postgresql+psycopg://")
@@ -213,6 +214,18 @@ def read_catalog(value: object) -> str:
     if not isinstance(value, str) or not value.strip().startswith(CATALOG_SCHEMES):
         raise ValueError("must be sqlite:///PATH or postgresql://USER:PASSWORD@HOST:PORT/DATABASE")
     return value.strip()
+
+
+def read_origins(value: object) -> tuple[str, ...]:
+    """Read origins as browsers send them. A star is none: it would let every page in."""
+    origins = tuple(text.strip().lower().removesuffix("/") for text in read_list(value))
+    for origin in origins:
+        if not ORIGIN.fullmatch(origin):
+            raise ValueError(
+                f"has {origin!r}, but must name origins such as https://app.example:8443, "
+                "without a path or a star"
+            )
+    return origins
 
 
 def read_list(value: object) -> tuple[str, ...]:

@@ -267,7 +267,7 @@ class ServerConfig:
     )
     cors_origin: tuple[str, ...] = option(
         (),
-        o.read_list,
+        o.read_origins,
         "Origin whose pages may call this server; may be repeated.",
         HTTP,
         metavar="ORIGIN",

@@ -3,11 +3,13 @@
 import hashlib
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 from quickchange_client import (
     NO_RETRIES,
+    ArgumentInvalid,
     Conflict,
     ConnectionFailed,
     ContextLengthExceeded,
@@ -65,6 +67,27 @@ def test_what_came_in_headers_is_kept(client: Quickchange, adapter_folder: Path)
     assert answer.meta.ignored_fields == ("tempreature",)
     assert answer.meta.request_id == "req-2"
     assert client.chat(BASE, "x").meta.adapter_digest is None
+
+
+@pytest.mark.parametrize("given", ["\ud800", float("nan"), object()])
+def test_what_no_json_holds_is_an_error_of_the_tree(
+    client: Quickchange, fake_server: FakeServer, given: Any
+) -> None:
+    with pytest.raises(ArgumentInvalid, match="cannot be sent"):
+        client.chat(BASE, "Hello", extra_body={"field": given})
+    assert fake_server.requests == []
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/versions/1", "../keys"])
+def test_a_name_never_leads_to_another_route(
+    client: Quickchange, fake_server: FakeServer, name: str
+) -> None:
+    for call in (client.adapters.get, client.adapters.delete, client.adapters.merge):
+        with pytest.raises(ArgumentInvalid, match="names nothing"):
+            call(name)
+    with pytest.raises(ArgumentInvalid, match="names nothing"):
+        client.adapters.delete_alias("a", name)
+    assert fake_server.requests == []
 
 
 def test_errors_are_those_of_the_answer(client: Quickchange) -> None:

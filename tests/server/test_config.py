@@ -309,6 +309,14 @@ def test_base_is_called_by_the_last_part_of_its_path(model: str, name: str) -> N
     assert ServerConfig(model=model, served_model_name="x").base_name == "x"
 
 
+def test_origins_are_those_that_browsers_send() -> None:
+    found = load_config({"cors_origin": "https://A.example/,http://b:3000"}, {}).cors_origin
+    assert found == ("https://a.example", "http://b:3000")
+    for wrong in ("*", "foo", "a.example", "https://*.example", "https://a/b", "null", "https://"):
+        with pytest.raises(ConfigInvalid, match="must name origins such as"):
+            load_config({"cors_origin": wrong}, {})
+
+
 def test_two_listeners_need_two_ports() -> None:
     with pytest.raises(ConfigInvalid, match="--admin-port 8000 is also --port"):
         load_config({"admin_port": "8000"}, {})

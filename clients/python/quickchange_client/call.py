@@ -242,10 +242,17 @@ def _if_match(etag: str | None) -> dict[str, str]:
 
 
 def _adapter_path(name: str, *more: str) -> str:
-    return "/".join(["/v1/adapters", *(quote(_segment(part), safe="") for part in (name, *more))])
+    return "/".join(["/v1/adapters", *(quote(_name(part), safe="") for part in (name, *more))])
 
 
 def _segment(text: str) -> str:
     if text in ("", ".", ".."):
         raise ArgumentInvalid(f"{text!r} names nothing; give a name such as 'sentiment'")
     return text
+
+
+def _name(text: str) -> str:
+    """Return a segment that is one at the server too, which reads `%2F` as a slash."""
+    if "/" in text:
+        raise ArgumentInvalid(f"{text!r} names nothing: no name holds a slash")
+    return _segment(text)

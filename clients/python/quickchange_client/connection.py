@@ -3,7 +3,7 @@
 import importlib.metadata
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncIterable, Callable, Iterable, Mapping
 from itertools import count
 from typing import Any
 
@@ -16,6 +16,7 @@ from quickchange_client.call import Call
 from quickchange_client.errors import (
     AnswerInvalid,
     ApiError,
+    ArgumentInvalid,
     ConnectionFailed,
     ErrorBody,
     Problem,
@@ -77,9 +78,7 @@ class Connection:
         raise AssertionError("count() ended")
 
     def _try(self, call: Call[AnswerT], is_stream: bool) -> Outcome:
-        request = self._http.build_request(
-            call.method, call.path, content=call.form, **_request_options(call)
-        )
+        request = _built(self._http.build_request, call, call.form)
         try:
             response = self._http.send(request, stream=is_stream)
             if not response.is_success:
@@ -136,9 +135,7 @@ class AsyncConnection:
 
     async def _try(self, call: Call[AnswerT], is_stream: bool) -> Outcome:
         content = None if call.form is None else AsyncMultipartBody(call.form)
-        request = self._http.build_request(
-            call.method, call.path, content=content, **_request_options(call)
-        )
+        request = _built(self._http.build_request, call, content)
         try:
             response = await self._http.send(request, stream=is_stream)
             if not response.is_success:
@@ -223,6 +220,18 @@ def _answered_error(response: httpx.Response) -> ApiError:
         value = None
     message = f"{response.url} answered HTTP {response.status_code}: {_shown(response.text)}"
     return error_from_json(value, **more) or api_error(ErrorBody(message, **more))
+
+
+def _built(
+    build: Callable[..., httpx.Request],
+    call: Call[AnswerT],
+    content: Iterable[bytes] | AsyncIterable[bytes] | None,
+) -> httpx.Request:
+    """Return the request of a call. Raises: ArgumentInvalid for what no JSON or header can hold."""
+    try:
+        return build(call.method, call.path, content=content, **_request_options(call))
+    except (TypeError, ValueError) as error:
+        raise ArgumentInvalid(f"what was given cannot be sent: {error}") from error
 
 
 def _request_options(call: Call[AnswerT]) -> dict[str, Any]:
