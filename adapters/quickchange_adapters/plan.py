@@ -34,6 +34,23 @@ class RowBlock:
         return self.end - self.start
 
 
+def join_blocks(blocks: Sequence[RowBlock], max_rows: int | None = None) -> list[RowBlock]:
+    """Join neighbours with the same adapters and weights, as far as a block may be long."""
+    joined: list[RowBlock] = []
+    for block in blocks:
+        last = joined[-1] if joined else None
+        if (
+            last is not None
+            and last.end == block.start
+            and last.terms == block.terms
+            and (max_rows is None or block.end - last.start <= max_rows)
+        ):
+            joined[-1] = RowBlock(last.start, block.end, block.terms)
+        else:
+            joined.append(block)
+    return joined
+
+
 @dataclass(frozen=True, slots=True)
 class DenseWindow:
     """One group's active rows for the leading blocks of a step.

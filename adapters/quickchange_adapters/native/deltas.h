@@ -74,7 +74,7 @@ class GroupDeltas {
     int first_token, end_token;
   };
 
-  static constexpr int kUnitRows = 16, kUnitTokens = 16;
+  static constexpr int kUnitRows = 8, kUnitTokens = 16;
   static constexpr int kTogether = 4;  // tokens that share what is read of B
   static constexpr int kPieceShift = 4;
   static constexpr std::size_t kMostLines = 32768;  // 2 MiB: what is fetched too early is lost again

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from quickchange_adapters.ops.staged_ints import StagedInts
-from quickchange_adapters.plan import RowBlock, Term
+from quickchange_adapters.plan import RowBlock, Term, join_blocks
 
 RANK_TILE = 16
 MAX_BLOCK_ROWS = 16
@@ -68,7 +68,7 @@ class DeltaTables:
     def fill(self, blocks: Sequence[RowBlock]) -> int:
         """Take the leading short blocks, as many as fit; return how many were taken."""
         num_taken = self._num_fitting(blocks)
-        joined = _join(blocks[:num_taken])
+        joined = join_blocks(blocks[:num_taken], MAX_BLOCK_ROWS)
         tables = [_kind_table(kind, joined) for kind in self.kinds]
         self.num_items = max((table.num_items for table in tables), default=0)
         self.num_blocks = len(joined)
@@ -88,23 +88,6 @@ class DeltaTables:
 def _num_items(kind: str, block: RowBlock) -> int:
     ranges = [term.slot.ranges.get(kind) for term in block.terms]
     return sum(-(-rows.num_rows // RANK_TILE) for rows in ranges if rows is not None)
-
-
-def _join(blocks: Sequence[RowBlock]) -> list[RowBlock]:
-    """Join neighbours with the same adapters and weights, as far as a block may be long."""
-    joined: list[RowBlock] = []
-    for block in blocks:
-        last = joined[-1] if joined else None
-        if (
-            last is not None
-            and last.end == block.start
-            and last.terms == block.terms
-            and block.end - last.start <= MAX_BLOCK_ROWS
-        ):
-            joined[-1] = RowBlock(last.start, block.end, block.terms)
-        else:
-            joined.append(block)
-    return joined
 
 
 def _kind_table(kind: str, blocks: Sequence[RowBlock]) -> _KindTable:

@@ -55,11 +55,8 @@ class KvStorage:
         place = like.dtype, like.device
         self.keys = [lazy_zeros((*rows, s.num_heads, s.key_dim), *place) for s in shapes]
         self.values = [lazy_zeros((*rows, s.num_heads, s.value_dim), *place) for s in shapes]
-
-    @property
-    def num_bytes(self) -> int:
+        self.num_bytes = sum(tensor.nbytes for tensor in (*self.keys, *self.values))
         """Bytes of all layers."""
-        return sum(t.nbytes for t in (*self.keys, *self.values))
 
     def resident_bytes(self) -> int:
         """Return how much of it is in memory now, on a CPU: blocks that were ever written."""

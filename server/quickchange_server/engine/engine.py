@@ -166,7 +166,7 @@ class Engine:
 
     def _run_groups(self, step: ScheduledStep, outputs: list[TokenOutput]) -> None:
         """Run what was scheduled: in one step, or merged adapters' rows in steps of their own."""
-        step.rows.sort(key=lambda row: row.num_tokens > 1)
+        step.rows.sort(key=lambda row: (row.num_tokens > 1, row.sequence.request.adapters))
         rows, seconds = step.rows, 0.0
         for group in self.groups.split(rows):
             self._hand_out(outputs)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from quickchange_adapters.merge import MergedCopy
 from quickchange_adapters.ops.deltas import add_embedding, add_head
-from quickchange_adapters.plan import StepPlan, StepTables, build_plan
+from quickchange_adapters.plan import StepPlan, StepTables, build_plan, join_blocks
 from quickchange_adapters.pool import AdapterPool
 from torch import Tensor
 
@@ -150,7 +150,7 @@ class ModelRunner:
         """Return float32 logits; the vocabulary's two ends of adapters are added here."""
         step = packed.native_input(self.base)
         if merged is None:
-            step.blocks = packed.row_blocks
+            step.blocks = join_blocks(packed.row_blocks)
         logits, hidden = native.run(step, merged)
         if merged is None:
             for block in packed.head_blocks():

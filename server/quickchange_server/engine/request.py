@@ -8,7 +8,7 @@ from quickchange_adapters.names import DEFAULT_TENANT
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, order=True)
 class AdapterRef:
     """One adapter of a request: the version's digest, and its weight in the mix."""
 

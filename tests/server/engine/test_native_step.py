@@ -15,6 +15,7 @@ import torch
 from quickchange_adapters.weights import AdapterWeights, LoraPair
 from quickchange_server.engine.base_model import UnsupportedBase, load_base
 from quickchange_server.engine.client import EngineClient
+from quickchange_server.engine.native_step import NativeStep, StepInput
 from quickchange_server.engine.request import AdapterRef, GenerationRequest, SamplingParams
 from quickchange_server.engine.settings import EngineSettings
 from safetensors.torch import load_file, save_file
@@ -250,6 +251,24 @@ async def test_a_merged_copy_answers_as_its_adapter_and_the_base_stays(
             torch.testing.assert_close(merged, unmerged, atol=0.1, rtol=0)
             assert not torch.equal(merged, unmerged)
         assert await engine.base_checksum() == engine.base.digest
+
+
+async def test_rows_of_one_adapter_are_computed_together(
+    base_of: Any, folders_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: set[tuple[int, ...]] = set()
+    run = NativeStep.run
+
+    def noting_run(native: NativeStep, step: StepInput, merged: Any) -> Any:
+        if len(step.positions) == 5:
+            sizes.add(tuple(block.num_rows for block in step.blocks))
+        return run(native, step, merged)
+
+    monkeypatch.setattr(NativeStep, "run", noting_run)
+    asked = [ask(f"r{i}", prompt_of(9, i), i % 2, num=40) for i in range(4)]
+    async with serving(base_of("llama"), folders_of("llama")) as engine:
+        await run_all(engine, [*asked, ask("base", prompt_of(9, 4), num=40)])
+    assert sizes == {(2, 2)}
 
 
 async def test_a_neighbours_overflow_stays_alone(base_of: Any, folders_of: Any) -> None:
