@@ -12,6 +12,7 @@ through every section with tiny sizes; with TRITON_INTERPRET=1 in Triton's inter
 """
 
 import argparse
+import faulthandler
 import os
 import sys
 from pathlib import Path
@@ -27,6 +28,8 @@ from benchmarks.machine import Machine
 from benchmarks.report import Report
 
 BUDGET_S = 570.0
+GRACE_S = 15.0
+"""Behind the budget; then whatever hangs is shown and ended."""
 
 
 def parsed_options() -> argparse.Namespace:
@@ -64,6 +67,8 @@ def parsed_options() -> argparse.Namespace:
 def main() -> None:
     """Run what was asked for, and report."""
     options = parsed_options()
+    faulthandler.dump_traceback_later(options.budget + GRACE_S, exit=True)
+    sys.setswitchinterval(1e-4)  # as the server has it: loads go on beside steps
     session = Session(options.budget, options.out)
     device = torch.device(options.device)
     if device.type == "cuda":
@@ -80,6 +85,7 @@ def main() -> None:
     print(f"\n{report.markdown()}")
     print(f"left out: {', '.join(session.left_out) or 'nothing'}")
     print(f"failed: {', '.join(session.failures) or 'nothing'}; {session.left_s:.0f} s are left")
+    faulthandler.cancel_dump_traceback_later()
     sys.exit(bool(session.failures))
 
 

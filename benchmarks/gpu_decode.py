@@ -6,8 +6,9 @@ included; `on the device`: the captured step replayed by itself.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import median
 
 from quickchange_server.engine.settings import EngineSettings
@@ -106,10 +107,10 @@ class Timed:
         engine.runner.warm_up()
         return cls(engine, ceilings, sizes)
 
-    def decode(self, scenarios: Sequence[Scenario]) -> Iterator[Row]:
+    def decode(self, scenarios: Sequence[Scenario]) -> Iterator[Callable[[], Row]]:
         """Time decode steps; a base's own scenario comes before those that are compared with it."""
         for scenario in scenarios:
-            yield self._decode(scenario)
+            yield partial(self._decode, scenario)
 
     def prefill(self) -> Iterator[Row]:
         """Time steps of one long prompt, for the base and for an adapter."""

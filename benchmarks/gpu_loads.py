@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import median
 
 import torch
@@ -71,10 +72,10 @@ class Loads:
                 {"rank": rank, "bytes": num_bytes, "seconds": seconds, "share": share},
             )
 
-    def gaps(self) -> Iterator[Row]:
+    def gaps(self) -> Iterator[Callable[[], Row]]:
         """Measure the longest time between two steps of streams that others' loads run beside."""
-        yield self._gap("nothing else", lambda: None)
-        adapter = self._template(64)
+        yield partial(self._gap, "nothing else", lambda: None)
+        adapter, small = self._template(64), self._template(16)
         names = itertools.count(FIRST_GAP)
 
         def load() -> None:
@@ -82,8 +83,8 @@ class Loads:
             self.timed.engine.add_packed(replace(adapter, digest=name))
             self.timed.engine.activate(name)
 
-        yield self._gap("loads of rank 64", load)
-        yield self._gap("pinning of host memory", lambda: _beside(adapter))
+        yield partial(self._gap, "loads of rank 64", load)
+        yield partial(self._gap, "pinning of rank 16", lambda: _beside(small))
 
     def many(self) -> Iterator[Row]:
         """Compare a few adapters with thousands, uniformly drawn, in turns."""

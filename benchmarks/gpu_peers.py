@@ -94,10 +94,10 @@ class Peers:
         self._parts = "llama", SHAPES[shape], dtype, device
         self._model: Any = None
 
-    def static(self, works: list[Work]) -> Iterator[Row]:
+    def static(self, works: list[Work]) -> Iterator[Callable[[], Row]]:
         """Time `generate`: all rows start and end together."""
         for work in works:
-            yield work.row("transformers, static", self._generate(self._base(), work, {}))
+            yield partial(self._static, work)
 
     def continuous(self, works: list[Work]) -> Iterator[Row]:
         """Time `generate_batch`, which is transformers' continuous batching."""
@@ -140,6 +140,9 @@ class Peers:
                 names = {"adapter_names": [f"a{row % work.num_adapters}" for row in rows]}
             yield work.row("PEFT", self._generate(model, work, names))
 
+    def _static(self, work: Work) -> Row:
+        return work.row("transformers, static", self._generate(self._base(), work, {}))
+
     def _base(self) -> Any:
         if self._model is None:
             self._model = random_model(*self._parts, "sdpa")
@@ -152,9 +155,10 @@ class Peers:
 
         config = LoraConfig(r=16, lora_alpha=16, target_modules=TARGETS, init_lora_weights=False)
         options = {"autocast_adapter_dtype": False}
-        model = get_peft_model(self._base(), config, adapter_name="a0", **options)
-        for index in range(1, count):
-            model.add_adapter(f"a{index}", config, **options)
+        with torch.device(self._parts[3]):  # thousands of small matrices, drawn where they stay
+            model = get_peft_model(self._base(), config, adapter_name="a0", **options)
+            for index in range(1, count):
+                model.add_adapter(f"a{index}", config, **options)
         return model.eval()
 
     def _generate(self, model: Any, work: Work, keywords: dict[str, Any]) -> Outcome:

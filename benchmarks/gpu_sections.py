@@ -23,7 +23,8 @@ from benchmarks.gpu_peers import Peers, Work, ours
 from benchmarks.gpu_session import Row, Section, Session
 from benchmarks.gpu_timings import attention_timings, delta_timings
 
-KINDS = ("checks", "ceilings", "decode", "loads", "peers", "kernels")
+KINDS = ("checks", "ceilings", "decode", "loads", "kernels", "peers")
+MAX_PEFT_ADAPTERS = 8
 CHECKS_HEADER = ("comparison", "error", "limit", "verdict")
 KERNELS_HEADER = ("kernel", "median", "")
 PRODUCTS_HEADER = ("matrix", "rows", "time", "of the memory's bandwidth")
@@ -72,7 +73,7 @@ class Plan:
         name: str,
         header: tuple[str, ...],
         needs_s: float,
-        rows: Callable[[], Iterable[Row]],
+        rows: Callable[[], Iterable[Row | Callable[[], Row]]],
     ) -> list[Row]:
         return self._session.run(Section(name, header, needs_s, rows))
 
@@ -124,7 +125,9 @@ class Plan:
         prompt, answer = self._sizes.prompt_tokens, self._sizes.answer_tokens
         few, many = self._sizes.batches[1], self._sizes.batches[-2]
         base = [Work(rows, 0, prompt, answer) for rows in (1, few, many)]
-        adapted = [Work(rows, rows, prompt, answer) for rows in (1, few, many)]
+        adapted = [
+            Work(rows, min(rows, MAX_PEFT_ADAPTERS), prompt, answer) for rows in (1, few, many)
+        ]
         self._section("Quickchange", PEERS_HEADER, 10, lambda: ours(timed, [*base, *adapted]))
         peers = Peers(self._shape, self._dtype, self._device)
         for name, needs_s, measure, works in (

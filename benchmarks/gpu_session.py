@@ -29,13 +29,14 @@ class Row:
 class Section:
     """A table of a run: its rows come one by one, each as soon as it was measured.
 
-    `needs_s`: how long it takes at most; it is left out where less time is left.
+    A row that is still to be measured comes as a function: if that fails, the others go on.
+    `needs_s`: how long all take at most; the section is left out where less time is left.
     """
 
     name: str
     header: tuple[str, ...]
     needs_s: float
-    rows: Callable[[], Iterable[Row]]
+    rows: Callable[[], Iterable[Row | Callable[[], Row]]]
 
 
 @dataclass(slots=True)
@@ -72,16 +73,25 @@ class Session:
         print(f"\n## {section.name} ({self.left_s:.0f} s left)", flush=True)
         rows: list[Row] = []
         try:
-            for row in section.rows():
-                rows.append(row)
-                self._note({"section": section.name, **row.values})
-                print("  " + " | ".join(row.cells), flush=True)
+            for each in section.rows():
+                row = each if isinstance(each, Row) else self._measured(section.name, each)
+                if row is not None:
+                    rows.append(row)
+                    self._note({"section": section.name, **row.values})
+                    print("  " + " | ".join(row.cells), flush=True)
         except Exception as error:
             self.fail(section.name, error)
         if rows:
             table = markdown_table(section.header, [row.cells for row in rows])
             self.tables.append(f"#### {section.name}\n\n{table}")
         return rows
+
+    def _measured(self, name: str, measure: Callable[[], Row]) -> Row | None:
+        try:
+            return measure()
+        except Exception as error:
+            self.fail(name, error)
+            return None
 
     def fail(self, name: str, error: Exception) -> None:
         """Take note of a failure, and show where it was."""

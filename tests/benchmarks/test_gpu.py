@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,17 @@ def test_a_failed_section_keeps_its_rows_and_the_rest_goes_on(
     assert "no such thing" in capsys.readouterr().out
     assert [each for each in records_of(tmp_path) if "failed" in each]
     assert len(session.tables) == 2
+
+
+def test_a_row_that_cannot_be_measured_leaves_the_others(tmp_path: Path) -> None:
+    def fail() -> Row:
+        raise RuntimeError("out of memory")
+
+    session = Session(100, tmp_path)
+    own = [partial(Row, (str(n),), {"n": n}) for n in range(2)]
+    rows = session.run(Section("mixed", ("n",), 1, lambda: [own[0], fail, own[1]]))
+    assert [row.values["n"] for row in rows] == [0, 1]
+    assert session.failures == ["mixed"]
 
 
 def test_a_section_that_needs_more_time_than_is_left_is_left_out_and_named(tmp_path: Path) -> None:
