@@ -1,12 +1,13 @@
 """What the machine can do at most: memory, matrix products, the bus. Everything else is a share."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
 
 import torch
+from quickchange_adapters.ops.triton_product import MAX_ROWS, product
 from torch import Tensor
 from torch.nn import functional
 
@@ -40,19 +41,33 @@ class Ceilings:
         self.bus = num_bytes / 4 / self._bus_seconds(num_bytes // 4)
         yield _rate("bus: pinned host memory to device", self.bus, 1e9, "GB/s")
 
-    def products(self, shapes: dict[str, tuple[int, int]], rows: list[int]) -> Iterator[Row]:
-        """Time the base's own products as they are, at several numbers of rows."""
+    def products(
+        self, shapes: dict[str, tuple[int, int]], rows: list[int]
+    ) -> Iterator[Callable[[], Row]]:
+        """Time the base's own products, the library's and Triton's, at several numbers of rows."""
         for name, (out, width) in shapes.items():
             # several matrices take turns, so that none stays in the cache
             weights = [self._random(out, width) for _ in range(4)]
             for num_rows in rows:
                 x = self._random(num_rows, width)
-                seconds = seconds_of(partial(_all, x, weights), self.device) / len(weights)
-                share = weights[0].nbytes / seconds / self.memory
-                yield Row(
-                    (name, str(num_rows), f"{1e6 * seconds:.1f} µs", f"{share:.0%}"),
-                    {"matrix": name, "rows": num_rows, "seconds": seconds, "share": share},
-                )
+                times = [partial(_all, x, weights, functional.linear)]
+                if num_rows <= MAX_ROWS:
+                    times.append(partial(_all, x, weights, _skinny))
+                yield partial(self._product_row, name, num_rows, times, weights)
+
+    def _product_row(
+        self,
+        name: str,
+        num_rows: int,
+        computes: Sequence[Callable[[], None]],
+        weights: list[Tensor],
+    ) -> Row:
+        count = len(weights)
+        seconds = [captured_seconds_of(each, self.device) / count for each in computes]
+        shares = [weights[0].nbytes / each / self.memory for each in seconds]
+        cells = [f"{1e6 * s:.1f} µs, {share:.0%}" for s, share in zip(seconds, shares, strict=True)]
+        values = {"matrix": name, "rows": num_rows, "seconds": seconds, "shares": shares}
+        return Row((name, str(num_rows), cells[0], cells[1] if len(cells) > 1 else "–"), values)
 
     def _memory_rates(self, num_bytes: int) -> tuple[float, float]:
         source = torch.randn(num_bytes // 4, device=self.device)
@@ -93,9 +108,25 @@ def _once(compute: Callable[[], object], device: torch.device) -> float:
     return elapsed_ms / 1e3
 
 
-def _all(x: Tensor, weights: list[Tensor]) -> None:
+def captured_seconds_of(compute: Callable[[], object], device: torch.device) -> float:
+    """Return the median seconds of one call, launched from a graph where there is a GPU."""
+    if device.type != "cuda":
+        return seconds_of(compute, device)
+    compute()
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        compute()
+    return seconds_of(graph.replay, device)
+
+
+def _all(x: Tensor, weights: list[Tensor], multiply: Callable[[Tensor, Tensor], Tensor]) -> None:
     for weight in weights:
-        functional.linear(x, weight)
+        multiply(x, weight)
+
+
+def _skinny(x: Tensor, weight: Tensor) -> Tensor:
+    return product(x, weight, None)
 
 
 def _rate(name: str, value: float, unit: float, title: str) -> Row:

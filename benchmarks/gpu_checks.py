@@ -16,6 +16,7 @@ from quickchange_adapters.host_adapter import pack_adapter
 from quickchange_adapters.layout import AdapterLayout, GroupShape, Place
 from quickchange_adapters.ops.deltas import add_deltas, add_reference, start_deltas
 from quickchange_adapters.ops.triton_deltas import TritonDeltas
+from quickchange_adapters.ops.triton_product import product
 from quickchange_adapters.plan import RowBlock, Term, build_plan
 from quickchange_adapters.pool import AdapterPool, Slot
 from quickchange_adapters.weights import AdapterWeights, LoraPair
@@ -78,6 +79,8 @@ def all_checks(
         title = f"attention, {_name(dtype)}, {shape.num_groups} x {shape.key_dim}, "
         title += f"window {rule.window}, cap {rule.softcap}"
         yield title, partial(_attention_check, title, device, dtype, shape, rule)
+    for dtype in (half, torch.float32):
+        yield f"product, {_name(dtype)}", partial(_product_check, device, dtype)
     yield "draws", lambda: [draws_check(device)]
     if device.type == "cuda":
         yield "far offsets", lambda: far_checks(device, half)
@@ -97,6 +100,14 @@ def attention_variants(half: torch.dtype) -> Iterator[tuple[torch.dtype, KvShape
 def _delta_check(device: torch.device, dtype: torch.dtype) -> list[Check]:
     error = deltas_error(device, dtype)
     return [Check(f"deltas, {_name(dtype)}", error, KERNEL_TOLERANCE[dtype])]
+
+
+def _product_check(device: torch.device, dtype: torch.dtype) -> list[Check]:
+    x, weight = torch.randn(7, 3000, device=device), torch.randn(500, 3000, device=device)
+    actual = product(x.to(dtype), weight.to(dtype), None)
+    expected = x.to(dtype).double() @ weight.to(dtype).double().t()
+    error = relative_error(actual, expected.float())
+    return [Check(f"product of few rows, {_name(dtype)}", error, KERNEL_TOLERANCE[dtype])]
 
 
 def _attention_check(
@@ -264,6 +275,7 @@ def engine_checks(device: torch.device, family: str) -> Iterator[Check]:
 OTHER_WAYS: dict[str, dict[str, bool]] = {
     "eager": {"cuda_graphs": False},
     "blocks that are not fused": {"cuda_graphs": False, "fused_layers": False},
+    "products of few rows": {"skinny_products": True},
 }
 
 

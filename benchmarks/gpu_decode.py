@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from statistics import median
 
+from quickchange_adapters.ops.triton_product import MAX_ROWS, SkinnyWeight
 from quickchange_server.engine.settings import EngineSettings
 
 from benchmarks.gpu_adapters import MIXED_RANKS, add_named, template
@@ -24,6 +25,7 @@ HEADER = (
     *("rows", "adapters", "context", "step", "on the device", "tokens/s"),
     *("roofline", "share", "on the device", "of the base's"),
 )
+FEW_HEADER = ("product", *HEADER)
 PREFILL_HEADER = ("prompt", "adapters", "step", "TFLOP/s", "of the matrix peak")
 FIRST_MIXED = 1000
 NUM_ADAPTERS = 64
@@ -81,6 +83,8 @@ class Timed:
     ceilings: Ceilings
     sizes: Sizes
     base_shares: dict[tuple[int, int], float] = field(default_factory=dict)
+    product: str = "the library's products"
+    _few: dict[bool, list[float]] = field(default_factory=lambda: {True: [], False: []})
 
     @classmethod
     def of(
@@ -97,6 +101,7 @@ class Timed:
             max_step_tokens=sizes.prefill_tokens,
             max_batch_rows=max(sizes.batches),
             merged_bytes=0,
+            skinny_products=has_kernels,
         )
         engine = GpuEngine("llama", SHAPES[shape], settings, TimedBase)
         parts = engine.base.dtype, ceilings.device
@@ -106,6 +111,33 @@ class Timed:
         add_named(engine, mixed, FIRST_MIXED, NUM_ADAPTERS)
         engine.runner.warm_up()
         return cls(engine, ceilings, sizes)
+
+    def few_rows(self) -> Iterator[Callable[[], Row]]:
+        """Time the base's steps of few rows with either product, and keep what is faster."""
+        numbers = [n for n in self.sizes.batches if n <= MAX_ROWS]
+        for num_rows, is_on in itertools.product(numbers, (False, True)):
+            yield partial(self._few_rows, num_rows, is_on)
+        is_whole = len(self._few[True]) == len(numbers)  # none of them failed
+        self._set_skinny(is_whole and sum(self._few[True]) < sum(self._few[False]))
+
+    def _few_rows(self, num_rows: int, is_on: bool) -> Row:
+        self._set_skinny(is_on)
+        row = self._decode(Scenario(num_rows, 0, self.sizes.prompt_tokens))
+        self._few[is_on].append(row.values["step_s"])
+        title = "Triton's product" if is_on else "the library's product"
+        return Row((title, *row.cells), {"product": title, **row.values})
+
+    def _set_skinny(self, is_on: bool) -> None:
+        """Choose the product of few rows for steps that are captured from now on."""
+        base, graphs = self.engine.base, self.engine.runner.graphs
+        weights = [group.weight for group in base.groups.values()]
+        weights += [] if base.head is None else [base.head.resident]
+        for weight in weights:
+            if isinstance(weight, SkinnyWeight):
+                weight.max_rows = MAX_ROWS if is_on else 0
+        if graphs is not None:
+            graphs.forget()
+        self.product = "Triton's product for few rows" if is_on else "the library's products"
 
     def decode(self, scenarios: Sequence[Scenario]) -> Iterator[Callable[[], Row]]:
         """Time decode steps; a base's own scenario comes before those that are compared with it."""
@@ -135,6 +167,7 @@ class Timed:
 
     def _decode(self, scenario: Scenario) -> Row:
         requests, answer = scenario.requests(), self.sizes.answer_tokens
+        self.engine.run(requests, 4, None)  # compiles and captures what is new
         self.engine.run(requests, answer, None)
         step_s = median(self.engine.recorder.decode_periods_s(scenario.num_rows))
         device_s = self._replay_s(scenario)

@@ -9,14 +9,15 @@ import torch
 from benchmarks.gpu_ceilings import HEADER as CEILINGS_HEADER
 from benchmarks.gpu_ceilings import Ceilings
 from benchmarks.gpu_checks import run_checks
-from benchmarks.gpu_decode import HEADER as DECODE_HEADER
 from benchmarks.gpu_decode import (
+    FEW_HEADER,
     PREFILL_HEADER,
     Sizes,
     Timed,
     long_scenarios_of,
     scenarios_of,
 )
+from benchmarks.gpu_decode import HEADER as DECODE_HEADER
 from benchmarks.gpu_loads import GAP_HEADER, LOAD_HEADER, MANY_HEADER, Counts, Loads
 from benchmarks.gpu_peers import HEADER as PEERS_HEADER
 from benchmarks.gpu_peers import Peers, Work, ours
@@ -27,7 +28,7 @@ KINDS = ("checks", "ceilings", "decode", "loads", "kernels", "peers")
 MAX_PEFT_ADAPTERS = 8
 CHECKS_HEADER = ("comparison", "error", "limit", "verdict")
 KERNELS_HEADER = ("kernel", "median", "")
-PRODUCTS_HEADER = ("matrix", "rows", "time", "of the memory's bandwidth")
+PRODUCTS_HEADER = ("matrix", "rows", "the library's, of the memory's bandwidth", "Triton's")
 
 
 class WrongResult(RuntimeError):
@@ -110,6 +111,9 @@ class Plan:
     def _decode(self) -> None:
         timed = self._engine()
         short, long = scenarios_of(self._sizes), long_scenarios_of(self._sizes)
+        self._section("Products of few rows", FEW_HEADER, 15, timed.few_rows)
+        print(f"from here on: {timed.product}", flush=True)
+        self._session.note("product", timed.product)
         self._section("Decode steps", DECODE_HEADER, 60, lambda: timed.decode(short))
         self._section("Prefill", PREFILL_HEADER, 10, timed.prefill)
         self._section("Long contexts", DECODE_HEADER, 15, lambda: timed.decode(long))
@@ -148,13 +152,13 @@ class Plan:
         self._section("Deltas", KERNELS_HEADER, 20, lambda: map(_row, delta_timings(*parts)))
         self._section("Attention", KERNELS_HEADER, 15, lambda: map(_row, attention_timings(*parts)))
 
-    def _products(self) -> Iterator[Row]:
+    def _products(self) -> Iterator[Callable[[], Row]]:
         base = self._engine().engine.base
         shapes = {
             kind: (shape.out_features, shape.in_features)
             for kind, shape in base.layout.groups.items()
         }
-        return self._ceilings.products(shapes, [1, *self._sizes.batches[1:]])
+        return self._ceilings.products(shapes, [1, 2, *self._sizes.batches[1:]])
 
 
 def _row(timing: tuple[str, str, str]) -> Row:

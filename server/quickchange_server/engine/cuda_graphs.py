@@ -112,6 +112,10 @@ class DecodeGraphs:
         """How many steps were captured so far."""
         return len(self._replays)
 
+    def forget(self) -> None:
+        """Drop what was captured: what steps launch has changed."""
+        self._replays.clear()
+
     def captured(self, num_rows: int, *, has_adapters: bool) -> Replay | None:
         """Return the captured step that so many rows take, if there is one: to be timed."""
         padded = padded_rows(num_rows, self._max_rows)

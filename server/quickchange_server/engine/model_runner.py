@@ -284,8 +284,10 @@ class ModelRunner:
         is_cuda = self.base.device.type == "cuda"
         if settings.kernels in ("plain", "native") or (settings.kernels == "auto" and not is_cuda):
             return None
-        from quickchange_server.engine.triton_kernels import TritonKernels
+        from quickchange_server.engine.triton_kernels import TritonKernels, use_skinny_products
 
+        if settings.skinny_products:
+            use_skinny_products(self.base)
         parts = self.pool, self.storage, self.kv_shapes, settings.max_batch_rows
         return TritonKernels(*parts, self.base.max_model_len)
 

@@ -33,6 +33,7 @@ class EngineSettings:
         group_merged: whether a merged adapter's rows may run in steps of their own (on a CPU).
         auto_merge: whether it is counted what merged copies would bring.
         fused_layers: whether blocks of Llama's shape run as fused kernels, where Triton's run.
+        skinny_products: whether few rows take a product of Triton's, where its kernels run.
         cuda_graphs: whether decode steps are captured and replayed, where Triton's kernels run.
     """
 
@@ -57,4 +58,5 @@ class EngineSettings:
     group_merged: bool = True
     auto_merge: bool = False
     fused_layers: bool = True
+    skinny_products: bool = False
     cuda_graphs: bool = True

@@ -2,11 +2,14 @@
 
 from collections.abc import Sequence
 
+from quickchange_adapters.ops.linear_weight import PlainWeight
 from quickchange_adapters.ops.triton_deltas import TritonDeltas
+from quickchange_adapters.ops.triton_product import SkinnyWeight
 from quickchange_adapters.pool import AdapterPool
 
 from quickchange_server.engine.attention import KvShape, KvStorage
 from quickchange_server.engine.attention_tiles import HEADER_INTS, max_row_ints
+from quickchange_server.engine.base_model import BaseModel
 from quickchange_server.engine.cuda_graphs import (
     Capture,
     DecodeGraphs,
@@ -16,6 +19,15 @@ from quickchange_server.engine.cuda_graphs import (
     compute_again,
 )
 from quickchange_server.engine.triton_attention import TritonAttention
+
+
+def use_skinny_products(base: BaseModel) -> None:
+    """Give the base's plain matrices, in place, a product of their own for few rows."""
+    for group in base.groups.values():
+        if isinstance(group.weight, PlainWeight):
+            group.weight = SkinnyWeight(group.weight.dense())
+    if base.head is not None and isinstance(base.head.resident, PlainWeight):
+        base.head.resident = SkinnyWeight(base.head.resident.dense())
 
 
 class TritonKernels:

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 import triton
-from quickchange_adapters.ops import triton_deltas
+from quickchange_adapters.ops import triton_deltas, triton_product
 from quickchange_server.engine import triton_attention_kernels, triton_pointwise
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -54,6 +54,13 @@ def deltas(role: str) -> dict[str, Variant]:
     }
 
 
+def product() -> dict[str, int | bool]:
+    """Constants of the product of few rows."""
+    columns, inner = triton_product.BLOCK_COLUMNS, triton_product.BLOCK_INNER
+    blocks = {"BLOCK_COLUMNS": columns, "BLOCK_INNER": inner, "ROW_TILE": triton_product.MAX_ROWS}
+    return {**blocks, "WIDTH": 4096, "NUM_COLUMNS": 6144, "HAS_BIAS": True}
+
+
 def variants() -> dict[str, Variant]:
     """Every kernel as a base of 8 billion launches it, and attention with all it can do."""
     kernels, pointwise = triton_attention_kernels, triton_pointwise
@@ -64,7 +71,9 @@ def variants() -> dict[str, Variant]:
     gated = {"WIDTH": 14336, "TILE": pointwise.GATED_TILE, "IS_GELU": False}
     plain, rich = attention(128, 16, has_extras=False), attention(96, 64, has_extras=True)
     long, odd = attention(128, 64, has_extras=False), attention(96, 16, has_extras=True)
+    options = {"num_warps": triton_product.NUM_WARPS, "num_stages": triton_product.NUM_STAGES}
     return {
+        "product": (triton_product._product, product(), options),
         **{name: each for role in WIDTHS for name, each in deltas(role).items()},
         "pieces": (kernels.attend_pieces, plain, {"num_stages": 3}),
         "pieces, window and cap": (kernels.attend_pieces, odd, {"num_stages": 3}),
@@ -80,7 +89,7 @@ def variants() -> dict[str, Variant]:
 POINTERS = {"table": "*i32", "tiles": "*i32", "slots": "*i64"}
 WIDE = ("hidden", "partial_mixed", "partial_stats")
 FLOATS = ("scaling", "softcap", "epsilon")
-INTEGERS = ("window", "x_stride", "y_stride", "head_stride", "token_stride")
+INTEGERS = ("window", "num_rows", "x_stride", "y_stride", "head_stride", "token_stride")
 
 
 def type_of(kernel: triton.JITFunction, name: str) -> str:

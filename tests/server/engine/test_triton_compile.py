@@ -26,7 +26,7 @@ def usages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Usage]:
     )
     assert done.returncode == 0, done.stderr
     found: dict[str, Usage] = json.loads(done.stdout)
-    assert len(found) == 32
+    assert len(found) == 34
     return found
 
 
@@ -45,12 +45,12 @@ def test_no_kernel_of_a_decode_step_spills_registers(usages: dict[str, Usage]) -
 
 def test_what_reads_weights_and_kv_reads_sixteen_bytes_at_a_time(usages: dict[str, Usage]) -> None:
     """Triton falls back to one number a load where it cannot see that a column is aligned."""
-    readers = ("shrink", "expand", "pieces", "tiles", "norm", "gated")
+    readers = ("shrink", "expand", "product", "pieces", "tiles", "norm", "gated")
     narrow = {n: e for n, e in usages.items() if e["widest_load_bytes"] < 16}
     assert {n: e for n, e in narrow.items() if n.startswith(readers)} == {}
 
 
-@pytest.mark.parametrize("kernel", ["shrink", "expand", "pieces"])
+@pytest.mark.parametrize("kernel", ["shrink", "expand", "pieces", "product"])
 def test_enough_bytes_are_in_flight_to_keep_the_memory_busy(
     usages: dict[str, Usage], kernel: str
 ) -> None:

@@ -196,6 +196,17 @@ async def test_adapters_reach_every_group_of_fused_blocks(
     await assert_agree(tiny_base, [*requests, ask("base", 6)], weights)
 
 
+async def test_products_of_few_rows_change_no_answer(tiny_base: Path) -> None:
+    plain = await answers(tiny_base, [ask("a", 5), ask("b", 3)], [], kernels="triton")
+    settings: dict[str, Any] = {"kernels": "triton", "skinny_products": True}
+    skinny = await answers(tiny_base, [ask("a", 5), ask("b", 3)], [], **settings)
+    for expected, actual in zip(plain, skinny, strict=True):
+        assert actual.token_ids == expected.token_ids
+        torch.testing.assert_close(
+            full_logprobs(actual), full_logprobs(expected), atol=1e-4, rtol=0
+        )
+
+
 def test_a_warm_runner_has_captured_its_steps_and_touched_the_scratch_block_alone(
     tiny_base: Path,
 ) -> None:
