@@ -1,7 +1,6 @@
 """Keys in the catalog: what is kept, who must be able to make more, and two changes at once."""
 
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,24 +9,12 @@ from quickchange_adapters.catalog import Catalog
 from quickchange_adapters.errors import AdminKeyNeeded, LastAdminKey, NotInCatalog
 from quickchange_adapters.key_catalog import KeyCatalog
 
-
-class Clock:
-    now = 1_000_000.0
-
-    def __call__(self) -> float:
-        return self.now
+from tests.adapters.conftest import Clock
 
 
 @pytest.fixture
-def catalog(catalog_url: str) -> Iterator[Catalog]:
-    catalog = Catalog(catalog_url)
-    yield catalog
-    catalog.close()
-
-
-@pytest.fixture
-def keys(catalog: Catalog) -> KeyCatalog:
-    return KeyCatalog(catalog.database, Clock())
+def keys(catalog: Catalog, clock: Clock) -> KeyCatalog:
+    return KeyCatalog(catalog.database, clock)
 
 
 def a_key(*scopes: Any, **changes: Any) -> KeyRecord:

@@ -1,7 +1,6 @@
 """What versions are to be: rules in the catalog, whoever reads them."""
 
 import sqlite3
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,13 +9,6 @@ from quickchange_adapters.errors import NotInCatalog, RevisionChanged, VersionDi
 from quickchange_adapters.records import AdapterRecord, VersionRecord
 
 from tests.adapters.test_catalog import publish
-
-
-@pytest.fixture
-def catalog(catalog_url: str) -> Iterator[Catalog]:
-    catalog = Catalog(catalog_url)
-    yield catalog
-    catalog.close()
 
 
 @pytest.fixture
