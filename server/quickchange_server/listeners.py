@@ -11,7 +11,7 @@ import logging
 import signal
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from types import FrameType
 
@@ -22,6 +22,8 @@ from quickchange_server.drain import Drain
 from quickchange_server.errors import CannotStart
 
 KEEP_ALIVE_S = 75
+CUT_OFF_S = 5.0
+"""For the step that runs when the time is over; one that hangs is not waited for."""
 CLOSE_S = 1
 """For answers that are being written when everything is finished."""
 log = logging.getLogger(__name__)
@@ -63,7 +65,8 @@ class ApiServer(uvicorn.Server):
         )
         if num_left:
             log.warning("%d requests did not finish in time and are cut off", num_left)
-            await self._cut_off()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._cut_off(), CUT_OFF_S)
 
 
 class AdminServer(uvicorn.Server):

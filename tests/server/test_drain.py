@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 from fastapi import FastAPI
-from quickchange_server import serving
+from quickchange_server import listeners, serving
 from quickchange_server.api.drain_guard import DrainGuard
 from quickchange_server.config import load_config
 from quickchange_server.drain import Drain
@@ -178,6 +178,23 @@ def handles_sigterm(pid: int) -> bool:
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     caught = next(line.split()[1] for line in lines if line.startswith("SigCgt"))
     return bool(int(caught, 16) >> (signal.SIGTERM - 1) & 1)
+
+
+async def test_an_engine_that_hangs_does_not_hold_up_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(listeners, "CUT_OFF_S", 0.05)
+    drain, hangs = Drain(), asyncio.Event()
+
+    async def cut_off() -> None:
+        await hangs.wait()
+
+    server = ApiServer(FastAPI(), drain, DrainTimes(0.0, 0.0), cut_off)
+    server.config.load()
+    server.should_exit = True
+    with drain.accepted():
+        await asyncio.wait_for(server.main_loop(), 20)
+    assert drain.is_begun
 
 
 async def never() -> None:
