@@ -111,9 +111,10 @@ class Plan:
     def _decode(self) -> None:
         timed = self._engine()
         short, long = scenarios_of(self._sizes), long_scenarios_of(self._sizes)
-        self._section("Products of few rows", FEW_HEADER, 15, timed.few_rows)
-        print(f"from here on: {timed.product}", flush=True)
-        self._session.note("product", timed.product)
+        if self._has_kernels:
+            self._section("Products of few rows", FEW_HEADER, 15, timed.few_rows)
+            print(f"from here on: {timed.product}", flush=True)
+            self._session.note("product", timed.product)
         self._section("Decode steps", DECODE_HEADER, 60, lambda: timed.decode(short))
         self._section("Prefill", PREFILL_HEADER, 10, timed.prefill)
         self._section("Long contexts", DECODE_HEADER, 15, lambda: timed.decode(long))

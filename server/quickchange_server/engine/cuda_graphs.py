@@ -105,6 +105,7 @@ class DecodeGraphs:
         self._max_rows = max_rows
         self._capture = capture
         self._replays: dict[tuple[int, bool], Replay] = {}
+        self._forgotten: list[dict[tuple[int, bool], Replay]] = []
         self._is_off = False
 
     @property
@@ -113,8 +114,12 @@ class DecodeGraphs:
         return len(self._replays)
 
     def forget(self) -> None:
-        """Drop what was captured: what steps launch has changed."""
-        self._replays.clear()
+        """Capture anew from now on: what steps launch has changed.
+
+        The old ones stay, unused: PyTorch does not take up a memory pool that all have left.
+        """
+        self._forgotten.append(self._replays)
+        self._replays = {}
 
     def captured(self, num_rows: int, *, has_adapters: bool) -> Replay | None:
         """Return the captured step that so many rows take, if there is one: to be timed."""

@@ -1,5 +1,6 @@
 """What a captured decode step reads where, and when a step is captured. Captures nothing itself."""
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -174,3 +175,15 @@ def test_capturing_ahead_ends_with_the_first_failure() -> None:
     recorder.error = None
     graphs.capture_all()
     assert recorder.captured == []
+
+
+def test_forgotten_steps_are_captured_anew_and_the_old_ones_stay_alive() -> None:
+    recorder = Recorder()
+    graphs = recorder.graphs()
+    graphs.run(step_of(2))
+    before = weakref.ref(graphs.captured(2, has_adapters=False))
+    graphs.forget()
+    assert graphs.captured(2, has_adapters=False) is None
+    graphs.run(step_of(2))
+    assert recorder.captured == [(2, False), (2, False)]
+    assert before() is not None
