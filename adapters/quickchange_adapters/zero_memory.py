@@ -46,6 +46,14 @@ def give_back(part: Tensor) -> None:
         _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
 
 
+def touch(part: Tensor) -> None:
+    """Have the system give memory for a contiguous part of lazy zeros, all of which is still zero.
+
+    In place, on a CPU: a zero is written to each page.
+    """
+    part.view(-1).view(torch.uint8)[:: mmap.PAGESIZE] = 0
+
+
 def resident_bytes(tensor: Tensor) -> int:
     """Return how much of a CPU tensor is in memory now; all of it where the system cannot tell."""
     page, start = mmap.PAGESIZE, tensor.data_ptr()

@@ -165,9 +165,10 @@ class AdapterLoader:
     def _known_as_loading(self, versions: Iterable[VersionRecord]) -> Iterator[None]:
         """Have versions count as being loaded while they are sized, and wait for common room."""
         cold = {each.digest: each for each in versions if not self._engine.is_loaded(each.digest)}
+        starts = {digest: self._start_of(version) for digest, version in cold.items()}
         self._mixing.update(cold.keys())
-        for digest, version in cold.items():  # to size one is to fetch it
-            self._starts.setdefault(digest, self._start_of(version))
+        for digest, start in starts.items():  # to size one is to fetch it
+            self._starts.setdefault(digest, start)
         try:
             yield
         finally:

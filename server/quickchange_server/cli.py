@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -68,9 +69,9 @@ def serve(**flags: Any) -> None:
         from quickchange_server.base_folder import resolve_base
 
         base_folder = resolve_base(config.model, config.revision, config.cache_folder)
-        from quickchange_server.serving import bound_exit, run_server
+        from quickchange_server.serving import DRAINED_EXIT_S, bound_exit, run_server
 
-        run_server(config, base_folder, keyring)
+        run_server(config, base_folder, keyring, partial(bound_exit, DRAINED_EXIT_S))
         bound_exit()
 
 

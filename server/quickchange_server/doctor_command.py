@@ -209,14 +209,13 @@ def _catalog(config: ServerConfig) -> Iterator[Finding]:
     from quickchange_adapters.catalog_engine import open_engine
     from sqlalchemy import inspect
 
-    from quickchange_server.storage import SQLITE_PREFIX
+    from quickchange_server.storage import sqlite_file
 
     url = config.catalog_url
-    if url.startswith(SQLITE_PREFIX):
-        file = Path(url.removeprefix(SQLITE_PREFIX))
-        if not file.exists():
-            yield Finding("catalog", "ok", f"SQLite {file}, made at the start")
-            return
+    file = sqlite_file(url)
+    if file is not None and not file.exists():
+        yield Finding("catalog", "ok", f"SQLite {file}, made at the start")
+        return
     engine = open_engine(url)
     try:
         num_tables = len(inspect(engine).get_table_names())

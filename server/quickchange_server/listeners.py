@@ -41,11 +41,20 @@ class ApiServer(uvicorn.Server):
     """Serves the API until a signal, then drains."""
 
     def __init__(
-        self, app: FastAPI, drain: Drain, times: DrainTimes, cut_off: Callable[[], Awaitable[None]]
+        self,
+        app: FastAPI,
+        drain: Drain,
+        times: DrainTimes,
+        cut_off: Callable[[], Awaitable[None]],
+        when_drained: Callable[[], None] = lambda: None,
     ) -> None:
-        """`cut_off` ends what did not finish in time, so that its callers are told."""
+        """`cut_off` ends what did not finish in time, so that its callers are told.
+
+        `when_drained` is called when nothing more is waited for but the parts of the server.
+        """
         super().__init__(_uvicorn_config(app))
         self._cut_off = cut_off
+        self._when_drained = when_drained
         self._drain = drain
         self._times = times
 
@@ -67,6 +76,7 @@ class ApiServer(uvicorn.Server):
             log.warning("%d requests did not finish in time and are cut off", num_left)
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._cut_off(), CUT_OFF_S)
+        self._when_drained()
 
 
 class AdminServer(uvicorn.Server):

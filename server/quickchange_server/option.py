@@ -218,7 +218,7 @@ def read_catalog(value: object) -> str:
 
 def read_origins(value: object) -> tuple[str, ...]:
     """Read origins as browsers send them. A star is none: it would let every page in."""
-    origins = tuple(text.strip().lower().removesuffix("/") for text in read_list(value))
+    origins = tuple(_origin(text) for text in read_list(value))
     for origin in origins:
         if not ORIGIN.fullmatch(origin):
             raise ValueError(
@@ -226,6 +226,13 @@ def read_origins(value: object) -> tuple[str, ...]:
                 "without a path or a star"
             )
     return origins
+
+
+def _origin(text: str) -> str:
+    """Spell an origin as browsers do: in small letters, without the scheme's own port."""
+    origin = text.strip().lower().removesuffix("/")
+    port = ":443" if origin.startswith("https://") else ":80"
+    return origin.removesuffix(port)
 
 
 def read_list(value: object) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -63,13 +63,19 @@ from quickchange_server.upload_quotas import UploadQuotas
 
 READY_POLL_S = 0.02
 EXIT_S = 10.0
+DRAINED_EXIT_S = 30.0
 Listeners = tuple[socket.socket, socket.socket | None]
 """The API's, and the operators'."""
 CUDA_WARNING = "CUDA: written, not yet run on hardware"
 
 
-def run_server(config: ServerConfig, base_folder: Path, keyring: Keyring) -> None:
-    """Serve until a signal asks to stop.
+def run_server(
+    config: ServerConfig,
+    base_folder: Path,
+    keyring: Keyring,
+    when_drained: Callable[[], None] = lambda: None,
+) -> None:
+    """Serve until a signal asks to stop; `when_drained` is called when the last request ended.
 
     Raises: CannotStart.
     """
@@ -85,7 +91,7 @@ def run_server(config: ServerConfig, base_folder: Path, keyring: Keyring) -> Non
         app = create_app(services)
         restore_affinity()
         times = DrainTimes(config.drain_delay, config.drain_timeout)
-        server = ApiServer(app, app.state.drain, times, services.engine.stop)
+        server = ApiServer(app, app.state.drain, times, services.engine.stop, when_drained)
         with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
             runner.run(_serve(app, server, (listener, admin_listener), config))
         if tracer is not None:
@@ -301,7 +307,8 @@ def _spelling(adapter: StaticAdapter) -> str:
 def bound_exit(seconds: float = EXIT_S) -> None:
     """End this process with code 0 after so long, whatever threads still wait for.
 
-    A store or catalog that does not answer holds a thread, and Python would wait for that.
+    A store or catalog that does not answer holds a thread, or a device that hangs the engine's, and
+    Python would wait for that.
     """
     timer = threading.Timer(seconds, _leave)
     timer.daemon = True
@@ -309,7 +316,7 @@ def bound_exit(seconds: float = EXIT_S) -> None:
 
 
 def _leave() -> None:
-    _say("left calls to a store or catalog that did not answer")
+    _say("left what did not answer: a store, a catalog or the engine")
     sys.stdout.flush()
     os._exit(0)
 

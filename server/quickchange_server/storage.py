@@ -38,8 +38,9 @@ def open_existing_storage(config: ServerConfig) -> tuple[Store, Catalog]:
             f"--store {config.store_folder}: there is no store in this folder; name the one that "
             "`quickchange serve` was given"
         )
-    if config.catalog_url.startswith(SQLITE_PREFIX):
-        _check_sqlite_file(Path(config.catalog_url.removeprefix(SQLITE_PREFIX)))
+    file = sqlite_file(config.catalog_url)
+    if file is not None:
+        _check_sqlite_file(file)
     try:
         if config.store_url is None:
             return LocalStore(config.store_folder), Catalog(config.catalog_url)
@@ -102,7 +103,15 @@ def _open_catalog(config: ServerConfig) -> Catalog:
 
 def is_new_catalog(url: str) -> bool:
     """Whether a catalog is a file that is not there yet; what a database holds is not asked."""
-    return url.startswith(SQLITE_PREFIX) and not Path(url.removeprefix(SQLITE_PREFIX)).exists()
+    file = sqlite_file(url)
+    return file is not None and not file.exists()
+
+
+def sqlite_file(url: str) -> Path | None:
+    """Return the file of a catalog's URL, which may end in a query; None: it names a server."""
+    if not url.startswith(SQLITE_PREFIX):
+        return None
+    return Path(url.removeprefix(SQLITE_PREFIX).partition("?")[0])
 
 
 def _check_sqlite_file(path: Path) -> None:

@@ -310,8 +310,9 @@ def test_base_is_called_by_the_last_part_of_its_path(model: str, name: str) -> N
 
 
 def test_origins_are_those_that_browsers_send() -> None:
-    found = load_config({"cors_origin": "https://A.example/,http://b:3000"}, {}).cors_origin
-    assert found == ("https://a.example", "http://b:3000")
+    given = "https://A.example/,http://b:3000,https://c:443,http://d:80/,http://e:443"
+    found = load_config({"cors_origin": given}, {}).cors_origin
+    assert found == ("https://a.example", "http://b:3000", "https://c", "http://d", "http://e:443")
     for wrong in ("*", "foo", "a.example", "https://*.example", "https://a/b", "null", "https://"):
         with pytest.raises(ConfigInvalid, match="must name origins such as"):
             load_config({"cors_origin": wrong}, {})

@@ -184,17 +184,22 @@ async def test_an_engine_that_hangs_does_not_hold_up_the_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(listeners, "CUT_OFF_S", 0.05)
-    drain, hangs = Drain(), asyncio.Event()
+    drain, hangs, called = Drain(), threading.Event(), []
 
     async def cut_off() -> None:
-        await hangs.wait()
+        await asyncio.to_thread(hangs.wait)
 
-    server = ApiServer(FastAPI(), drain, DrainTimes(0.0, 0.0), cut_off)
+    times = DrainTimes(0.0, 0.0)
+    server = ApiServer(FastAPI(), drain, times, cut_off, lambda: called.append("drained"))
     server.config.load()
     server.should_exit = True
-    with drain.accepted():
-        await asyncio.wait_for(server.main_loop(), 20)
+    try:
+        with drain.accepted():
+            await asyncio.wait_for(server.main_loop(), 20)
+    finally:
+        hangs.set()
     assert drain.is_begun
+    assert called == ["drained"]
 
 
 async def never() -> None:

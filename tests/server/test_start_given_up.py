@@ -94,3 +94,5 @@ async def test_a_fault_while_the_answer_is_prepared_keeps_no_place(
     async for caller in serve_in_process(create_app(broken)):
         assert (await caller.post(path, json=body)).status_code == 500
         assert broken.requests._in_flight.total == 0
+        text = (await caller.get("/metrics")).text
+        assert 'quickchange_requests_total{adapter="ada",outcome="error"} 1.0' in text

@@ -11,6 +11,7 @@ from quickchange_server.admin_key_file import MIN_CHARS
 from quickchange_server.config import ServerConfig, load_config
 from quickchange_server.errors import ConfigInvalid
 from quickchange_server.startup_keys import open_keyring
+from quickchange_server.storage import is_new_catalog
 
 SECRET = "0123456789abcdef" * 4
 
@@ -104,6 +105,13 @@ def test_a_public_address_where_nothing_was_kept_yet_has_no_key(tmp_path: Path) 
     with pytest.raises(ConfigInvalid, match="no key is configured"):
         open_keyring(config(folder, host="0.0.0.0"))
     assert not folder.exists()
+
+
+def test_a_catalog_s_url_may_end_in_a_query(tmp_path: Path) -> None:
+    url = sqlite_url(tmp_path / "catalog.sqlite") + "?timeout=30"
+    assert is_new_catalog(url)
+    Catalog(url)
+    assert not is_new_catalog(url)
 
 
 def test_public_address_with_a_key_in_the_catalog_needs_nothing_else(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from quickchange_server.api.streaming import (
     while_connected,
 )
 from quickchange_server.errors import InvalidRequest, QuickchangeError, Unavailable
-from quickchange_server.metrics import RequestSummary
+from quickchange_server.metrics import Outcome, RequestSummary
 from quickchange_server.request_record import GenerationRecord
 from quickchange_server.stop_strings import StopStringFilter
 
@@ -146,10 +146,18 @@ async def respond(
             return EventStream(session, way.answer, way.stream, services.ping_s, way.headers)
         response = await _whole_answer(request, session, way.answer, way.headers)
     except BaseException as error:
-        await session.close("cancelled" if isinstance(error, ClientDisconnect) else None)
+        await session.close(_outcome_of(error))
         raise
     await session.close()
     return response
+
+
+def _outcome_of(error: BaseException) -> Outcome | None:
+    """Return what a request that ended so is counted as; None: what its session noted."""
+    if isinstance(error, ClientDisconnect):
+        return "cancelled"
+    is_fault = isinstance(error, Exception) and not isinstance(error, QuickchangeError)
+    return "error" if is_fault else None
 
 
 async def _admitted(

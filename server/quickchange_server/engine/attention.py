@@ -14,11 +14,13 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from quickchange_adapters.zero_memory import lazy_zeros, resident_bytes
+from quickchange_adapters.zero_memory import lazy_zeros, resident_bytes, touch
 from torch import Tensor
 from torch.nn import functional
 
 ATTENTION_NAME = "quickchange_blocks"
+PIECE_BYTES = 2 << 20
+"""Memory comes in pieces of this size where the system has huge pages."""
 _KNOWN_KEYWORDS = frozenset(
     {
         "dropout",
@@ -57,6 +59,25 @@ class KvStorage:
         self.values = [lazy_zeros((*rows, s.num_heads, s.value_dim), *place) for s in shapes]
         self.num_bytes = sum(tensor.nbytes for tensor in (*self.keys, *self.values))
         """Bytes of all layers."""
+        self._touched = [0] * (2 * len(shapes))
+
+    def touch_ahead(self, highest: int) -> bool:
+        """Have the system give memory for blocks behind `highest`, which nobody has had yet.
+
+        A piece of one tensor a call; False if there is enough, or nothing of the kind to do.
+        """
+        tensors = (*self.keys, *self.values)
+        if tensors[0].device.type != "cpu":
+            return False
+        place = min(range(len(tensors)), key=self._touched.__getitem__)
+        tensor, first = tensors[place], max(self._touched[place], highest + 1)
+        num_ahead = max(1, PIECE_BYTES // max(1, tensor[0].nbytes))
+        if self._touched[place] >= min(highest + num_ahead, self.num_blocks):
+            return False
+        end = min(first + num_ahead, self.num_blocks)
+        touch(tensor[first:end])
+        self._touched[place] = end
+        return True
 
     def resident_bytes(self) -> int:
         """Return how much of it is in memory now, on a CPU: blocks that were ever written."""

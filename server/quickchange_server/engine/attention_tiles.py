@@ -36,9 +36,9 @@ class KvRow:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """How rows are cut: positions of a piece, tokens of a tile, tokens of a KV block."""
+    """How rows are cut: least positions of a piece, tokens of a tile, tokens of a KV block."""
 
-    piece_positions: int
+    least_piece: int
     tile_tokens: int
     block_size: int
 
@@ -54,10 +54,10 @@ class TileTable:
     num_tiles: int
 
 
-def piece_positions(max_model_len: int) -> int:
-    """Return how many positions a piece has, so that no row has more than `MAX_PIECES`."""
-    needed = -(-max_model_len // MAX_PIECES)
-    return max(MIN_PIECE, 1 << (needed - 1).bit_length())
+def piece_size(row: KvRow, least: int = MIN_PIECE) -> int:
+    """Return how many positions a row's pieces have: it has no more than `MAX_PIECES`."""
+    needed = -(-(row.position + 1) // MAX_PIECES)
+    return max(least, 1 << (needed - 1).bit_length())
 
 
 def max_row_ints(max_blocks: int) -> int:
@@ -69,7 +69,8 @@ def tile_table(rows: Sequence[KvRow], cut: Cut) -> TileTable:
     """Lay out a step; the order of rows does not matter."""
     single = [row for row in rows if row.num_tokens == 1]
     long = [row for row in rows if row.num_tokens > 1]
-    counts = [row.position // cut.piece_positions + 1 for row in single]
+    sizes = [piece_size(row, cut.least_piece) for row in single]
+    counts = [row.position // size + 1 for row, size in zip(single, sizes, strict=True)]
     num_pieces, num_joined = sum(counts), sum(count > 1 for count in counts)
     num_tiles = sum(-(-row.num_tokens // cut.tile_tokens) for row in long)
     first_piece = HEADER_INTS + TILE_INTS * num_tiles
@@ -80,9 +81,9 @@ def tile_table(rows: Sequence[KvRow], cut: Cut) -> TileTable:
     tiles: list[int] = []
     blocks: list[int] = []
     num_partials = 0
-    for row, count in zip(single, counts, strict=True):
+    for row, size, count in zip(single, sizes, counts, strict=True):
         partial = num_partials if count > 1 else -1
-        pieces += _pieces(row, partial, first_block + len(blocks), cut.piece_positions)
+        pieces += _pieces(row, partial, first_block + len(blocks), size)
         if count > 1:
             joined += (row.start, partial, count)
             num_partials += count

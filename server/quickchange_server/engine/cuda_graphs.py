@@ -132,13 +132,14 @@ class DecodeGraphs:
         Smaller ones then find all their memory in the pool.
         """
         self._deltas.fill(())
-        num_rows: int = padded_rows(self._max_rows, self._max_rows) or 0
-        while num_rows and not self._is_off:
+        num_rows = self._max_rows
+        while not self._is_off:
             batch = self._inputs.fill(DecodeStep([], [], ()), num_rows)
             for has_adapters in (True, False):
                 self._replay(batch, num_rows, has_adapters=has_adapters)
-            smaller = 1 << (num_rows - 1).bit_length() - 1
-            num_rows = smaller if smaller >= min(MIN_ROWS, self._max_rows) else 0
+            if num_rows <= MIN_ROWS:
+                break
+            num_rows = max(MIN_ROWS, 1 << (num_rows - 1).bit_length() - 1)
 
     def run(self, step: DecodeStep) -> Tensor | None:
         """Return logits [rows, vocabulary], valid until the next call; None: compute it plainly."""

@@ -257,8 +257,14 @@ class Engine:
     def _handle_inbox(self) -> None:
         """Run all waiting calls; sleep here while there is nothing to compute."""
         if not self.scheduler.running and not self._can_admit and not self.runner.pool.is_untidy:
+            self._touch_ahead()
             self._inbox.run_next(IDLE_WAIT_S if self.scheduler.waiting else 1.0)
         self._inbox.run_waiting()
+
+    def _touch_ahead(self) -> None:
+        """Get memory for the KV of the next tokens while nobody waits: it takes its time."""
+        while self._inbox.is_empty and self.runner.storage.touch_ahead(self.blocks.highest_taken):
+            pass
 
     def _stop_here(self) -> None:
         self._is_stopping = True

@@ -41,6 +41,11 @@ class Inbox:
                 self._calls.put(lambda: self._run(function, future))
         return future
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no call waits."""
+        return self._calls.empty()
+
     def run_next(self, timeout_s: float) -> None:
         """Wait for a call and run it; return without one after the timeout."""
         try:

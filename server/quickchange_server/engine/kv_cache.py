@@ -31,6 +31,8 @@ class BlockManager:
         self._by_key: dict[bytes, int] = {}
         self._taken: list[int] = []
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, num_blocks))
+        self.highest_taken = 0
+        """No block behind this one was ever handed out."""
 
     @property
     def num_free(self) -> int:
@@ -146,6 +148,7 @@ class BlockManager:
     def _take_free(self) -> int:
         block, _ = self._free.popitem(last=False)
         self._drop_key(block)
+        self.highest_taken = max(self.highest_taken, block)
         self._references[block] = 1
         self._taken.append(block)
         return block

@@ -20,10 +20,10 @@ from torch import Tensor
 from quickchange_server.engine.attention import KvShape, KvStorage, Rule
 from quickchange_server.engine.attention_tiles import (
     MAX_PIECES,
+    MIN_PIECE,
     Cut,
     KvRow,
     TileTable,
-    piece_positions,
     tile_table,
 )
 from quickchange_server.engine.triton_attention_kernels import (
@@ -121,11 +121,10 @@ class TritonAttention:
         block_size: int,
         capacity: int,
         device: torch.device,
-        max_model_len: int = 0,
     ) -> None:
         groups = max((shape.num_groups for shape in shapes), default=1)
         self.positions_per_tile = max(1, MAX_TILE_ROWS // groups)
-        self._cut = Cut(piece_positions(max_model_len), self.positions_per_tile, block_size)
+        self._cut = Cut(MIN_PIECE, self.positions_per_tile, block_size)
         self._shapes = shapes
         self._device = device
         self._staged = StagedInts(capacity, device)

@@ -62,4 +62,4 @@ class TritonKernels:
 
     def _attention(self, capacity: int) -> TritonAttention:
         parts = self._shapes, self._storage.block_size, capacity, self._pool.device
-        return TritonAttention(*parts, self._max_model_len)
+        return TritonAttention(*parts)

@@ -93,8 +93,8 @@ class Recorder:
         self.captured.append(self.last)
         return compute
 
-    def graphs(self, tables: Tables | None = None) -> DecodeGraphs:
-        return DecodeGraphs(self.forward, inputs_of(), tables or Tables(), MAX_ROWS, self.capture)
+    def graphs(self, tables: Tables | None = None, max_rows: int = MAX_ROWS) -> DecodeGraphs:
+        return DecodeGraphs(self.forward, inputs_of(), tables or Tables(), max_rows, self.capture)
 
 
 @pytest.mark.parametrize(
@@ -166,6 +166,16 @@ def test_all_sizes_can_be_captured_ahead_and_are_those_that_steps_want() -> None
         assert graphs.run(step_of(num_rows)) is not None
         assert graphs.run(step_of(num_rows, [BLOCK])) is not None
     assert graphs.num_captured == 6
+
+
+@pytest.mark.parametrize(("max_rows", "sizes"), [(1, (1,)), (2, (2,)), (3, (3, 2)), (4, (4, 2))])
+def test_capturing_ahead_ends_with_the_smallest_size(max_rows: int, sizes: tuple[int, ...]) -> None:
+    recorder = Recorder()
+    graphs = recorder.graphs(max_rows=max_rows)
+    graphs.capture_all()
+    assert recorder.captured == [(n, has) for n in sizes for has in (True, False)]
+    assert graphs.run(step_of(1)) is not None
+    assert graphs.num_captured == 2 * len(sizes)
 
 
 def test_capturing_ahead_ends_with_the_first_failure() -> None:
