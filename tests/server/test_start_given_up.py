@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from quickchange_server.api import generation_run
 from quickchange_server.api.app import AppServices, create_app
 from quickchange_server.detokenizer import Detokenizer
 from quickchange_server.engine.request import GenerationRequest, TokenOutput
@@ -94,5 +95,17 @@ async def test_a_fault_while_the_answer_is_prepared_keeps_no_place(
     async for caller in serve_in_process(create_app(broken)):
         assert (await caller.post(path, json=body)).status_code == 500
         assert broken.requests._in_flight.total == 0
-        text = (await caller.get("/metrics")).text
-        assert 'quickchange_requests_total{adapter="ada",outcome="error"} 1.0' in text
+
+
+async def test_a_fault_between_admission_and_start_counts_as_an_error(
+    services: AppServices, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("a mistake of ours")
+
+    monkeypatch.setattr(generation_run, "_choices", fail)
+    counted = services.metrics.registry.get_sample_value
+    async for caller in serve_in_process(create_app(services)):
+        assert (await caller.post("/v1/completions", json=BODY)).status_code == 500
+        assert services.requests._in_flight.total == 0
+        assert counted("quickchange_requests_total", {"outcome": "error"}) == 1

@@ -71,10 +71,12 @@ class KvStorage:
             return False
         place = min(range(len(tensors)), key=self._touched.__getitem__)
         tensor, first = tensors[place], max(self._touched[place], highest + 1)
-        num_ahead = max(1, PIECE_BYTES // max(1, tensor[0].nbytes))
-        if self._touched[place] >= min(highest + num_ahead, self.num_blocks):
+        num_bytes = tensor[0].nbytes
+        if self._touched[place] > min(highest + PIECE_BYTES // num_bytes // 2, self.num_blocks - 1):
             return False
-        end = min(first + num_ahead, self.num_blocks)
+        offset = tensor.data_ptr() + first * num_bytes
+        left = PIECE_BYTES - offset % PIECE_BYTES  # of the piece of memory that it begins in
+        end = min(first + max(1, left // num_bytes), self.num_blocks)
         touch(tensor[first:end])
         self._touched[place] = end
         return True
