@@ -36,7 +36,7 @@ class Fleet:
 
     def __init__(self, base: Path, catalog: str, folder: Path) -> None:
         self._options = ["--model", str(base), "--catalog", catalog]
-        self._options += ["--store", str(folder / "store"), "--drain-delay", "1"]
+        self._options += ["--store", str(folder / "store"), "--drain-delay", "3"]
         self._options += ["--drain-timeout", str(LEAVE_S)]
         self._folder = folder
         self.balancer = Balancer()

@@ -43,7 +43,9 @@ async def test_nothing_else_is_there(api: FastAPI, admin: httpx.AsyncClient) -> 
     for route in routes_of(api):
         if route.template not in SHOWN:
             answer = await admin.request(route.method, route.path)
-            assert (answer.status_code, '"code": "not_found"' in answer.text) == (404, True)
+            assert answer.status_code == 404
+            if route.method != "HEAD":
+                assert '"code": "not_found"' in answer.text
     assert (await admin.post("/metrics", content=b"x")).status_code == 405
 
 

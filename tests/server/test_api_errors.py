@@ -52,10 +52,10 @@ async def test_a_method_that_is_not_there_is_answered_with_all_that_are(
     client: httpx.AsyncClient,
 ) -> None:
     for path, methods in [
-        ("/v1/adapters", "GET, POST"),
-        ("/v1/adapters/ada", "DELETE, GET"),
+        ("/v1/adapters", "GET, HEAD, POST"),
+        ("/v1/adapters/ada", "DELETE, GET, HEAD"),
         ("/v1/adapters/ada/aliases/default", "DELETE, PUT"),
-        ("/v1/models", "GET"),
+        ("/v1/models", "GET, HEAD"),
     ]:
         answer = await client.request("PATCH", path)
         assert (answer.status_code, answer.headers["allow"]) == (405, methods)
