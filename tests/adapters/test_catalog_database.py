@@ -18,6 +18,8 @@ from sqlalchemy.exc import IntegrityError
 
 from tests.postgres_server import ENCODED_PASSWORD, PASSWORD, PostgresServer
 
+PATIENT = CatalogTimeouts(connect_s=60, lock_s=60, statement_s=60, reply_s=90)
+"""For several writers at once on a machine whose disk is busy."""
 SHORT = CatalogTimeouts(connect_s=1, lock_s=0.3, statement_s=0.7, reply_s=1.2, idle_s=2)
 
 
@@ -41,7 +43,7 @@ def together(count: int, work: Callable[[int], int]) -> list[int]:
 
 def test_replicas_that_start_at_once_make_the_tables_once(catalog_url: str) -> None:
     def start(index: int) -> int:
-        catalog = Catalog(catalog_url)
+        catalog = Catalog(catalog_url, timeouts=PATIENT)
         number = publish(catalog, "a", f"{index:x}")
         catalog.close()
         return number
