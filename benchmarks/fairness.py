@@ -133,7 +133,7 @@ class FairnessBench:
         return times, (after[0] - before[0], after[1] - before[1])
 
     async def _steps_after(self, before: tuple[float, float]) -> tuple[float, float]:
-        """Return seconds and number of steps, once more are counted: metrics are up to 0.5 s old."""
+        """Return seconds and number of steps once more are counted: metrics are a little old."""
         deadline_s = time.monotonic() + COUNT_TIMEOUT_S
         while time.monotonic() < deadline_s:
             after = await asyncio.to_thread(self._step_seconds)
