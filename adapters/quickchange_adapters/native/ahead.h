@@ -14,6 +14,7 @@
 namespace quickchange {
 
 constexpr int kLine = 64;  // bytes
+constexpr int kPieceShift = 4;  // sixteen lines in a row, where what is listed is long
 
 // Lines in pieces of `1 << shift` in a row; a piece begins at `base` + 64 * its place.
 struct Lines {

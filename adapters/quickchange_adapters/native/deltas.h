@@ -76,7 +76,6 @@ class GroupDeltas {
 
   static constexpr int kUnitRows = 8, kUnitTokens = 16;
   static constexpr int kTogether = 4;  // tokens that share what is read of B
-  static constexpr int kPieceShift = 4;
   static constexpr std::size_t kMostLines = 32768;  // 2 MiB: what is fetched too early is lost again
 
   void add_block(int index) {

@@ -48,9 +48,7 @@ void product(const bf16* x, int num_tokens, const Linear& linear, int num_output
     for_tiles(num_tokens, [&](int first, int count) {
       Tile tile;
       const Panels panels(matrix, num_inputs, num_tokens, unpacked);
-      Ahead ahead;
-      if (first == 0) ahead.panel = panels.numbers(panel + 1);
-      panels.multiply_tile(panel, x, first, count, ahead, &tile);
+      panels.multiply_tile(panel, x, first, count, Ahead{}, &tile);
       for (int m = 0; m < count; ++m) {
         bf16* out = y + static_cast<std::int64_t>(first + m) * num_outputs + panel * kPanel;
         for (int i = 0; i < num_columns; ++i) {

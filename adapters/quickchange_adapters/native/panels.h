@@ -80,22 +80,22 @@ class Panels {
   }
 
   // Multiplies tokens [first, first + count) of x [tokens, in], and adds the bias. A panel's tiles are
-  // asked for in order, from the first on. A matrix in int8 does not fetch
-  // the panel of `ahead`.
-  void multiply_tile(int panel, const bf16* x, int first, int count, const Ahead& ahead, Tile* tile) const {
+  // asked for in order, from the first on. That one, unless in int8, brings the next panel near, too.
+  void multiply_tile(int panel, const bf16* x, int first, int count, Ahead ahead, Tile* tile) const {
     const bf16* rows = x + static_cast<std::int64_t>(first) * num_inputs_;
     if (linear_.scales) {
       multiply_quantised(panel, rows, first, count, ahead, tile);
     } else {
+      if (first == 0) ahead.panel = numbers(panel + 1);
       multiply(rows, num_inputs_, count, numbers(panel), num_inputs_, ahead, tile->values);
     }
     if (linear_.bias) add_bias(tile, count, linear_.bias + panel * kPanel);
   }
 
+ private:
   // Where a panel of a matrix in bfloat16 begins; the one behind the last is what lies behind the matrix.
   const bf16* numbers(int panel) const { return static_cast<const bf16*>(linear_.weight) + offset(panel); }
 
- private:
   std::int64_t offset(int panel) const { return static_cast<std::int64_t>(panel) * kPanel * num_inputs_; }
   const std::int8_t* bytes(int panel) const { return static_cast<const std::int8_t*>(linear_.weight) + offset(panel); }
 

@@ -86,7 +86,6 @@ class StepRun {
   static constexpr int kRunsOfThread = 4;  // or more, so that threads end together
   static constexpr int kLongestRun = 16;
   static constexpr std::size_t kMostKvLines = 32768;  // 2 MiB of keys, and as much of values
-  static constexpr int kPieceShift = 4;
 
   static void list_kv(const Model& model, const Step& step, LineList& lines) {
     lines.start(kPieceShift, kMostKvLines);
@@ -192,9 +191,7 @@ class StepRun {
   // Computes one panel for a tile of tokens: product, bias and deltas.
   void compute(const Product& product, int panel, int first, int count, Tile* tile, bf16* unpacked) const {
     const Panels panels(product.linear, product.num_inputs, step_.num_tokens, unpacked);
-    Ahead ahead = ahead_of(product, panel, first);
-    if (first == 0) ahead.panel = panels.numbers(panel + 1);
-    panels.multiply_tile(panel, product.x, first, count, ahead, tile);
+    panels.multiply_tile(panel, product.x, first, count, ahead_of(product, panel, first), tile);
     scratch_.deltas[product.group].expand(product.layer, panel, first, count, tile);
   }
 
@@ -352,9 +349,7 @@ class StepRun {
     for_tiles(step_.num_wanted, [&](int first, int count) {
       Tile tile;
       const Panels panels(head, model_.width, step_.num_wanted, buffer(0));
-      Ahead ahead;
-      if (first == 0) ahead.panel = panels.numbers(panel + 1);
-      panels.multiply_tile(panel, step_.wanted_hidden, first, count, ahead, &tile);
+      panels.multiply_tile(panel, step_.wanted_hidden, first, count, Ahead{}, &tile);
       const int num_columns = std::min(kPanel, model_.vocabulary - panel * kPanel);
       for (int m = 0; m < count; ++m) {
         float* out = step_.logits + static_cast<std::int64_t>(first + m) * model_.vocabulary + panel * kPanel;
