@@ -21,10 +21,12 @@ from benchmarks.gpu_decode import HEADER as DECODE_HEADER
 from benchmarks.gpu_loads import GAP_HEADER, LOAD_HEADER, MANY_HEADER, Counts, Loads
 from benchmarks.gpu_peers import HEADER as PEERS_HEADER
 from benchmarks.gpu_peers import Peers, Work, ours
+from benchmarks.gpu_profile import HOST_HEADER, Profile, profiled_scenarios
+from benchmarks.gpu_profile import KERNELS_HEADER as STEP_KERNELS_HEADER
 from benchmarks.gpu_session import Row, Section, Session
 from benchmarks.gpu_timings import attention_timings, delta_timings
 
-KINDS = ("checks", "ceilings", "decode", "loads", "kernels", "peers")
+KINDS = ("checks", "ceilings", "decode", "profile", "loads", "kernels", "peers")
 MAX_PEFT_ADAPTERS = 8
 CHECKS_HEADER = ("comparison", "error", "limit", "verdict")
 KERNELS_HEADER = ("kernel", "median", "")
@@ -58,6 +60,7 @@ class Plan:
             "checks": self._checks,
             "ceilings": self._measure_ceilings,
             "decode": self._decode,
+            "profile": self._profile,
             "loads": self._loads,
             "peers": self._peers,
             "kernels": self._kernels,
@@ -118,6 +121,17 @@ class Plan:
         self._section("Decode steps", DECODE_HEADER, 60, lambda: timed.decode(short))
         self._section("Prefill", PREFILL_HEADER, 10, timed.prefill)
         self._section("Long contexts", DECODE_HEADER, 15, lambda: timed.decode(long))
+
+    def _profile(self) -> None:
+        timed = self._engine()
+        found = Profile(timed)
+        sizes = self._sizes
+        scenarios = profiled_scenarios(sizes.batches, sizes.prompt_tokens)
+        if self._has_kernels:
+            parts = STEP_KERNELS_HEADER, 15.0
+            self._section("Kernels of a step", *parts, lambda: found.kernels(scenarios))
+        ends = [scenarios[0], scenarios[-1]]
+        self._section("The host's time", HOST_HEADER, 10, lambda: found.host(ends))
 
     def _loads(self) -> None:
         loads = Loads(self._engine(), self._counts)
