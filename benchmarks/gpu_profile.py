@@ -62,7 +62,9 @@ class Profile:
         """Return (launches, microseconds) of a step by the kernel's name."""
         graphs = self.timed.engine.runner.graphs
         has_adapters = bool(scenario.num_adapters)
-        replay = graphs and graphs.captured(scenario.num_rows, has_adapters=has_adapters)
+        if graphs is None:
+            raise RuntimeError("no steps are captured here")
+        replay = graphs.captured(scenario.num_rows, has_adapters=has_adapters)
         if replay is None:
             raise RuntimeError("no step was captured")
         is_cuda = self.timed.ceilings.device.type == "cuda"
