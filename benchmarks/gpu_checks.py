@@ -22,6 +22,7 @@ from quickchange_adapters.pool import AdapterPool, Slot
 from quickchange_adapters.weights import AdapterWeights, LoraPair
 from quickchange_server.engine.attention import KvShape, KvStorage, Rule
 from quickchange_server.engine.attention_tiles import KvRow
+from quickchange_server.engine.request import SamplingParams
 from quickchange_server.engine.settings import EngineSettings
 from quickchange_server.engine.triton_attention import TritonAttention
 from torch import Tensor
@@ -85,6 +86,7 @@ def all_checks(
     if device.type == "cuda":
         yield "far offsets", lambda: far_checks(device, half)
         yield "bits alone and together", lambda: [bits_check(device, half)]
+    yield "steps ahead", lambda: ahead_checks(device)
     yield "engine in half precision", lambda: half_precision_checks(device, half)
     for family in FAMILIES:
         yield f"engine, {family}", partial(engine_checks, device, family)
@@ -270,6 +272,26 @@ def engine_checks(device: torch.device, family: str) -> Iterator[Check]:
     for title, values in OTHER_WAYS.items():
         other = ready_engine(device, family, "float32", **values).run(ROWS, 8, VOCABULARY)
         yield Check(f"engine, {family}: captured against {title}", _largest(answers, other), 1e-4)
+
+
+SAMPLINGS = {
+    "greedy": SamplingParams(temperature=0),
+    "drawn": SamplingParams(seed=1),
+    "drawn with filters": SamplingParams(seed=2, temperature=0.8, top_k=40, top_p=0.9),
+}
+
+
+def ahead_checks(device: torch.device) -> Iterator[Check]:
+    """Count tokens that differ when the next step is launched before a step's tokens are read."""
+    ahead = ready_engine(device, "llama", "float32")
+    in_turn = ready_engine(device, "llama", "float32", steps_ahead=False)
+    for title, sampling in SAMPLINGS.items():
+        ahead.sampling = in_turn.sampling = sampling
+        before = ahead.num_ahead
+        pairs = zip(ahead.tokens(ROWS, 64), in_turn.tokens(ROWS, 64), strict=True)
+        others = sum(a != b for mine, own in pairs for a, b in zip(mine, own, strict=True))
+        is_seen = ahead.num_ahead > before and not in_turn.num_ahead
+        yield Check(f"steps ahead, {title}", others if is_seen else float("nan"), 0)
 
 
 OTHER_WAYS: dict[str, dict[str, bool]] = {

@@ -6,7 +6,7 @@ No files and no downloads: what is compared and timed does not depend on the wei
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -183,6 +183,7 @@ class GpuEngine:
             self.base, self.pool, settings.kv_cache_bytes, settings.kv_block_size, settings
         )
         self.recorder = Recorder()
+        self.sampling = SamplingParams(temperature=0)
         self._outputs: list[TokenOutput] = []
         self._engine = Engine(
             self.runner, settings, frozenset(), self.recorder, self._outputs.extend
@@ -211,7 +212,7 @@ class GpuEngine:
         is_resident: bool = True,
         on_step: Callable[[], object] = lambda: None,
     ) -> list[Answer]:
-        """Answer all rows, greedily, as many at once as fit.
+        """Answer all rows, as `sampling` says, as many at once as fit.
 
         `is_resident`: their adapters are brought to the device before; else as in serving, while
         steps run. `on_step` is called between steps.
@@ -232,6 +233,19 @@ class GpuEngine:
             num_seen = len(self._outputs)
         return [] if num_logprobs is None else [self._answer(name) for name in names]
 
+    def tokens(self, rows: Sequence[Row], num_tokens: int) -> list[list[int]]:
+        """Answer all rows without log probabilities, so that steps may be launched ahead."""
+        self.run(rows, num_tokens, None)
+        found: dict[str, list[int]] = {}
+        for output in self._outputs:
+            found.setdefault(output.request_id, []).extend(output.token_ids)
+        return [found[name] for name in sorted(found, key=lambda each: (len(each), each))]
+
+    @property
+    def num_ahead(self) -> int:
+        """How many steps were launched before the last one's tokens were known."""
+        return self._engine.ahead.num_launched
+
     def activate(self, digest: str) -> "Future[bool]":
         """Begin to bring a version to the device, as a hint does in serving."""
         return self._engine.residency.activate(digest)
@@ -240,7 +254,7 @@ class GpuEngine:
         self._num_requests += 1
         name = f"request-{self._num_requests}"
         adapters = tuple(AdapterRef(f"adapter-{index}", weight) for index, weight in row.adapters)
-        sampling = SamplingParams(temperature=0, logprobs=num_logprobs)
+        sampling = replace(self.sampling, logprobs=num_logprobs)
         request = GenerationRequest(
             name, row.prompt, adapters, sampling, num_tokens, ignore_eos=True, cache_scope=name
         )

@@ -119,6 +119,9 @@ class ServerMetrics:
             "batch_adapters", "Distinct adapters in a step.", buckets=(0, *COUNTS)
         )
         self._steps = self._counter("steps_total", "Engine steps.", "weights")
+        self._steps_ahead = self._counter(
+            "steps_ahead_total", "Steps launched before the last one's tokens were known."
+        )
         self._preemptions = self._counter("preemptions_total", "Requests sent back to wait.")
         self._prefix_queries = self._counter(
             "prefix_cache_queries_total", "Prompt tokens looked up in the prefix cache."
@@ -233,6 +236,7 @@ class ServerMetrics:
         self._rows.observe(stats.num_rows)
         self._batch_adapters.observe(stats.num_adapters)
         self._steps.labels(stats.weights).inc()
+        self._steps_ahead.inc(stats.is_ahead)
         self._preemptions.inc(stats.num_preempted)
         self._prefix_queries.inc(stats.prefix_queries)
         self._prefix_hits.inc(stats.prefix_hits)

@@ -1,6 +1,7 @@
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -34,12 +35,14 @@ def test_steps_fill_their_histograms() -> None:
     metrics = ServerMetrics()
     metrics.on_step(step(0.0009, num_adapters=3))
     metrics.on_step(StepStats("prefill", "base", 0.5, 1, 200, 0, 1, 200, 64))
+    metrics.on_step(replace(step(0.02, num_adapters=3), is_ahead=True))
     assert value(metrics, "step_seconds_bucket", kind="decode", le="0.001") == 1
     assert value(metrics, "step_seconds_count", kind="prefill") == 1
     assert value(metrics, "batch_adapters_bucket", le="0.0") == 1
-    assert value(metrics, "batch_adapters_bucket", le="3.0") == 2
-    assert value(metrics, "batch_rows_sum") == 5
-    assert value(metrics, "steps_total", weights="unmerged") == 1
+    assert value(metrics, "batch_adapters_bucket", le="3.0") == 3
+    assert value(metrics, "batch_rows_sum") == 9
+    assert value(metrics, "steps_total", weights="unmerged") == 2
+    assert value(metrics, "steps_ahead_total") == 1
     assert value(metrics, "steps_total", weights="merged") == 0
     assert value(metrics, "preemptions_total") == 1
     assert value(metrics, "prefix_cache_hits_total") == 64

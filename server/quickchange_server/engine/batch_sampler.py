@@ -1,4 +1,4 @@
-"""Draw the next tokens of many rows with a few operations for all, and one read by the host.
+"""Choose the next tokens of many rows with a few operations for all, and one read by the host.
 
 For GPUs, where each row by itself would launch a dozen kernels and wait three times. Filters mean
 what they mean in `sampler`. Knows no requests.
@@ -27,7 +27,29 @@ class Draw:
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
 
+def choose_together(logits: Tensor, draws: Sequence[Draw | None]) -> tuple[Tensor, Tensor]:
+    """Choose a token id for each row [rows, vocabulary]; None: the highest. Waits for nothing.
+
+    Returns the ids, and the same with -1 where a row's logits are not finite.
+    """
+    highest, chosen = logits.max(dim=-1)
+    for has_filter in (False, True):  # those with filters are drawn from sorted weights
+        found = [(i, draw) for i, draw in enumerate(draws) if draw is not None]
+        own = [(i, draw) for i, draw in found if draw.has_filter is has_filter]
+        if own:
+            index = index_on([i for i, _ in own], logits.device)
+            drawn = draw_on_device(logits[index], [draw for _, draw in own])
+            chosen = chosen.index_copy(0, index, drawn)
+    return chosen, torch.where(highest.isfinite(), chosen, -1)
+
+
 def draw_together(logits: Tensor, draws: Sequence[Draw]) -> list[int]:
+    """Return a token id for each row, as `draw_on_device` draws it."""
+    tokens: list[int] = draw_on_device(logits, draws).tolist()
+    return tokens
+
+
+def draw_on_device(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     """Return a token id for each row [rows, vocabulary], each temperature above zero.
 
     Either all of them have filters, or none has: else company would change a row's draw.
@@ -47,8 +69,13 @@ def draw_together(logits: Tensor, draws: Sequence[Draw]) -> list[int]:
     found = torch.searchsorted(cumulated, targets, right=True)
     found = torch.minimum(found, _last_weighty(weights))
     chosen = found if ids is None else ids.gather(1, found)
-    tokens: list[int] = chosen[:num_rows, 0].tolist()
-    return tokens
+    return chosen[:num_rows, 0]
+
+
+def index_on(places: Sequence[int], device: torch.device) -> Tensor:
+    """Bring indices to a device; nothing waits for what is queued there."""
+    index = torch.tensor(places, dtype=torch.long, pin_memory=device.type == "cuda")
+    return index.to(device, non_blocking=True)
 
 
 def _filtered(weights: Tensor, draws: Sequence[Draw]) -> Tensor:
@@ -71,4 +98,6 @@ def _last_weighty(weights: Tensor) -> Tensor:
 
 
 def _column(values: Sequence[float], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64).to(like.device, non_blocking=True)[:, None]
+    # out of pageable memory a transfer would wait for all that is queued before it
+    column = torch.tensor(values, dtype=torch.float64, pin_memory=like.is_cuda)
+    return column.to(like.device, non_blocking=True)[:, None]

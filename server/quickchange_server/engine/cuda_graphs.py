@@ -34,9 +34,9 @@ Capture = Callable[[Replay], Replay]
 
 @dataclass(frozen=True, slots=True)
 class DecodeStep:
-    """One token for each row; `blocks` are the row blocks that use adapters."""
+    """One token for each row, on the host or on the device; `blocks` are those of adapters."""
 
-    token_ids: Sequence[int]
+    token_ids: Sequence[int] | Tensor
     rows: Sequence[KvRow]
     blocks: Sequence[RowBlock]
 
@@ -76,11 +76,14 @@ class DecodeInputs:
         num_real = len(step.rows)
         padding = [KvRow(row, 0, 1, (0,)) for row in range(num_real, num_rows)]
         rows = [*step.rows, *padding]
-        token_ids = [*step.token_ids, *([0] * len(padding))]
+        is_known = not isinstance(step.token_ids, Tensor)
+        token_ids = [*(step.token_ids if is_known else [0] * num_real), *([0] * len(padding))]
         positions = [row.position for row in rows]
         slots = [self._slot(row) for row in rows]
         self._staged.upload([*token_ids, *positions, *slots])
         inputs = self._staged.values[: 3 * num_rows].view(3, num_rows)
+        if isinstance(step.token_ids, Tensor):
+            inputs[0, :num_real].copy_(step.token_ids)
         return DecodeBatch(inputs[0], inputs[1], inputs[2], self._attention.fill_for_capture(rows))
 
     def _slot(self, row: KvRow) -> int:

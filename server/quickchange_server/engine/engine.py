@@ -1,7 +1,8 @@
 """The engine thread: the only one that touches the model, the pool and the KV blocks.
 
-`step` is the whole story: schedule, run, hand out tokens, publish. Other threads speak to it
-through an inbox of calls that run between steps.
+`step` is the whole story: schedule, run, hand out tokens, publish; on a GPU the next step may run
+meanwhile (`steps_ahead.py`). Other threads speak to it through an inbox of calls that run between
+steps.
 """
 
 import logging
@@ -10,7 +11,6 @@ import random
 import threading
 import time
 from collections.abc import Callable
-from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import TypeVar
@@ -25,21 +25,17 @@ from quickchange_server.engine.interface import EngineSnapshot, ResidentAdapter
 from quickchange_server.engine.kv_cache import BlockManager
 from quickchange_server.engine.model_runner import ModelRunner
 from quickchange_server.engine.observer import EngineObserver, HarmlessObserver
-from quickchange_server.engine.request import (
-    FinishReason,
-    GenerationRequest,
-    RequestFailure,
-    TokenOutput,
-)
+from quickchange_server.engine.outcomes import StepOutcomes
+from quickchange_server.engine.request import GenerationRequest, RequestFailure, TokenOutput
 from quickchange_server.engine.residency import AdapterResidency
-from quickchange_server.engine.sampler import Sample
 from quickchange_server.engine.scheduler import ScheduledRow, ScheduledStep, Scheduler
 from quickchange_server.engine.sequence import Sequence
 from quickchange_server.engine.settings import EngineSettings
 from quickchange_server.engine.snapshot import SnapshotMaker, StepClock
 from quickchange_server.engine.step_budget import StepBudget, is_out_of_memory
-from quickchange_server.engine.step_groups import StepGroup, StepGroups
-from quickchange_server.engine.step_results import stats_of, token_output
+from quickchange_server.engine.step_groups import StepGroups
+from quickchange_server.engine.step_results import stats_of
+from quickchange_server.engine.steps_ahead import RunningStep, StepsAhead
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -78,14 +74,15 @@ class Engine:
         is_cpu = runner.base.device.type == "cpu"
         self.groups = StepGroups(self.residency.merged, is_on=is_cpu and settings.group_merged)
         self.demand = CopyDemand(self.groups) if settings.auto_merge else None
-        self._budget = StepBudget(settings.max_step_tokens)
+        budget = StepBudget(settings.max_step_tokens)
         self.scheduler = Scheduler(
             self.blocks,
             settings.max_batch_rows,
-            self._budget,
+            budget,
             self._take_slots,
             self.residency.give_slots,
         )
+        self._outcomes = StepOutcomes(self.scheduler, runner, self.residency, budget)
         self.snapshot = EngineSnapshot()
         self._snapshots = SnapshotMaker(self.scheduler, runner, self.residency)
         self._observer = HarmlessObserver(observer)
@@ -93,6 +90,9 @@ class Engine:
         self._publish = publish
         self._on_exit = on_exit
         self._inbox = Inbox(self._refresh_snapshot)
+        self.ahead = StepsAhead(
+            self.scheduler, runner, lambda: self.groups, lambda: not self._inbox.is_empty
+        )
         self.residency.loader.wake = lambda: self._inbox.call(lambda: None)
         self.residency.loader.refresh = self._refresh_snapshot
         self._departures = Departures(self.residency, self.call)
@@ -149,14 +149,21 @@ class Engine:
         outputs: list[TokenOutput] = []
         try:
             self._prepare_adapters()
-            step = self.scheduler.schedule()
-            self._can_admit = bool(step.rows)
-            self._give_up_unplaced(outputs)
+            running = self.ahead.take()
+            step = self._schedule(outputs) if running is None else running.step
             self.residency.prefetch(self.scheduler.waiting.upcoming(NUM_LOOKED_AHEAD))
-            if step.rows:
+            if running is not None:
+                self._note_demand(step.rows, self._finish(running, outputs))
+            elif step.rows:
                 self._run_groups(step, outputs)
         finally:
             self._hand_out(outputs)
+
+    def _schedule(self, outputs: list[TokenOutput]) -> ScheduledStep:
+        step = self.scheduler.schedule()
+        self._can_admit = bool(step.rows)
+        self._give_up_unplaced(outputs)
+        return step
 
     def _prepare_adapters(self) -> None:
         """Publish what came meanwhile, and move rows, a little while requests run."""
@@ -171,12 +178,11 @@ class Engine:
         for group in self.groups.split(rows):
             self._hand_out(outputs)
             # what came before may have ended a row of these, when memory ran out
-            step.rows = [row for row in group.rows if row.sequence in self.scheduler.running]
+            step.rows = self._outcomes.live_rows(group.rows)
             if step.rows:
-                seconds += self._run_step(step, group, outputs)
+                seconds += self._finish(self.ahead.start(step, group), outputs)
             step = ScheduledStep()
-        if self.demand is not None:
-            self.demand.note(rows, seconds)
+        self._note_demand(rows, seconds)
 
     def _hand_out(self, outputs: list[TokenOutput]) -> None:
         if outputs:
@@ -184,25 +190,30 @@ class Engine:
             self._publish(list(outputs))
             outputs.clear()
 
-    def _run_step(self, step: ScheduledStep, group: StepGroup, outputs: list[TokenOutput]) -> float:
-        """Run one step and return its seconds."""
-        started = time.monotonic()
+    def _finish(self, running: RunningStep, outputs: list[TokenOutput]) -> float:
+        """Take a step's results, behind the launch of the next one; return the step's seconds."""
+        self.ahead.launch_after(running)
+        step, group = running.step, running.group
+        started = self._last_step_s if running.started_s is None else running.started_s
         try:
-            self.runner.prepare_blocks(step.fresh_blocks)
-            samples = self.runner.run(step.rows, group.copy)
+            samples = running.samples()
         except Exception as error:
-            self._recover(step, error, outputs)
+            self.ahead.drop()
+            self._outcomes.recover(step, error, outputs)
         else:
-            self._budget.note_success()
-            damaged: set[str] = set()
-            for row, sample in zip(step.rows, samples, strict=True):
-                self._advance(row, sample, outputs, damaged)
-            self.residency.note_damage(damaged)
+            self._outcomes.advance(step.rows, samples, outputs)
             if self.demand is not None or self.residency.merged:
                 self.groups.costs.observe(group.load, time.monotonic() - started)
-        seconds = time.monotonic() - started
-        self._note_step(step, seconds, is_merged=group.copy is not None)
+        self._num_steps += 1
+        self._last_step_s = time.monotonic()
+        seconds = self._last_step_s - started
+        is_merged, is_ahead = group.copy is not None, running.started_s is None
+        self._observer.on_step(stats_of(step, seconds, is_merged=is_merged, is_ahead=is_ahead))
         return seconds
+
+    def _note_demand(self, rows: list[ScheduledRow], seconds: float) -> None:
+        if self.demand is not None:
+            self.demand.note(rows, seconds)
 
     def _run(self) -> None:
         if self.settings.num_threads is not None:
@@ -249,7 +260,7 @@ class Engine:
     def _end_anyhow(self, sequence: Sequence) -> TokenOutput:
         """End a request although what it holds may be in disorder: nobody may go on waiting."""
         try:
-            return self._end(sequence, "abort")
+            return self._outcomes.end(sequence, "abort")
         except Exception:
             log.exception("request %s was not given back in order", sequence.request_id)
             return TokenOutput(sequence.request_id, (), "abort")
@@ -292,7 +303,7 @@ class Engine:
     def _abort(self, request_id: str) -> None:
         sequence = self.scheduler.find(request_id)
         if sequence is not None:
-            output = self._end(sequence, "abort")
+            output = self._outcomes.end(sequence, "abort")
             self._refresh_snapshot()
             self._publish([output])
 
@@ -309,90 +320,10 @@ class Engine:
         for sequence, error in dict(self._unplaced).items():
             code = "out_of_memory" if is_out_of_memory(error) else "load_failed"
             message = f"its adapter could not be brought to the device: {type(error).__name__}"
-            outputs.append(self._end(sequence, "error", failure=RequestFailure(code, message)))
+            outputs.append(
+                self._outcomes.end(sequence, "error", failure=RequestFailure(code, message))
+            )
         self._unplaced.clear()
-
-    def _advance(
-        self,
-        row: ScheduledRow,
-        sample: Sample | None,
-        outputs: list[TokenOutput],
-        damaged: set[str],
-    ) -> None:
-        """Take one row's result: its KV counts as computed, its token is appended."""
-        sequence = row.sequence
-        self.scheduler.note_computed(row)
-        if sample is None:
-            return
-        if sample.token_id is None:
-            outputs.append(self._fail_row(sequence, sample, damaged))
-            return
-        is_first = sequence.first_token_s is None
-        if is_first:
-            sequence.first_token_s = time.monotonic()
-        sequence.token_ids.append(sample.token_id)
-        output = token_output(sequence, sample, is_first=is_first)
-        outputs.append(output)
-        if output.finish_reason is not None:
-            self._release(sequence)
-
-    def _fail_row(self, sequence: Sequence, sample: Sample, damaged: set[str]) -> TokenOutput:
-        if sample.error is not None:
-            failure = RequestFailure("sampling_failed", f"sampling failed: {sample.error}")
-            return self._end(sequence, "error", failure=failure)
-        adapters = sequence.request.adapters
-        if len(adapters) == 1:  # in a mix nobody can tell whose fault it was
-            damaged.add(adapters[0].digest)
-        failure = RequestFailure("non_finite", "the model produced non-finite values")
-        return self._end(sequence, "error", failure=failure, is_damaged=True)
-
-    def _recover(self, step: ScheduledStep, error: Exception, outputs: list[TokenOutput]) -> None:
-        """A failed step: out of memory is tried again smaller; else all its rows fail."""
-        if not is_out_of_memory(error):
-            log.exception("a step of %d rows failed", len(step.rows))
-            failure = RequestFailure("step_failed", f"the step failed: {type(error).__name__}")
-            for row in step.rows:
-                outputs.append(self._end(row.sequence, "error", failure=failure, is_damaged=True))
-            return
-        if self._budget.shrink(step.num_tokens):
-            log.warning("out of memory at %d tokens: trying fewer", step.num_tokens)
-            return
-        largest = max(self.scheduler.running, key=lambda sequence: len(sequence.token_ids))
-        log.error("out of memory at a single token: giving up request %s", largest.request_id)
-        failure = RequestFailure(
-            "out_of_memory",
-            f"not enough memory to go on with {len(largest.token_ids)} tokens of context",
-        )
-        outputs.append(self._end(largest, "error", failure=failure, is_damaged=True))
-
-    def _end(
-        self,
-        sequence: Sequence,
-        reason: FinishReason,
-        *,
-        failure: RequestFailure | None = None,
-        is_damaged: bool = False,
-    ) -> TokenOutput:
-        self._release(sequence, is_damaged=is_damaged)
-        return TokenOutput(sequence.request_id, (), reason, failure=failure)
-
-    def _release(self, sequence: Sequence, *, is_damaged: bool = False) -> None:
-        """Give back all that a sequence holds; damaged KV is neither shared nor left behind."""
-        freed = self.scheduler.remove(sequence, forget=is_damaged)
-        self.residency.leave(sequence.request)
-        if is_damaged:
-            self._clear(freed)
-
-    def _clear(self, blocks: SequenceOf[int]) -> None:
-        try:
-            self.runner.clear_blocks(blocks)
-        except Exception:
-            log.exception("could not clear %d KV blocks", len(blocks))
-
-    def _note_step(self, step: ScheduledStep, seconds: float, *, is_merged: bool) -> None:
-        self._num_steps += 1
-        self._last_step_s = time.monotonic()
-        self._observer.on_step(stats_of(step, seconds, is_merged=is_merged))
 
     def _refresh_snapshot(self) -> None:
         is_alive = not self._is_stopping

@@ -29,6 +29,7 @@ from quickchange_server.engine.attention import (
 from quickchange_server.engine.attention_tiles import KvRow
 from quickchange_server.engine.base_model import BaseModel
 from quickchange_server.engine.cuda_graphs import DecodeBatch, DecodeGraphs
+from quickchange_server.engine.decode_launch import DecodeLaunch, DecodeLauncher
 from quickchange_server.engine.native_step import NativeStep
 from quickchange_server.engine.packing import Packing
 from quickchange_server.engine.request import TokenLogprobs
@@ -81,8 +82,12 @@ class ModelRunner:
         self.native: NativeStep | None = None
         self._find_highest: FindHighest = highest_of_rows
         self.graphs: DecodeGraphs | None = None
+        self.launcher: DecodeLauncher | None = None
         if self._kernels is not None and settings.cuda_graphs:
             self.graphs = self._kernels.decode_graphs(self.decode)
+            if settings.steps_ahead:
+                parts = self.graphs, settings.max_batch_rows, base.device
+                self.launcher = DecodeLauncher(*parts)
 
     def start_native(self, max_model_len: int) -> None:
         """Hand the base to the native library, if it computes this base's steps.
@@ -114,16 +119,33 @@ class ModelRunner:
                 self.graphs.capture_all()
 
     @torch.inference_mode()
-    def run(self, rows: SequenceOf[ScheduledRow], merged: MergedCopy | None) -> list[Sample | None]:
+    def run(
+        self, rows: SequenceOf[ScheduledRow], merged: MergedCopy | None
+    ) -> DecodeLaunch | list[Sample | None]:
         """Compute all rows in one packed step; one entry per row, None where no token was due.
 
         `merged`: the copy that every row of this step uses. `rows` hold single-token rows first.
+        A launch: the step runs, and has its entries later.
         """
         packed = Packing(rows)
         logits = self._replay(packed) if merged is None else None
+        if logits is not None and self.launcher is not None:
+            launch = self.launcher.choose(packed, logits)
+            if launch is not None:
+                return launch
         if logits is None:
             logits = self._compute(packed, merged)
         return self._sample(packed, logits)
+
+    @torch.inference_mode()
+    def run_after(
+        self, launch: DecodeLaunch, rows: SequenceOf[ScheduledRow]
+    ) -> DecodeLaunch | None:
+        """Launch the step after one that still runs: some of its rows, a token further.
+
+        None: it must be run when the tokens are known.
+        """
+        return None if self.launcher is None else self.launcher.launch_after(launch, rows)
 
     def prepare_blocks(self, blocks: SequenceOf[int]) -> None:
         """Make new owners' blocks safe to read behind the last token, where a path does that."""

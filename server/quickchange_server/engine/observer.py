@@ -15,7 +15,8 @@ class StepStats:
 
     `num_rows` counts requests, `num_tokens` tokens through the model, `num_adapters` distinct
     adapters (the base is none), `num_preempted` requests sent back to wait;
-    `prefix_queries`/`prefix_hits` count prompt tokens looked up and found when rows were admitted.
+    `prefix_queries`/`prefix_hits` count prompt tokens looked up and found when rows were admitted;
+    `is_ahead`: launched before the last step's tokens were known, timed from that one's end.
     """
 
     kind: StepKind
@@ -27,6 +28,7 @@ class StepStats:
     num_preempted: int = 0
     prefix_queries: int = 0
     prefix_hits: int = 0
+    is_ahead: bool = False
 
 
 class EngineObserver(Protocol):

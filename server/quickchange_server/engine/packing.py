@@ -41,12 +41,7 @@ class Packing:
     @cached_property
     def row_blocks(self) -> list[RowBlock]:
         """A block for each row that needs adapters, in row order."""
-        blocks: list[RowBlock] = []
-        for start, row in zip(self.starts, self.rows, strict=True):
-            terms = _terms_of(row)
-            if terms:
-                blocks.append(RowBlock(start, start + row.num_tokens, terms))
-        return blocks
+        return row_blocks(self.rows, self.starts)
 
     def head_blocks(self) -> tuple[RowBlock, ...]:
         """Blocks over the wanted logits' rows, of requests whose adapters change the head."""
@@ -125,6 +120,21 @@ class Packing:
             end = start + row.num_tokens
             wanted.extend(range(end - self.num_logits(row), end))
         return wanted
+
+
+def row_blocks(rows: SequenceOf[ScheduledRow], starts: SequenceOf[int]) -> list[RowBlock]:
+    """Return a block for each row that needs adapters; `starts`: where rows lie in the step."""
+    blocks: list[RowBlock] = []
+    for start, row in zip(starts, rows, strict=True):
+        terms = _terms_of(row)
+        if terms:
+            blocks.append(RowBlock(start, start + row.num_tokens, terms))
+    return blocks
+
+
+def decode_rows(rows: SequenceOf[ScheduledRow]) -> list[KvRow]:
+    """Return where the KV of a decode step's rows lies; its tokens need not be known."""
+    return [KvRow(i, row.start, 1, row.sequence.blocks) for i, row in enumerate(rows)]
 
 
 def _terms_of(row: ScheduledRow) -> tuple[Term, ...]:

@@ -80,7 +80,7 @@ def _draw_together(
     logits: Tensor, rows: SequenceOf[int], sequences: SequenceOf[Sequence]
 ) -> dict[int, int]:
     """Draw for those of the rows that are not greedy; none, if that fails for any of them."""
-    draws = {row: _draw(sequences[row]) for row in rows if _is_drawn(sequences[row])}
+    draws = {row: draw for row in rows if (draw := _draw(sequences[row])) is not None}
     tokens: dict[int, int] = {}
     try:
         for has_filter in (False, True):  # those with filters are drawn from sorted weights
@@ -99,10 +99,17 @@ def _is_drawn(sequence: Sequence) -> bool:
     return sequence.request.sampling.temperature > 0
 
 
-def _draw(sequence: Sequence) -> Draw:
+def draw_of(sequence: Sequence, position: int) -> Draw | None:
+    """Return how a request's token at a position is drawn; None: it is the highest."""
+    if not _is_drawn(sequence):
+        return None
     params = sequence.request.sampling
-    number = uniform(sequence.seed, sequence.request.choice, len(sequence.token_ids))
+    number = uniform(sequence.seed, sequence.request.choice, position)
     return Draw(number, params.temperature, params.top_k, params.top_p, params.min_p)
+
+
+def _draw(sequence: Sequence) -> Draw | None:
+    return draw_of(sequence, len(sequence.token_ids))
 
 
 def _token(logits: Tensor, row: int, greedy: int, sequence: Sequence) -> int:

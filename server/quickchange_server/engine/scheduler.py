@@ -124,6 +124,43 @@ class Scheduler:
         step.fresh_blocks = self.blocks.pop_taken()
         return step
 
+    def schedule_after(self, rows: SequenceOf[ScheduledRow]) -> ScheduledStep | None:
+        """Choose the rows of the step after one that still runs, each one token further.
+
+        `rows`: that step's, of one token each, whose tokens are not known. Those that the step ends
+        by their length are left out; one that a token ends is computed in vain. None: somebody else
+        may have a turn, or there is no room for all; then nothing was taken.
+        """
+        going = self._rows_after(rows)
+        needed = sum(self.blocks.num_missing(row.sequence, row.end) for row in going)
+        if not going or needed > self.blocks.num_free:
+            return None
+        step = ScheduledStep()
+        self._num_steps += 1
+        self._num_busy_steps += 1
+        self.waiting.start_step()
+        for row in going:
+            grown = self.blocks.grow(row.sequence, row.end)
+            assert grown, "all were counted before"
+            row.sequence.last_step = self._num_steps
+        step.rows, step.num_taken = going, len(going)
+        step.fresh_blocks = self.blocks.pop_taken()
+        return step
+
+    def _rows_after(self, rows: SequenceOf[ScheduledRow]) -> list[ScheduledRow]:
+        """Return the next rows of those that go on; none, if any other request could run."""
+        running = set(self.running)
+        live = [row for row in rows if row.sequence in running]
+        going = [
+            ScheduledRow(row.sequence, row.end, 1)
+            for row in live
+            if row.sequence.num_generated + 1 < row.sequence.request.max_tokens
+        ]
+        # with all rows taken nobody is admitted, unless one tenant takes rows from another
+        is_full = len(going) >= self._max_rows and self.waiting.num_tenants < 2
+        is_alone = len(live) == len(running) and (is_full or not self.waiting)
+        return going if is_alone and len(going) <= self._budget.num_tokens else []
+
     def note_computed(self, row: ScheduledRow) -> None:
         """Record that a row's KV was computed, and its next token if it was the newest one's."""
         if row.needs_logits:

@@ -35,6 +35,7 @@ class EngineSettings:
         fused_layers: whether blocks of Llama's shape run as fused kernels, where Triton's run.
         skinny_products: whether few rows take a product of Triton's, where its kernels run.
         cuda_graphs: whether decode steps are captured and replayed, where Triton's kernels run.
+        steps_ahead: whether a captured step may be launched before the last one's tokens are known.
     """
 
     served_name: str = "base"
@@ -60,3 +61,4 @@ class EngineSettings:
     fused_layers: bool = True
     skinny_products: bool = False
     cuda_graphs: bool = True
+    steps_ahead: bool = True

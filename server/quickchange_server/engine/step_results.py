@@ -33,7 +33,7 @@ def token_output(sequence: Sequence, sample: Sample, *, is_first: bool) -> Token
     )
 
 
-def stats_of(step: ScheduledStep, seconds: float, *, is_merged: bool) -> StepStats:
+def stats_of(step: ScheduledStep, seconds: float, *, is_merged: bool, is_ahead: bool) -> StepStats:
     """Return what an observer is told of a step."""
     digests = {ref.digest for row in step.rows for ref in row.sequence.request.adapters}
     weights: StepWeights = "merged" if is_merged else "unmerged" if digests else "base"
@@ -47,6 +47,7 @@ def stats_of(step: ScheduledStep, seconds: float, *, is_merged: bool) -> StepSta
         step.num_preempted,
         step.prefix_queries,
         step.prefix_hits,
+        is_ahead,
     )
 
 

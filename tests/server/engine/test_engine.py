@@ -17,6 +17,7 @@ from quickchange_adapters.pool import AdapterPool, Evictable, Slot
 from quickchange_adapters.weights import AdapterWeights, LoraPair
 from quickchange_server.engine.base_model import load_base
 from quickchange_server.engine.client import EngineClient
+from quickchange_server.engine.decode_launch import DecodeLaunch
 from quickchange_server.engine.engine import Engine
 from quickchange_server.engine.inbox import EngineStopped
 from quickchange_server.engine.model_runner import ModelRunner
@@ -220,7 +221,9 @@ class FaultyRunner(ModelRunner):
     max_tokens = 1 << 30
     poison = -1
 
-    def run(self, rows: Sequence[ScheduledRow], merged: MergedCopy | None) -> list[Sample | None]:
+    def run(
+        self, rows: Sequence[ScheduledRow], merged: MergedCopy | None
+    ) -> DecodeLaunch | list[Sample | None]:
         if sum(row.num_tokens for row in rows) > self.max_tokens:
             raise MemoryError
         if any(self.poison in row.sequence.token_ids for row in rows):

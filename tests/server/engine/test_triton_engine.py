@@ -8,6 +8,7 @@ import os
 
 os.environ["TRITON_INTERPRET"] = "1"
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,25 @@ async def test_a_mixed_batch_has_the_answers_of_the_plain_paths(
         ask("mix", 5, ("two", 0.5), ("one", -0.3)),
     ]
     await assert_agree(tiny_base, requests, weights)
+
+
+async def test_steps_launched_ahead_have_the_answers_of_the_plain_paths(
+    tiny_base: Path, make_adapter: MakeAdapter
+) -> None:
+    """Tokens go from one step's result into the next one's input without the host."""
+    weights = peft_weights(make_adapter(seed=1), "a")
+    asks = [
+        replace(ask(name, 3, *mix, num=num), sampling=SamplingParams(seed=num))
+        for name, mix, num in (("base", (), 5), ("adapted", (("a", 1.0),), 6))
+    ]
+    plain = await answers(tiny_base, asks, [weights])
+    engine = make_engine(tiny_base, kernels="triton", max_batch_rows=2)
+    await engine.start()
+    await engine.load_adapter(weights)
+    found = await run_all(engine, asks)
+    assert engine._engine.ahead.num_launched > 2
+    await engine.stop()
+    assert [answer.token_ids for answer in found] == [answer.token_ids for answer in plain]
 
 
 async def test_windows_and_caps_reach_the_kernel(tmp_path: Path) -> None:
