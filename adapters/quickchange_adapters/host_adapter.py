@@ -165,9 +165,14 @@ def _check_finite(adapter: HostAdapter, dtype: torch.dtype) -> None:
             raise ValueError(f"adapter {adapter.digest[:12]} has values in {name} beyond {dtype}")
 
 
-def iter_deltas(group: HostGroup, shape: GroupShape, layer: int) -> Iterator[tuple[slice, Tensor]]:
-    """Yield (columns, delta [out, in] in float32) for each part of one layer: B·A, no bias."""
+def iter_deltas(
+    group: HostGroup, shape: GroupShape, layer: int, device: torch.device
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yield (columns, delta [out, in] in float32) for each part of one layer: B·A, no bias.
+
+    They are computed on the device: the factors are small, the product is as large as the base's.
+    """
     for part, columns in enumerate(shape.part_slices):
-        lora_a = group.lora_a[layer, :, part].float()
-        lora_b = group.lora_b[layer, :, columns].float()
+        lora_a = group.lora_a[layer, :, part].to(device).float()
+        lora_b = group.lora_b[layer, :, columns].to(device).float()
         yield columns, lora_b.t() @ lora_a

@@ -95,8 +95,9 @@ def _merge_head(
     if adapter.head is None:
         return None
     head = base.dense_head()
-    delta = adapter.head.lora_b.float() @ adapter.head.lora_a.float()
-    return make_weight((head.float() + delta.to(head.device)).to(head.dtype))
+    pair = adapter.head
+    lora_a, lora_b = (each.to(head.device).float() for each in (pair.lora_a, pair.lora_b))
+    return make_weight((head.float() + lora_b @ lora_a).to(head.dtype))
 
 
 def _merge_bias(bias: Tensor | None, group: HostGroup, layer: int) -> Tensor:
@@ -112,8 +113,8 @@ def merge_matrix(base: Tensor, group: HostGroup, shape: GroupShape, layer: int) 
     merged = base.float()
     if merged is base:
         merged = base.clone()
-    for columns, delta in iter_deltas(group, shape, layer):
-        merged[columns] += delta.to(merged.device)
+    for columns, delta in iter_deltas(group, shape, layer, base.device):
+        merged[columns] += delta
     merged = merged.to(base.dtype)
     if not torch.isfinite(merged).all():
         raise NotFinite(f"merged, {shape.kind} of layer {layer} is not finite in {base.dtype}")

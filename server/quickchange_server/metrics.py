@@ -184,9 +184,13 @@ class ServerMetrics:
         labels = tuple(each for each in (label, label_2) if each)
         return Histogram(PREFIX + name, text, labels, buckets=buckets, registry=self.registry)
 
-    def watch(self, snapshot: Callable[[], EngineSnapshot]) -> None:
-        """Show the engine's state as gauges from now on."""
-        self.registry.register(SnapshotCollector(snapshot))
+    def watch(
+        self,
+        snapshot: Callable[[], EngineSnapshot],
+        device_bytes: Callable[[], dict[str, int]] = dict,
+    ) -> None:
+        """Show the engine's state, and what it holds of a device, as gauges from now on."""
+        self.registry.register(SnapshotCollector(snapshot, device_bytes))
 
     def watch_adapters(
         self,

@@ -13,10 +13,15 @@ PREFIX = "quickchange_"
 
 
 class SnapshotCollector(Collector):
-    """Collector over a function that returns the engine's last snapshot."""
+    """Collector over the engine's last snapshot, and over what it holds of a device by part."""
 
-    def __init__(self, snapshot: Callable[[], EngineSnapshot]) -> None:
+    def __init__(
+        self,
+        snapshot: Callable[[], EngineSnapshot],
+        device_bytes: Callable[[], dict[str, int]],
+    ) -> None:
         self._snapshot = snapshot
+        self._device_bytes = device_bytes
 
     def describe(self) -> list[Metric]:
         """Return no families: nothing is read while the collector is registered."""
@@ -38,7 +43,8 @@ class SnapshotCollector(Collector):
             "When the engine last gave a sign of life, in Unix time; 0 before the first.",
             _unix_time(state.heartbeat_monotonic_s),
         )
-        yield _labelled("memory_bytes", "Bytes by part.", "part", dict(state.memory_bytes))
+        parts = {**state.memory_bytes, **self._device_bytes()}
+        yield _labelled("memory_bytes", "Bytes by part.", "part", parts)
         yield _labelled("adapters", "Adapters by tier.", "tier", _adapters_by_tier(state))
         evictions = CounterMetricFamily(
             f"{PREFIX}adapter_evictions", "Versions that made room for others.", labels=["tier"]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from quickchange_adapters.host_adapter import iter_deltas
 from quickchange_adapters.merge import MakeWeight, merge_adapter, merged_bytes_of
 from quickchange_adapters.ops.linear_weight import (
     PackedWeight,
@@ -54,6 +55,15 @@ def test_a_merged_matrix_is_the_base_plus_every_part(dtype: torch.dtype) -> None
         torch.testing.assert_close(actual, expected.to(dtype), atol=2e-6, rtol=1e-2)
     assert all(torch.equal(base[key], before[key]) for key in base)
     assert copy.num_bytes == merged_bytes_of(adapter, LAYOUT, dtype.itemsize)
+
+
+def test_updates_are_computed_where_the_base_is() -> None:
+    """Their factors are small; the products are as large as the base."""
+    kind, shape = next(iter(LAYOUT.groups.items()))
+    group = adapter_of("merged", 5).groups[kind]
+    deltas = [delta for _, delta in iter_deltas(group, shape, 0, torch.device("meta"))]
+    assert {delta.device.type for delta in deltas} == {"meta"}
+    assert [delta.shape[0] for delta in deltas] == list(shape.part_outs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -53,6 +53,7 @@ class ScriptedEngine:
         requests: all that were submitted.
         quarantined: digests shown as out of service.
         aborted: ids of requests whose iterator was closed before their end.
+        on_device: what it says it holds of a GPU.
     """
 
     answer: Answer = repeat_prompt
@@ -71,6 +72,7 @@ class ScriptedEngine:
     is_running: bool = False
     requests: list[GenerationRequest] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
+    on_device: dict[str, int] = field(default_factory=dict)
     live: set[str] = field(default_factory=set)
     loaded: dict[str, AdapterWeights] = field(default_factory=dict)
     merged: dict[str, int] = field(default_factory=dict)
@@ -236,6 +238,10 @@ class ScriptedEngine:
     def process_bytes(self) -> dict[str, int]:
         """Hold nothing."""
         return {}
+
+    def device_bytes(self) -> dict[str, int]:
+        """Return what was scripted."""
+        return self.on_device
 
     def snapshot(self) -> EngineSnapshot:
         """Return what is live, loaded and merged."""

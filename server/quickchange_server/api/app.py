@@ -76,7 +76,7 @@ def _watch(services: AppServices) -> None:
         return len(adapters.names.tenants | keyring.tenants()) > 1
 
     services.requests.has_tenants = has_tenants
-    metrics.watch(services.engine.snapshot)
+    metrics.watch(services.engine.snapshot, services.engine.device_bytes)
     metrics.watch_adapters(services.engine.snapshot, adapters.names, adapters.loading, has_tenants)
     metrics.watch_process(partial(services.memory.recent, services.engine.process_bytes))
     metrics.watch_wishes(adapters.num_unmet)

@@ -82,7 +82,8 @@ async def memory(services: Services, caller: Admin) -> Json:
     """
     state = services.engine.snapshot()
     process = await asyncio.to_thread(services.memory.parts, services.engine.process_bytes)
-    parts = {**state.memory_bytes, "process_rss": process["total"]}
+    device = services.engine.device_bytes()
+    parts = {**state.memory_bytes, **device, "process_rss": process["total"]}
     mine = services.adapters.digests_of(caller.tenant)
     adapters = [
         {

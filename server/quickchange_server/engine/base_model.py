@@ -205,14 +205,11 @@ class BaseModel:
             specs.update({linear.path: linear.spec for linear in linears})
         shapes, places = {}, {}
         for kind, groups in families.items():
-            first = groups[0]
-            shapes[kind] = GroupShape(
-                kind,
-                first[0].spec.in_features,
-                tuple(linear.spec.out_features for linear in first),
-                len(groups),
-            )
-            for layer, linears in enumerate(groups):
+            parts = [linear.spec for linear in groups[0]]
+            widths = tuple(part.out_features for part in parts)
+            shapes[kind] = GroupShape(kind, parts[0].in_features, widths, len(groups))
+            for layer in range(len(groups)):
+                linears, groups[layer] = groups[layer], []  # two copies of one group, not of all
                 self._install(shapes[kind], layer, linears)
                 for part, linear in enumerate(linears):
                     places[linear.path] = Place(kind, layer, part)
@@ -278,7 +275,10 @@ def load_base(folder: Path, settings: EngineSettings) -> BaseModel:
     model.eval().requires_grad_(False)
     model.to(settings.device)
     _leave_file(model)
-    return BaseModel(model, settings)
+    base = BaseModel(model, settings)
+    if base.device.type == "cuda":
+        torch.cuda.empty_cache()  # what the linears had before they were put together
+    return base
 
 
 def _leave_file(model: Any) -> None:

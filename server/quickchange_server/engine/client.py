@@ -21,6 +21,7 @@ from quickchange_adapters.weights import AdapterWeights
 
 from quickchange_server.engine.base_model import check_config, end_token_ids, load_base
 from quickchange_server.engine.copy_demand import Demand
+from quickchange_server.engine.device_memory import held_bytes
 from quickchange_server.engine.engine import Engine
 from quickchange_server.engine.interface import EngineSnapshot, MergeResult, ResidentAdapter
 from quickchange_server.engine.model_runner import ModelRunner
@@ -273,6 +274,10 @@ class EngineClient:
             "adapter_pool": runner.pool.resident_bytes(),
             "kv": runner.storage.resident_bytes(),
         }
+
+    def device_bytes(self) -> dict[str, int]:
+        """Return what PyTorch holds of a GPU's memory; nothing on a CPU."""
+        return held_bytes(self._base_model.device)
 
     def snapshot(self) -> EngineSnapshot:
         """Return the state after the last step."""

@@ -163,5 +163,11 @@ class GenerationEngine(Protocol):
         Takes milliseconds. KV blocks and pool rows count once something was written to them.
         """
 
+    def device_bytes(self) -> dict[str, int]:
+        """Return what is held of a GPU's memory, as `device_allocated` and `device_reserved`.
+
+        From any thread; nothing on a CPU.
+        """
+
     def snapshot(self) -> EngineSnapshot:
         """Return the state after the last step; never waits."""
