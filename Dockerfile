@@ -48,7 +48,7 @@ COPY clients/python clients/python
 RUN pip wheel --no-deps --wheel-dir /wheels . ./clients/python; \
     pip install --no-deps --no-index /wheels/*.whl; \
     pip check
-# Compiled here, as the image has no compiler, and readable for whoever runs it; used where a CPU has
+# Compiled here, as the image has no C++ compiler, and readable for whoever runs it; used where a CPU has
 # the instructions.
 RUN mkdir -p "$QUICKCHANGE_CACHE/models" "$QUICKCHANGE_CACHE/store" /var/lib/quickchange; \
     python -m quickchange_adapters.native --any-cpu; \
@@ -56,12 +56,15 @@ RUN mkdir -p "$QUICKCHANGE_CACHE/models" "$QUICKCHANGE_CACHE/store" /var/lib/qui
 RUN if [ "$PRELOAD_BUILTIN" = 1 ]; then quickchange-server base path --model builtin:smollm2-135m; fi
 
 FROM python:${PYTHON}-slim-bookworm
+ARG DEVICE=cpu
 LABEL org.opencontainers.image.title="Quickchange" \
       org.opencontainers.image.description="One resident base, many LoRA adapters, inside one running batch" \
       org.opencontainers.image.licenses="Apache-2.0"
-# What the native library's OpenMP needs. hadolint's rule: as above.
+# What the native library's OpenMP needs; on GPUs, Triton compiles what launches its kernels.
+# hadolint's rule: as above.
 # hadolint ignore=DL3008
-RUN apt-get update && apt-get install -y --no-install-recommends libgomp1 && rm -rf /var/lib/apt/lists/* \
+RUN if [ "$DEVICE" = cuda ]; then set -- gcc libc6-dev; fi; \
+    apt-get update && apt-get install -y --no-install-recommends libgomp1 "$@" && rm -rf /var/lib/apt/lists/* \
     && groupadd --gid 10001 quickchange \
     && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin quickchange
 COPY --from=libraries /opt/quickchange /opt/quickchange

@@ -253,7 +253,9 @@ class ApiChecks:
         missing = [name for name, value in counted.items() if not value > 0]
         device = seen.total("quickchange_memory_bytes", part="device_allocated")
         what = f"{device / 2**30:.2f} GiB on the device" if self._on_gpu else "no device"
-        return f"{what}; nothing of {', '.join(missing) or 'none'}", not missing
+        ahead = seen.total("quickchange_steps_ahead_total") / seen.total("quickchange_steps_total")
+        lacking = f"; nothing counted of {', '.join(missing)}" if missing else ""
+        return f"{what}, {100 * ahead:.0f} % of the steps ahead{lacking}", not missing
 
     def _upload(self, folder: str, name: str | None = None) -> Reply:
         return self._api.upload(name or folder, self._adapters[folder])
@@ -270,7 +272,10 @@ def counted_series(*, on_gpu: bool) -> Sequence[tuple[str, Mapping[str, str]]]:
         ("steps_total", {"weights": "base"}),
         ("requests_total", {"outcome": "ok"}),
     ]
-    return [*series, ("memory_bytes", {"part": "device_allocated"})] if on_gpu else series
+    if not on_gpu:
+        return series
+    device = [("memory_bytes", {"part": "device_allocated"}), ("steps_ahead_total", {})]
+    return [*series, *device]
 
 
 def refused(reply: Reply, status: int, code: str) -> Outcome:

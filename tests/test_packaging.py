@@ -148,6 +148,13 @@ def test_no_file_has_marks_of_a_merge_that_was_not_finished() -> None:
     assert (done.returncode, done.stdout) == (1, "")
 
 
+def test_the_image_for_gpus_has_the_compiler_that_triton_needs() -> None:
+    stage = (ROOT / "Dockerfile").read_text().split("\nFROM ")[-1]
+    assert "\nARG DEVICE=" in stage
+    assert 'if [ "$DEVICE" = cuda ]; then set -- gcc libc6-dev; fi;' in stage
+    assert '--no-install-recommends libgomp1 "$@"' in stage
+
+
 def test_the_image_s_libraries_are_what_both_distributions_need() -> None:
     lines = (ROOT / "Dockerfile").read_text().splitlines()
     (line,) = (line for line in lines if line.startswith("RUN python tools/requirements.py"))

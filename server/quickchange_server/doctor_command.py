@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from quickchange_server.config import OPTIONS, ServerConfig
+from quickchange_server.triton_needs import missing_for_triton
 
 State = Literal["ok", "note", "problem"]
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "fastapi", "uvicorn", "pydantic")
@@ -118,6 +119,11 @@ def _device(config: ServerConfig) -> Iterator[Finding]:
 def _kernels(config: ServerConfig) -> Iterator[Finding]:
     from quickchange_adapters.native import build
 
+    from quickchange_server.serving import pick_device
+
+    if pick_device(config.device) != "cpu":
+        yield triton_finding(config.kernels, missing_for_triton())
+        return
     folder = config.cache_folder / "native"
     try:
         build.check_cpu()
@@ -130,6 +136,15 @@ def _kernels(config: ServerConfig) -> Iterator[Finding]:
         yield Finding("kernels", state, f"PyTorch's on a CPU, not native ones: {error}")
         return
     yield Finding("kernels", "ok", f"native, built at the first start by {compiler}")
+
+
+def triton_finding(kernels: str, missing: str | None) -> Finding:
+    """Return what is to be said of the kernels on a GPU."""
+    if kernels != "auto":
+        return Finding("kernels", "ok", f"--kernels {kernels}")
+    if missing is not None:
+        return Finding("kernels", "problem", f"Triton's need {missing}; or use --kernels plain")
+    return Finding("kernels", "ok", f"Triton's ({_version('triton')}), compiled at the start")
 
 
 def _base(config: ServerConfig) -> Iterator[Finding]:

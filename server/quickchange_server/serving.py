@@ -58,6 +58,7 @@ from quickchange_server.storage import open_storage
 from quickchange_server.thread_affinity import restore_affinity
 from quickchange_server.tokenizer import Tokenizer
 from quickchange_server.tracing import open_tracer
+from quickchange_server.triton_needs import missing_for_triton
 from quickchange_server.upload_checker import UploadChecker
 from quickchange_server.upload_quotas import UploadQuotas
 
@@ -212,6 +213,7 @@ def _budget(config: ServerConfig, base_folder: Path) -> MemoryBudget:
     check_auto_merge(config, device)
     if device.startswith("cuda"):
         _say(CUDA_WARNING)
+        check_triton(config, missing_for_triton())
     footprint = read_footprint(base_folder, config.dtype)
     return resolve_budget(config, footprint, device, device_memory(device), host_memory())
 
@@ -241,6 +243,15 @@ def check_auto_merge(config: ServerConfig, device: str) -> None:
         raise ConfigInvalid(
             "--auto-merge is for CPUs: on a GPU, steps on a merged copy are not replayed from "
             "graphs and may be slower; leave it out, and merge by hand where it pays"
+        )
+
+
+def check_triton(config: ServerConfig, missing: str | None) -> None:
+    """Refuse a GPU on which Triton's kernels could not be launched. Raises: ConfigInvalid."""
+    if missing is not None and config.kernels == "auto":
+        raise ConfigInvalid(
+            f"Triton's kernels need {missing} on this machine; install it, "
+            "or serve without them, slower: --kernels plain"
         )
 
 

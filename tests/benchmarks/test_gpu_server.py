@@ -112,10 +112,10 @@ def test_series_are_summed_by_labels_and_one_that_is_missing_is_no_number() -> N
     assert not seen.total("a_total", x="3") > 0
 
 
-def test_device_memory_must_be_counted_on_a_gpu_only() -> None:
+def test_device_memory_and_steps_ahead_must_be_counted_on_a_gpu_only() -> None:
     parts = [labels.get("part") for _, labels in counted_series(on_gpu=True)]
     assert "device_allocated" in parts
-    assert len(counted_series(on_gpu=False)) == len(parts) - 1
+    assert len(counted_series(on_gpu=False)) == len(parts) - 2
 
 
 def test_a_refusal_counts_with_its_status_and_code_only() -> None:
