@@ -137,11 +137,14 @@ class ServerPlan:
     def _upload_all(self, api: Api, merging: MergeChecks) -> Outcome:
         """Upload all adapters of the loads, and note the base's answer before."""
         merging.remember_base()
-        started_s = time.monotonic()
         names = [name for name in self._adapters if name not in (SECOND, UPLOADED, MISSHAPEN)]
-        statuses = [api.upload(name, self._adapters[name]).status for name in names]
-        seconds = time.monotonic() - started_s
-        return f"{len(names)} in {seconds:.1f} s", statuses == [201] * len(names)
+        statuses, times = [], []
+        for name in names:
+            started_s = time.monotonic()
+            statuses.append(api.upload(name, self._adapters[name]).status)
+            times.append(time.monotonic() - started_s)
+        figure = f"{sum(times):.1f} s, the slowest {max(times):.1f} s, the last {times[-1]:.2f} s"
+        return figure, statuses == [201] * len(names)
 
     def _oracle(self) -> Oracle:
         adapters = {name: self._adapters[name] for name in ORACLE_ADAPTERS}
