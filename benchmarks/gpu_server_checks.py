@@ -251,8 +251,10 @@ class ApiChecks:
             for name, labels in counted_series(on_gpu=self._on_gpu)
         }
         missing = [name for name, value in counted.items() if not value > 0]
-        device = seen.total("quickchange_memory_bytes", part="device_allocated")
-        what = f"{device / 2**30:.2f} GiB on the device" if self._on_gpu else "no device"
+        parts = ("device_allocated", "device_reserved", "host_pinned", "adapter_host")
+        held = {p: seen.total("quickchange_memory_bytes", part=p) / 2**30 for p in parts}
+        sizes = ", ".join(f"{part} {size:.2f}" for part, size in held.items())
+        what = f"GiB: {sizes}" if self._on_gpu else "no device"
         ahead = seen.total("quickchange_steps_ahead_total") / seen.total("quickchange_steps_total")
         lacking = f"; nothing counted of {', '.join(missing)}" if missing else ""
         return f"{what}, {100 * ahead:.0f} % of the steps ahead{lacking}", not missing

@@ -108,10 +108,10 @@ async def test_memory_by_part(client: httpx.AsyncClient) -> None:
 
 
 async def test_what_is_held_of_a_gpu_is_shown_where_there_is_one(services: AppServices) -> None:
-    engine = ScriptedEngine(on_device={"device_allocated": 7, "device_reserved": 9})
+    engine = ScriptedEngine(on_device={"device_allocated": 7, "host_pinned": 9})
     async for client in serve_in_process(create_app(replace(services, engine=engine))):
         parts = (await client.get("/v1/memory")).json()["bytes"]
-        assert (parts["device_allocated"], parts["device_reserved"]) == (7, 9)
+        assert (parts["device_allocated"], parts["host_pinned"]) == (7, 9)
         text = (await client.get("/metrics")).text
         assert 'quickchange_memory_bytes{part="device_allocated"} 7.0' in text
 

@@ -164,9 +164,9 @@ class GenerationEngine(Protocol):
         """
 
     def device_bytes(self) -> dict[str, int]:
-        """Return what is held of a GPU's memory, as `device_allocated` and `device_reserved`.
+        """Return what is held of a GPU's memory, and for it on the host, by part.
 
-        From any thread; nothing on a CPU.
+        `device_allocated`, `device_reserved`, `host_pinned`; from any thread; nothing on a CPU.
         """
 
     def snapshot(self) -> EngineSnapshot:
