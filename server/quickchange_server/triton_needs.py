@@ -22,7 +22,8 @@ def missing_for_triton(
     path = environment.get("PATH", os.defpath)
     if not environment.get("CC") and not any(shutil.which(name, path=path) for name in COMPILERS):
         return "a C compiler (apt-get install gcc libc6-dev)"
-    if not ((include or _include_folder()) / "Python.h").is_file():
+    folders = [include or _include_folder(), *_further_folders(environment)]
+    if not any((folder / "Python.h").is_file() for folder in folders):
         return "Python's headers (apt-get install python3-dev)"
     return None
 
@@ -32,6 +33,12 @@ def _cache_folder(environment: Mapping[str, str]) -> Path:
     named = environment.get("TRITON_CACHE_DIR")
     home = environment.get("TRITON_HOME") or Path.home()
     return Path(named) if named else Path(home, ".triton", "cache")
+
+
+def _further_folders(environment: Mapping[str, str]) -> list[Path]:
+    """Return where compilers look for headers beside what they are told."""
+    named = (environment.get(name, "") for name in ("CPATH", "C_INCLUDE_PATH"))
+    return [Path(folder) for paths in named for folder in paths.split(os.pathsep) if folder]
 
 
 def _include_folder() -> Path:

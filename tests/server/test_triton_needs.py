@@ -1,5 +1,6 @@
 """What a GPU's kernels need beside the GPU is looked for before seconds go into loading a base."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,8 @@ def test_a_compiler_and_headers_are_enough(tmp_path: Path, machine: dict[str, st
 
 def test_what_is_missing_is_named(tmp_path: Path, machine: dict[str, str]) -> None:
     assert "python3-dev" in (missing_for_triton(machine, tmp_path / "bin") or "")
+    elsewhere = {**machine, "CPATH": f"/nowhere{os.pathsep}{tmp_path / 'include'}"}
+    assert missing_for_triton(elsewhere, tmp_path / "bin") is None
     nowhere = {**machine, "PATH": str(tmp_path / "include")}
     assert "gcc" in (missing_for_triton(nowhere, tmp_path / "include") or "")
     assert missing_for_triton({**nowhere, "CC": "cc"}, tmp_path / "include") is None
