@@ -91,17 +91,14 @@ class AdapterPool:
         self._retired: list[Slot] = []
         self.pinned: set[str] = set()
         self.num_evictions = 0
+        self.used_bytes = 0
+        """Of all slots; asked for at every step, so it is not added up then."""
         self.generation = 0
         self.changed: set[str] = set()
         self.on_load: Callable[[float], None] = lambda seconds: None
         self._has_holes = False
         self.is_cramped = False
         """Whether rows must move before something that was reserved in vain can have room."""
-
-    @property
-    def used_bytes(self) -> int:
-        """Bytes of all slots."""
-        return sum(slot.num_bytes for slot in self._all_slots())
 
     def resident_bytes(self) -> int:
         """Return how much of it is in memory now, on a CPU: rows that were ever written."""
@@ -280,6 +277,7 @@ class AdapterPool:
             assert all(a.end <= b.start for a, b in zip(taken, taken[1:], strict=False))
             assert not taken or taken[-1].end <= arena.num_rows
         assert all(slot.num_references == 0 for slot in self._retired)
+        assert self.used_bytes == sum(slot.num_bytes for slot in self._all_slots())
 
     def _all_slots(self) -> Iterator[Slot]:
         return chain(self._slots.values(), self._retired)
@@ -336,6 +334,7 @@ class AdapterPool:
             slot.ranges[kind] = replace(rows, has_bias=group.has_bias)
             self.arenas[kind].take(slot.ranges[kind])
         self._slots[adapter.digest] = slot
+        self.used_bytes += slot.num_bytes
         return slot
 
     def _make_room(self, adapter: HostAdapter, evictable: Evictable) -> bool:
@@ -367,6 +366,7 @@ class AdapterPool:
         return slot
 
     def _give_rows(self, slot: Slot) -> None:
+        self.used_bytes -= slot.num_bytes
         for kind, rows in slot.ranges.items():
             self.arenas[kind].give(rows)
 

@@ -48,9 +48,9 @@ class BlockManager:
         """Blocks for so many tokens."""
         return -(-num_tokens // self.block_size)
 
-    def num_missing(self, sequence: Sequence, num_tokens: int) -> int:
-        """Blocks that a sequence lacks for its first `num_tokens` tokens."""
-        return max(0, self.num_needed(num_tokens) - len(sequence.blocks))
+    def is_short(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Whether a sequence lacks blocks for its first `num_tokens` tokens."""
+        return len(sequence.blocks) * self.block_size < num_tokens
 
     def num_held_alone(self, sequence: Sequence) -> int:
         """Blocks that would become free if a sequence gave its own back."""
@@ -77,7 +77,7 @@ class BlockManager:
 
     def grow(self, sequence: Sequence, num_tokens: int) -> bool:
         """Hold blocks for the first `num_tokens` tokens; False, and nothing taken, if too few."""
-        missing = self.num_missing(sequence, num_tokens)
+        missing = self.num_needed(num_tokens) - len(sequence.blocks)
         if missing > len(self._free):
             return False
         for _ in range(missing):

@@ -265,7 +265,7 @@ class AdapterResidency:
         )
 
     def describe_all(self) -> dict[str, ResidentAdapter]:
-        """Every loaded version by digest: a new dictionary, cheap when little has changed."""
+        """Every loaded version by digest; what was returned before stays as it was."""
         with self._lock:
             return self._describe_changed()
 
@@ -273,12 +273,14 @@ class AdapterResidency:
         for changed in (self.pool.changed, self._host.changed):
             self._changed |= changed
             changed.clear()
+        if self._changed:
+            self._described = dict(self._described)
         for digest in self._changed:
             self._described.pop(digest, None)
             if digest in self._host:
                 self._described[digest] = self.describe(digest)
         self._changed.clear()
-        return dict(self._described)
+        return self._described
 
     def _is_idle(self, digest: str) -> bool:
         return not self._users[digest] and not self.loader.is_busy(digest)

@@ -132,16 +132,17 @@ class Scheduler:
         may have a turn, or there is no room for all; then nothing was taken.
         """
         going = self._rows_after(rows)
-        needed = sum(self.blocks.num_missing(row.sequence, row.end) for row in going)
-        if not going or needed > self.blocks.num_free:
+        short = [row for row in going if self.blocks.is_short(row.sequence, row.end)]
+        if not going or len(short) > self.blocks.num_free:
             return None
         step = ScheduledStep()
         self._num_steps += 1
         self._num_busy_steps += 1
         self.waiting.start_step()
-        for row in going:
+        for row in short:
             grown = self.blocks.grow(row.sequence, row.end)
             assert grown, "all were counted before"
+        for row in going:
             row.sequence.last_step = self._num_steps
         step.rows, step.num_taken = going, len(going)
         step.fresh_blocks = self.blocks.pop_taken()
@@ -156,10 +157,25 @@ class Scheduler:
             for row in live
             if row.sequence.num_generated + 1 < row.sequence.request.max_tokens
         ]
-        # with all rows taken nobody is admitted, unless one tenant takes rows from another
-        is_full = len(going) >= self._max_rows and self.waiting.num_tenants < 2
-        is_alone = len(live) == len(running) and (is_full or not self.waiting)
-        return going if is_alone and len(going) <= self._budget.num_tokens else []
+        is_all = len(live) == len(running) and len(going) <= self._budget.num_tokens
+        is_closed = not self.waiting or (len(going) == len(running) and self._admits_nobody())
+        return going if is_all and is_closed else []
+
+    def _admits_nobody(self) -> bool:
+        """Whether all who wait would go on waiting if all who run went on running.
+
+        Of a single tenant only: several take rows and blocks from each other.
+        """
+        if self.waiting.num_tenants > 1:
+            return False
+        if len(self.running) >= self._max_rows:
+            return True
+        self.waiting.start_pass()
+        first = self._overdue or self.waiting.next()
+        if first is None:  # each was tried for the step that runs, and there were no slots
+            return True
+        may_run = self._shares.may_take_row(first, len(self.running))
+        return not may_run or not self._has_blocks_for(first)
 
     def note_computed(self, row: ScheduledRow) -> None:
         """Record that a row's KV was computed, and its next token if it was the newest one's."""

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from quickchange_server.engine.batch_sampler import choose_together
 from quickchange_server.engine.request import GenerationRequest, SamplingParams
-from quickchange_server.engine.sampler import sample, uniform
+from quickchange_server.engine.sampler import draw_of, sample, uniform
 from quickchange_server.engine.sequence import Sequence
 
 
@@ -146,3 +147,25 @@ def test_a_row_that_cannot_be_drawn_hurts_only_itself() -> None:
     results = sample(torch.randn(3, 20), sequences, is_together=True)
     assert [result.error is None for result in results] == [True, False, True]
     assert results[0].token_id is not None
+
+
+def test_tokens_chosen_together_are_those_of_each_alone() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(7, 50)
+    logits[2, 3], logits[5, 1] = float("nan"), float("inf")
+    params: list[dict[str, Any]] = [
+        {"temperature": 0},
+        {"temperature": 0.7},
+        {"temperature": 0},
+        {"temperature": 1.3, "top_k": 4},
+        {"temperature": 1.0, "top_p": 0.6, "min_p": 0.01},
+        {"temperature": 1.0},
+        {"temperature": 0.1},
+    ]
+    sequences = [sequence_of(index, (4, 5), **each) for index, each in enumerate(params)]
+    draws = [draw_of(sequence, len(sequence.token_ids)) for sequence in sequences]
+    chosen, checked = choose_together(logits, draws)
+    alone = [result.token_id for result in sample(logits, sequences)]
+    assert [None if token < 0 else token for token in checked.tolist()] == alone
+    assert alone.count(None) == 2
+    assert all(0 <= token < 50 for token in chosen.tolist())

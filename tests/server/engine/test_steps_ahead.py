@@ -7,116 +7,32 @@ step is decided as on a GPU.
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from quickchange_adapters.host_adapter import pack_adapter
 from quickchange_adapters.merge import merge_adapter
-from quickchange_adapters.pool import AdapterPool
 from quickchange_adapters.weights import AdapterWeights
-from quickchange_server.engine.base_model import load_base
-from quickchange_server.engine.batch_sampler import choose_together
 from quickchange_server.engine.client import EngineClient
 from quickchange_server.engine.decode_launch import DecodeLaunch
-from quickchange_server.engine.engine import Engine
-from quickchange_server.engine.model_runner import ModelRunner
 from quickchange_server.engine.request import (
     AdapterRef,
     GenerationRequest,
     SamplingParams,
-    TokenOutput,
 )
-from quickchange_server.engine.sampler import draw_of, sample
-from quickchange_server.engine.scheduler import ScheduledRow
-from quickchange_server.engine.settings import EngineSettings
 
 from tests.conftest import LLAMA_LINEARS, MakeAdapter
-from tests.server.engine.conftest import MIB, Recorder, collect, make_engine, peft_weights
+from tests.server.engine.conftest import collect, make_engine, peft_weights
 from tests.server.engine.plain_graphs import use_plain_graphs
-from tests.server.engine.scheduler_run import scheduler_of
-from tests.server.engine.scheduler_run import sequence_of as waiting_sequence
-from tests.server.engine.test_engine import PROMPT, greedy, overflowing, tokens_of
-from tests.server.engine.test_sampler import sequence_of
+from tests.server.engine.steps_ahead_bench import Bench, sampled
+from tests.server.engine.test_engine import PROMPT, greedy, overflowing
 
 VOCABULARY = 381
 RANKS = (1, 4, 8, 12, 24)
-
-
-class FaultyRunner(ModelRunner):
-    """Raises `error` when a step is launched ahead for the `fails_at`th time."""
-
-    error: Exception | None = None
-    fails_at = 3
-    num_calls = 0
-
-    def run_after(self, launch: DecodeLaunch, rows: Sequence[ScheduledRow]) -> DecodeLaunch | None:
-        self.num_calls += 1
-        if self.error is not None and self.num_calls == self.fails_at:
-            raise self.error
-        return super().run_after(launch, rows)
-
-
-@dataclass
-class Bench:
-    """An engine that is stepped by hand, with all that it said."""
-
-    engine: Engine
-    runner: FaultyRunner
-    outputs: list[TokenOutput] = field(default_factory=list)
-    recorder: Recorder = field(default_factory=Recorder)
-
-    @classmethod
-    def of(cls, folder: Path, *, is_ahead: bool = True, **changes: Any) -> "Bench":
-        values = {"dtype": "float32", "max_step_tokens": 256, "kv_cache_bytes": MIB, **changes}
-        settings = EngineSettings(**values)
-        base = load_base(folder, settings)
-        pool = AdapterPool(base.layout, settings.adapter_device_bytes, base.dtype, base.device)
-        runner = FaultyRunner(base, pool, settings.kv_cache_bytes, 16)
-        use_plain_graphs(runner, settings.max_batch_rows, is_ahead=is_ahead)
-        outputs: list[TokenOutput] = []
-        recorder = Recorder()
-        engine = Engine(runner, settings, frozenset(), recorder, outputs.extend)
-        return cls(engine, runner, outputs, recorder)
-
-    def hold(self, *weights: AdapterWeights) -> None:
-        base = self.runner.base
-        for each in weights:
-            self.engine.residency.add_host(pack_adapter(each, base.layout, base.dtype))
-
-    def add(self, *requests: GenerationRequest) -> None:
-        for request in requests:
-            assert self.engine.residency.claim(request) is None
-            self.engine.add(request)
-
-    def step(self) -> None:
-        """Do what the engine's thread does in one round."""
-        self.engine._inbox.run_waiting()
-        self.engine.step()
-        self.engine.scheduler.check_integrity()
-        self.runner.pool.check_integrity()
-        if not self.engine.scheduler.running:
-            time.sleep(0.0005)
-
-    def run_to_end(self) -> None:
-        deadline_s = time.monotonic() + 120
-        while not self.engine.is_idle:
-            assert time.monotonic() < deadline_s, "requests did not end"
-            self.step()
-
-    def tokens(self, name: str) -> list[int]:
-        return tokens_of(self.outputs, name)
-
-    def ends(self) -> dict[str, str]:
-        return {o.request_id: o.finish_reason for o in self.outputs if o.finish_reason}
-
-    @property
-    def num_ahead(self) -> int:
-        return self.engine.ahead.num_launched
 
 
 @pytest.fixture(scope="module")
@@ -200,10 +116,6 @@ def test_random_traffic_has_the_answers_of_steps_in_turn(
         assert not any(slot.num_references for slot in bench.runner.pool.slots)
 
 
-def sampled(name: str, num: int = 12, **params: Any) -> GenerationRequest:
-    return greedy(name, num=num, sampling=SamplingParams(**{"seed": 5, **params}))
-
-
 @pytest.mark.parametrize(
     "request_",
     [
@@ -236,20 +148,24 @@ def test_plain_rows_run_ahead_to_their_ends(tiny_base: Path) -> None:
     assert len(bench.tokens("b")) == len(bench.tokens("c")) == 12
 
 
-def test_steps_on_a_copy_are_not_launched_ahead(
+def test_a_copy_is_used_as_soon_as_it_is_there(
     tiny_base: Path, adapters: list[AdapterWeights]
 ) -> None:
+    """Steps on copies are not captured, so none of them is launched ahead."""
     bench = Bench.of(tiny_base)
     bench.hold(adapters[0])
+    bench.add(greedy("a", "w0", num=40))
+    while not (before := bench.num_ahead):
+        bench.step()
     base = bench.runner.base
-    packed = pack_adapter(adapters[0], base.layout, base.dtype)
-    copy = merge_adapter(packed, base.layout, base)
+    copy = merge_adapter(pack_adapter(adapters[0], base.layout, base.dtype), base.layout, base)
     bench.engine.residency.reserve_merge("w0", copy.num_bytes)
     bench.engine.residency.add_merged(copy)
-    bench.add(greedy("a", "w0"))
+    num_before = len(bench.recorder.steps)
     bench.run_to_end()
-    assert bench.num_ahead == 0
-    assert {stats.weights for stats in bench.recorder.steps} == {"merged"}
+    assert bench.num_ahead == before
+    weights = [stats.weights for stats in bench.recorder.steps[num_before:]]
+    assert weights == ["unmerged"] + ["merged"] * (len(weights) - 1)
 
 
 def test_a_newcomer_is_admitted_behind_the_step_that_was_launched(tiny_base: Path) -> None:
@@ -328,26 +244,48 @@ def test_a_launch_without_memory_is_tried_again_in_turn(tiny_base: Path) -> None
     assert [bench.tokens(name) for name in "ab"] == [in_turn.tokens(name) for name in "ab"]
 
 
-def test_an_error_while_tokens_are_awaited_fails_that_step_and_drops_the_next(
+def fail_once(bench: Bench, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """Let the wait for the tokens of a step fail, behind which another one was launched."""
+
+    def fail(self: DecodeLaunch) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DecodeLaunch, "samples", fail)
+        before = bench.num_ahead
+        bench.step()
+        assert bench.num_ahead == before + 1
+
+
+def test_an_error_on_the_device_fails_that_step_and_the_one_behind_it(
     tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench = Bench.of(tiny_base)
     bench.add(greedy("a", num=20))
     for _ in range(5):
         bench.step()
-
-    def fail(self: DecodeLaunch) -> None:
-        raise RuntimeError("an illegal address")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(DecodeLaunch, "samples", fail)
-        bench.step()
+    fail_once(bench, monkeypatch, RuntimeError("an illegal address"))
     assert bench.ends() == {"a": "error"}
     assert len(bench.tokens("a")) == 5
     bench.add(greedy("b"))
     bench.run_to_end()
     assert bench.ends()["b"] == "length"
     assert bench.engine.blocks.num_used == 0
+
+
+def test_a_step_that_lacked_memory_is_computed_again_and_so_is_the_one_behind_it(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_turn, bench = Bench.of(tiny_base, is_ahead=False), Bench.of(tiny_base)
+    for each in (in_turn, bench):
+        each.add(sampled("a", num=20), sampled("b", num=20, seed=6))
+    for _ in range(5):
+        bench.step()
+    fail_once(bench, monkeypatch, MemoryError())
+    for each in (in_turn, bench):
+        each.run_to_end()
+    assert bench.ends() == {"a": "length", "b": "length"}
+    assert [bench.tokens(name) for name in "ab"] == [in_turn.tokens(name) for name in "ab"]
 
 
 def test_who_shares_a_prompt_with_a_row_that_was_computed_in_vain_reads_nothing_of_it(
@@ -423,63 +361,6 @@ def test_the_seconds_of_steps_add_up(tiny_base: Path) -> None:
     assert demand.seconds == pytest.approx(total_s)
     ahead = steps[2:]
     assert all(stats.seconds > 0 for stats in ahead)
-
-
-def test_nothing_is_taken_where_blocks_are_too_few() -> None:
-    scheduler, _ = scheduler_of(num_blocks=3)
-    one, other = waiting_sequence(4, max_tokens=9), waiting_sequence(3, max_tokens=9, first=50)
-    for sequence in (one, other):
-        scheduler.add(sequence)
-    rows = scheduler.schedule().rows
-    assert [row.num_tokens for row in rows] == [4, 3]
-    for row in rows:
-        scheduler.note_computed(row)
-        row.sequence.token_ids.append(1)
-    rows = scheduler.schedule().rows
-    assert scheduler.blocks.num_free == 0
-    assert scheduler.schedule_after(rows) is None
-    scheduler.check_integrity()
-
-
-def test_a_step_ahead_counts_as_one_in_turn_does() -> None:
-    scheduler, _ = scheduler_of()
-    one, other = waiting_sequence(4, max_tokens=3), waiting_sequence(3, max_tokens=9, first=50)
-    for sequence in (one, other):
-        scheduler.add(sequence)
-    for row in scheduler.schedule().rows:
-        scheduler.note_computed(row)
-        row.sequence.token_ids.append(1)
-    rows = scheduler.schedule().rows
-    step = scheduler.schedule_after(rows)
-    assert step is not None
-    assert [(row.sequence, row.start, row.num_tokens) for row in step.rows] == [
-        (one, 5, 1),
-        (other, 4, 1),
-    ]
-    assert one.last_step == other.last_step == 3
-    assert scheduler.schedule_after(step.rows) is not None
-
-
-def test_tokens_chosen_together_are_those_of_each_alone() -> None:
-    torch.manual_seed(0)
-    logits = torch.randn(7, 50)
-    logits[2, 3], logits[5, 1] = float("nan"), float("inf")
-    params: list[dict[str, Any]] = [
-        {"temperature": 0},
-        {"temperature": 0.7},
-        {"temperature": 0},
-        {"temperature": 1.3, "top_k": 4},
-        {"temperature": 1.0, "top_p": 0.6, "min_p": 0.01},
-        {"temperature": 1.0},
-        {"temperature": 0.1},
-    ]
-    sequences = [sequence_of(index, (4, 5), **each) for index, each in enumerate(params)]
-    draws = [draw_of(sequence, len(sequence.token_ids)) for sequence in sequences]
-    chosen, checked = choose_together(logits, draws)
-    alone = [result.token_id for result in sample(logits, sequences)]
-    assert [None if token < 0 else token for token in checked.tolist()] == alone
-    assert alone.count(None) == 2
-    assert all(0 <= token < 50 for token in chosen.tolist())
 
 
 @asynccontextmanager
