@@ -27,12 +27,12 @@ class Draw:
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
 
-def choose_together(logits: Tensor, draws: Sequence[Draw | None]) -> tuple[Tensor, Tensor]:
-    """Choose a token id for each row [rows, vocabulary]; None: the highest. Waits for nothing.
+def choose_together(logits: Tensor, highest: Tensor, draws: Sequence[Draw | None]) -> Tensor:
+    """Return a token id for each row [rows, vocabulary]; None: its highest. Waits for nothing.
 
-    Returns the ids, and the same with -1 where a row's logits are not finite.
+    A row that is not finite has any.
     """
-    highest, chosen = logits.max(dim=-1)
+    chosen = highest
     for has_filter in (False, True):  # those with filters are drawn from sorted weights
         found = [(i, draw) for i, draw in enumerate(draws) if draw is not None]
         own = [(i, draw) for i, draw in found if draw.has_filter is has_filter]
@@ -40,7 +40,7 @@ def choose_together(logits: Tensor, draws: Sequence[Draw | None]) -> tuple[Tenso
             index = index_on([i for i, _ in own], logits.device)
             drawn = draw_on_device(logits[index], [draw for _, draw in own])
             chosen = chosen.index_copy(0, index, drawn)
-    return chosen, torch.where(highest.isfinite(), chosen, -1)
+    return chosen
 
 
 def draw_together(logits: Tensor, draws: Sequence[Draw]) -> list[int]:

@@ -9,10 +9,12 @@ to a power of two; they compute a token that nobody wants, in the scratch block:
 | tile and block table | its own | one token at position 0 of block 0 |
 | delta tables | its row block's items | none |
 
-Knows nothing of the model: `Forward` computes, `Capture` turns a computation into a replay.
+The highest token of each row is found in the captured step too. Knows nothing of the model:
+`Forward` computes, `Capture` turns a computation into a replay.
 """
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -28,8 +30,6 @@ from quickchange_server.engine.attention_tiles import KvRow
 log = logging.getLogger(__name__)
 MIN_ROWS = 2
 NUM_WARM_UPS = 2
-Replay = Callable[[], Tensor]
-Capture = Callable[[Replay], Replay]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,35 @@ class DecodeBatch:
     tiles: StepTiles
 
 
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """What a step computed, on the device, until the next one is queued; padding is left out.
+
+    Attributes:
+        logits: [rows, vocabulary] float32.
+        highest: [rows] ids of the highest logits.
+        is_finite: [rows] whether those are finite, and so all that are not minus infinity.
+    """
+
+    logits: Tensor
+    highest: Tensor
+    is_finite: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor) -> "Decoded":
+        """Find the highest of each row; waits for nothing."""
+        values, places = logits.max(dim=-1)
+        return cls(logits, places, values.abs() < math.inf)
+
+    def first(self, num_rows: int) -> "Decoded":
+        """Return the first rows."""
+        return Decoded(self.logits[:num_rows], self.highest[:num_rows], self.is_finite[:num_rows])
+
+
+Replay = Callable[[], Decoded]
+Capture = Callable[[Replay], Replay]
 Forward = Callable[[DecodeBatch, StepTables | None], Tensor]
+"""Computes logits [rows, vocabulary]."""
 
 
 class TileMaker(Protocol):
@@ -144,8 +172,8 @@ class DecodeGraphs:
                 break
             num_rows = max(MIN_ROWS, 1 << (num_rows - 1).bit_length() - 1)
 
-    def run(self, step: DecodeStep) -> Tensor | None:
-        """Return logits [rows, vocabulary], valid until the next call; None: compute it plainly."""
+    def run(self, step: DecodeStep) -> Decoded | None:
+        """Queue a step; its results are valid until the next call; None: compute it plainly."""
         num_rows = padded_rows(len(step.rows), self._max_rows)
         if self._is_off or num_rows is None:
             return None
@@ -153,7 +181,7 @@ class DecodeGraphs:
             return None
         batch = self._inputs.fill(step, num_rows)
         replay = self._replay(batch, num_rows, has_adapters=bool(step.blocks))
-        return None if replay is None else replay()[: len(step.rows)]
+        return None if replay is None else replay().first(len(step.rows))
 
     def _replay(self, batch: DecodeBatch, num_rows: int, *, has_adapters: bool) -> Replay | None:
         key = (num_rows, has_adapters)
@@ -164,7 +192,7 @@ class DecodeGraphs:
             if self._is_off:
                 return None
             try:
-                self._replays[key] = self._capture(lambda: self._forward(batch, deltas))
+                self._replays[key] = self._capture(lambda: Decoded.of(self._forward(batch, deltas)))
             except RuntimeError:
                 log.exception("decode steps cannot be captured; they are computed without graphs")
                 self._is_off = True
@@ -201,10 +229,10 @@ class DeviceCapture:
         stream.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            logits = compute()
+            decoded = compute()
 
-        def replay() -> Tensor:
+        def replay() -> Decoded:
             graph.replay()
-            return logits
+            return decoded
 
         return replay

@@ -21,7 +21,7 @@ from quickchange_adapters.plan import RowBlock
 from torch import Tensor
 
 from quickchange_server.engine.batch_sampler import Draw, choose_together, index_on
-from quickchange_server.engine.cuda_graphs import DecodeGraphs, DecodeStep
+from quickchange_server.engine.cuda_graphs import Decoded, DecodeGraphs, DecodeStep
 from quickchange_server.engine.logits import needs_adjusting
 from quickchange_server.engine.packing import Packing, decode_rows, row_blocks
 from quickchange_server.engine.sampler import Sample, draw_of
@@ -36,8 +36,8 @@ log = logging.getLogger(__name__)
 class DecodeLaunch:
     """A decode step that was launched.
 
-    `chosen` [rows]: its tokens on the device, always valid ids; a row whose logits are not finite
-    has any, and its sample has none.
+    `chosen` [rows]: its tokens on the device until another step is queued, always valid ids; a row
+    whose logits are not finite has any, and its sample has none.
     """
 
     rows: SequenceOf[ScheduledRow]
@@ -58,13 +58,13 @@ class DecodeLauncher:
         self._device = device
         self._fetcher = TokenFetcher(max_rows, device)
 
-    def choose(self, packed: Packing, logits: Tensor) -> DecodeLaunch | None:
+    def choose(self, packed: Packing, decoded: Decoded) -> DecodeLaunch | None:
         """Choose the tokens of a replayed step; None: that is not to be done on the device."""
         rows = packed.rows
         if not all(row.needs_logits and is_plain(row.sequence) for row in rows):
             return None
         try:
-            return self._choose(rows, packed.row_blocks, logits)
+            return self._choose(rows, packed.row_blocks, decoded)
         except Exception:
             log.exception("rows cannot be drawn together; each is tried by itself")
             return None
@@ -82,14 +82,15 @@ class DecodeLauncher:
         if places != list(range(len(before))):
             chosen = chosen[index_on(places, self._device)]
             blocks = row_blocks(rows, range(len(rows)))
-        logits = self._graphs.run(DecodeStep(chosen, decode_rows(rows), blocks))
-        return None if logits is None else self._choose(rows, blocks, logits)
+        decoded = self._graphs.run(DecodeStep(chosen, decode_rows(rows), blocks))
+        return None if decoded is None else self._choose(rows, blocks, decoded)
 
     def _choose(
-        self, rows: SequenceOf[ScheduledRow], blocks: SequenceOf[RowBlock], logits: Tensor
+        self, rows: SequenceOf[ScheduledRow], blocks: SequenceOf[RowBlock], decoded: Decoded
     ) -> DecodeLaunch:
         draws: list[Draw | None] = [draw_of(row.sequence, row.end) for row in rows]
-        chosen, checked = choose_together(logits, draws)
+        chosen = choose_together(decoded.logits, decoded.highest, draws)
+        checked = torch.where(decoded.is_finite, chosen, -1)
         return DecodeLaunch(rows, blocks, chosen, self._fetcher.fetch(checked))
 
 

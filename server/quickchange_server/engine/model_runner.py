@@ -28,7 +28,7 @@ from quickchange_server.engine.attention import (
 )
 from quickchange_server.engine.attention_tiles import KvRow
 from quickchange_server.engine.base_model import BaseModel
-from quickchange_server.engine.cuda_graphs import DecodeBatch, DecodeGraphs
+from quickchange_server.engine.cuda_graphs import DecodeBatch, Decoded, DecodeGraphs
 from quickchange_server.engine.decode_launch import DecodeLaunch, DecodeLauncher
 from quickchange_server.engine.native_step import NativeStep
 from quickchange_server.engine.packing import Packing
@@ -128,14 +128,15 @@ class ModelRunner:
         A launch: the step runs, and has its entries later.
         """
         packed = Packing(rows)
-        logits = self._replay(packed) if merged is None else None
-        if logits is not None and self.launcher is not None:
-            launch = self.launcher.choose(packed, logits)
-            if launch is not None:
-                return launch
-        if logits is None:
-            logits = self._compute(packed, merged)
-        return self._sample(packed, logits)
+        decoded = self._replay(packed) if merged is None else None
+        if decoded is None:
+            return self._sample(packed, self._compute(packed, merged))
+        launch = None if self.launcher is None else self.launcher.choose(packed, decoded)
+        if launch is not None:
+            return launch
+        wanted = packed.logit_rows()
+        is_all = len(wanted) == len(packed.rows)
+        return self._sample(packed, decoded.logits if is_all else decoded.logits[wanted])
 
     @torch.inference_mode()
     def run_after(
@@ -179,14 +180,10 @@ class ModelRunner:
                 add_head(logits, hidden, block, is_exact=True)
         return logits
 
-    def _replay(self, packed: Packing) -> Tensor | None:
-        """Return a decode step's logits from a captured one; None where there is none."""
+    def _replay(self, packed: Packing) -> Decoded | None:
+        """Return a decode step's results from a captured one; None where there is none."""
         step = None if self.graphs is None else packed.decode_step()
-        if self.graphs is None or step is None:
-            return None
-        logits = self.graphs.run(step)
-        wanted = packed.logit_rows()
-        return logits if logits is None or len(wanted) == len(packed.rows) else logits[wanted]
+        return None if self.graphs is None or step is None else self.graphs.run(step)
 
     def decode(self, batch: DecodeBatch, deltas: StepTables | None) -> Tensor:
         """Compute float32 logits of one token a row. Runs while a step is being captured."""

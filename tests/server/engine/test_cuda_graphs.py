@@ -129,9 +129,11 @@ def test_a_step_is_captured_once_per_size_and_use_of_adapters() -> None:
     recorder, tables = Recorder(), Tables()
     graphs = recorder.graphs(tables)
     for num_rows in (3, 4, 3, 6, 5):
-        logits = graphs.run(step_of(num_rows))
-        assert logits is not None
-        assert logits[:, 0].tolist() == [100 + i for i in range(num_rows)]
+        decoded = graphs.run(step_of(num_rows))
+        assert decoded is not None
+        assert decoded.logits[:, 0].tolist() == [100 + i for i in range(num_rows)]
+        assert decoded.highest.tolist() == [0] * num_rows
+        assert decoded.is_finite.tolist() == [True] * num_rows
     assert recorder.captured == [(4, False), (6, False)]
     assert tables.launches == []
     assert graphs.run(step_of(3, [BLOCK])) is not None

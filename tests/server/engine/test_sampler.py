@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from quickchange_server.engine.batch_sampler import choose_together
+from quickchange_server.engine.cuda_graphs import Decoded
 from quickchange_server.engine.request import GenerationRequest, SamplingParams
 from quickchange_server.engine.sampler import draw_of, sample, uniform
 from quickchange_server.engine.sequence import Sequence
@@ -152,7 +153,7 @@ def test_a_row_that_cannot_be_drawn_hurts_only_itself() -> None:
 def test_tokens_chosen_together_are_those_of_each_alone() -> None:
     torch.manual_seed(0)
     logits = torch.randn(7, 50)
-    logits[2, 3], logits[5, 1] = float("nan"), float("inf")
+    logits[2, 3], logits[5, 1], logits[6] = float("nan"), float("inf"), float("-inf")
     params: list[dict[str, Any]] = [
         {"temperature": 0},
         {"temperature": 0.7},
@@ -164,8 +165,11 @@ def test_tokens_chosen_together_are_those_of_each_alone() -> None:
     ]
     sequences = [sequence_of(index, (4, 5), **each) for index, each in enumerate(params)]
     draws = [draw_of(sequence, len(sequence.token_ids)) for sequence in sequences]
-    chosen, checked = choose_together(logits, draws)
+    decoded = Decoded.of(logits)
+    chosen = choose_together(logits, decoded.highest, draws).tolist()
     alone = [result.token_id for result in sample(logits, sequences)]
-    assert [None if token < 0 else token for token in checked.tolist()] == alone
-    assert alone.count(None) == 2
-    assert all(0 <= token < 50 for token in chosen.tolist())
+    is_finite = decoded.is_finite.tolist()
+    pairs = zip(chosen, is_finite, strict=True)
+    assert [token if is_good else None for token, is_good in pairs] == alone
+    assert alone.count(None) == 3
+    assert all(0 <= token < 50 for token in chosen)
