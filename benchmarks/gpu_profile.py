@@ -37,7 +37,7 @@ class Profile:
         """Yield the longest kernels of each scenario's step, and all of them together."""
         for scenario in scenarios:
             self.timed.engine.run(scenario.requests(), 4, None)
-            found = self._kernels(scenario)
+            found = self.timed.amid_run(scenario, partial(self._kernels, scenario))
             whole_us = sum(us for _, us in found.values())
             title = f"{scenario.num_rows} rows, adapters: {scenario.title}"
             total = sum(count for count, _ in found.values())
@@ -60,11 +60,7 @@ class Profile:
 
     def _kernels(self, scenario: Scenario) -> dict[str, tuple[float, float]]:
         """Return (launches, microseconds) of a step by the kernel's name."""
-        graphs = self.timed.engine.runner.graphs
-        has_adapters = bool(scenario.num_adapters)
-        if graphs is None:
-            raise RuntimeError("no steps are captured here")
-        replay = graphs.captured(scenario.num_rows, has_adapters=has_adapters)
+        replay = self.timed.captured(scenario)
         if replay is None:
             raise RuntimeError("no step was captured")
         is_cuda = self.timed.ceilings.device.type == "cuda"

@@ -13,7 +13,7 @@ from quickchange_adapters.arena import Arena
 from quickchange_adapters.layout import GroupShape
 from quickchange_adapters.ops.deltas import add_deltas, add_head, start_deltas
 from quickchange_adapters.ops.linear_weight import LinearWeight
-from quickchange_adapters.plan import StepPlan
+from quickchange_adapters.plan import Projection, StepPlan
 
 
 @dataclass(slots=True)
@@ -57,6 +57,14 @@ class ProjectionGroup:
             y = weight.apply(rows, bias)
             add_deltas(y, rows, arena, self.layer, plan)
         return y.view(*x.shape[:-1], self.shape.out_features)
+
+    def project(self, x: Tensor) -> Projection:
+        """Return the fused output of x [tokens, in]; deltas may lie beside it."""
+        plan = self._holder.plan
+        if plan.tables is None or plan.blocks or plan.windows:
+            return Projection(self.compute(x))
+        arena = self._holder.arenas[self.shape.kind]
+        return plan.tables.project(self.weight, x, self.bias, arena, self.layer)
 
     def part(self, index: int, x: Tensor) -> Tensor:
         """Return one part's columns; siblings that pass the same tensor share one product."""

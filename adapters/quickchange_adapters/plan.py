@@ -9,6 +9,7 @@ from torch import Tensor
 
 from quickchange_adapters.arena import Arena
 from quickchange_adapters.merge import MergedCopy
+from quickchange_adapters.ops.linear_weight import LinearWeight
 from quickchange_adapters.pool import AdapterPool, Slot
 
 
@@ -66,6 +67,17 @@ class DenseWindow:
     constants: Tensor | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """A projection's output [tokens, out], and what whoever reads it has still to add.
+
+    `deltas`: [tokens, out] float32, valid until the next projection of the kind; None: nothing.
+    """
+
+    output: Tensor
+    deltas: Tensor | None = None
+
+
 class StepTables(Protocol):
     """Short row blocks of the current step, computed by kernels that look them up in tables."""
 
@@ -77,6 +89,11 @@ class StepTables(Protocol):
 
     def start(self, x: Tensor, arena: Arena, layer: int) -> None:
         """Begin the taken blocks' deltas of one projection's input, beside what is queued next."""
+
+    def project(
+        self, weight: LinearWeight, x: Tensor, bias: Tensor | None, arena: Arena, layer: int
+    ) -> Projection:
+        """Return x @ W.T + bias with the taken blocks' deltas of x, in place or apart."""
 
     def add(self, y: Tensor, arena: Arena, layer: int) -> None:
         """Add what was begun to the projection's output, in place."""

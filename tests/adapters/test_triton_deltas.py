@@ -13,7 +13,7 @@ import torch
 from quickchange_adapters.arena import Arena
 from quickchange_adapters.host_adapter import HostAdapter, pack_adapter
 from quickchange_adapters.layout import AdapterLayout, GroupShape, Place
-from quickchange_adapters.ops.deltas import add_deltas, add_reference, start_deltas
+from quickchange_adapters.ops.deltas import add_deltas, add_reference
 from quickchange_adapters.plan import RowBlock, StepPlan, Term, build_plan
 from quickchange_adapters.pool import AdapterPool, Slot
 from quickchange_adapters.weights import AdapterWeights, LoraPair
@@ -21,9 +21,12 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="the kernels need Triton, which is made for Linux only")
 
-from quickchange_adapters.ops.triton_deltas import MAX_OUTPUT_TILE, PIECE_COLUMNS, TritonDeltas
+from quickchange_adapters.ops.triton_deltas import MAX_OUTPUT_TILE, TritonDeltas
+from quickchange_adapters.ops.triton_product import MAX_ROWS, SkinnyWeight
+from quickchange_adapters.ops.triton_shrink import PIECE_COLUMNS
 
 QKV = GroupShape("qkv", 40, (24, 10, 10), 2)
+MAX_BLOCKS = 16
 WIDE = GroupShape("wide", PIECE_COLUMNS + 150, (MAX_OUTPUT_TILE + 9,), 1)
 LAYOUT = AdapterLayout(
     {"qkv": QKV, "wide": WIDE},
@@ -71,14 +74,15 @@ def blocks_of(slots: list[Slot], lengths: list[int], *, is_mixed: bool) -> list[
     return blocks
 
 
-def plan_of(blocks: list[RowBlock], pool: AdapterPool, max_blocks: int = 16) -> StepPlan:
+def plan_of(blocks: list[RowBlock], pool: AdapterPool, max_blocks: int = MAX_BLOCKS) -> StepPlan:
     tables = TritonDeltas(pool, max_blocks)
     return build_plan(blocks, blocks[-1].end + 1, pool, is_exact=False, tables=tables)
 
 
 def add_all(y: Tensor, x: Tensor, arena: Arena, layer: int, plan: StepPlan) -> None:
     """Add a plan's deltas as a projection does."""
-    start_deltas(x, arena, layer, plan)
+    assert isinstance(plan.tables, TritonDeltas)
+    plan.tables.start(x, arena, layer)
     add_deltas(y, x, arena, layer, plan)
 
 
@@ -194,6 +198,46 @@ def test_a_strided_input_is_read_in_place() -> None:
     add_reference(expected, x, arena, 1, blocks[0])
     add_all(actual, x, arena, 1, plan)
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["qkv", "wide"])
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("lengths", [[1] * 4, [1, MAX_ROWS - 6, 1], [1, MAX_ROWS]])
+def test_deltas_apart_are_those_in_place(lengths: list[int], kind: str, *, has_bias: bool) -> None:
+    """The last case has too many rows for memory of their own."""
+    pool, slots = pool_with([3, 40, 16])
+    blocks = blocks_of(slots, lengths, is_mixed=True)
+    plan = plan_of(blocks, pool)
+    assert plan.tables is not None
+    arena = pool.arenas[kind]
+    shape, layer = arena.shape, arena.shape.num_layers - 1
+    weight = SkinnyWeight(torch.randn(shape.out_features, shape.in_features))
+    bias = torch.randn(shape.out_features) if has_bias else None
+    x = torch.randn(plan.num_tokens, shape.in_features)
+    in_place = weight.apply(x, bias)
+    add_all(in_place, x, arena, layer, plan)
+    found = plan.tables.project(weight, x, bias, arena, layer)
+    assert (found.deltas is None) is (plan.num_tokens > MAX_BLOCKS)
+    whole = found.output if found.deltas is None else found.output + found.deltas
+    assert torch.equal(whole, in_place)
+    assert not torch.equal(whole, weight.apply(x, bias))
+
+
+def test_what_lay_apart_is_gone_when_another_step_has_other_rows() -> None:
+    """A row of the base, and one whose adapter has nothing for the projection, get nothing."""
+    pool, slots = pool_with([8, 8])
+    tables = TritonDeltas(pool, MAX_BLOCKS)
+    only_wide = Slot("only-wide", {"wide": slots[1].ranges["wide"]}, 0)
+    x, arena = torch.randn(4, QKV.in_features), pool.arenas["qkv"]
+    weight = SkinnyWeight(torch.zeros(QKV.out_features, QKV.in_features))
+    tables.fill([RowBlock(row, row + 1, (Term(slots[0]),)) for row in range(4)])
+    first = tables.project(weight, x, None, arena, 0).deltas
+    assert first is not None
+    assert first.abs().amax(1).min() > 0
+    tables.fill([RowBlock(1, 2, (Term(only_wide),)), RowBlock(2, 3, (Term(slots[1]),))])
+    second = tables.project(weight, x, None, arena, 0).deltas
+    assert second is not None
+    assert (second.abs().amax(1) > 0).tolist() == [False, False, True, False]
 
 
 def test_a_step_like_the_last_is_not_uploaded_again_but_a_moved_slot_is() -> None:

@@ -1,16 +1,18 @@
 """Deltas of a step's short row blocks in two kernels, for GPUs. Import it only where Triton is.
 
     shrink:  hidden[item, part, piece] = weight · (x[rows, piece] @ lora_a[ranks, part, piece].T)
-    expand:  y[rows, tile] += Σ over the block's items (Σ over pieces hidden) @ lora_b[ranks, tile]
+    expand:  deltas[rows, tile] = Σ over the block's items
+                                  (Σ over pieces hidden) @ lora_b[ranks, tile]
 
-The input's columns are cut into pieces, so that one row block keeps more than one multiprocessor
-busy; their sums are float32. One program owns a row block's tile of the output, so nothing is added
+Sums of pieces are float32. One program owns a row block's tile of the output, so nothing is added
 atomically and the order is fixed; everything that changes from step to step is read from tables at
 fixed addresses, so a captured step can be replayed. A rank row whose item is another's is never
 read: a neighbour's infinity stays there.
 
-While a step is captured, shrink is put on a branch beside the base's product, which reads the same
-input.
+Both run on a branch beside the base's product while a step is captured: shrink reads the same
+input, and the deltas lie apart until whoever reads the projection adds them on the way. So a step
+waits for them only as far as it waits for the memory. Where the reader knows nothing of it
+(another block's code, many rows), expand adds them in place.
 
 Source: shrink and expand as in Punica (Chen et al. 2023, arXiv 2310.18547); ragged ranks without
 padding as in S-LoRA (Sheng et al. 2023, arXiv 2311.03285).
@@ -18,6 +20,8 @@ padding as in S-LoRA (Sheng et al. 2023, arXiv 2311.03285).
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -35,18 +39,41 @@ from quickchange_adapters.ops.delta_tables import (
     DeltaTables,
     output_tiles,
 )
-from quickchange_adapters.plan import RowBlock
+from quickchange_adapters.ops.linear_weight import LinearWeight
+from quickchange_adapters.ops.triton_chain import (
+    is_chained,
+    launch_options,
+    let_next_start,
+    wait_for_inputs,
+)
+from quickchange_adapters.ops.triton_product import SkinnyWeight
+from quickchange_adapters.ops.triton_shrink import (
+    ShrinkInputs,
+    num_pieces,
+    shrink,
+)
+from quickchange_adapters.plan import Projection, RowBlock
 from quickchange_adapters.pool import AdapterPool
 
 ITEMS_PER_BLOCK = 16
-MAX_INPUT_TILE, MAX_OUTPUT_TILE, MAX_ALIGNMENT = 256, 256, 16
-PIECE_COLUMNS = 512
-"""Of the input, for each program that shrinks."""
+MAX_OUTPUT_TILE, MAX_ALIGNMENT = 256, 16
+MAX_APART_ROWS = 512
+"""Of a step whose deltas have memory of their own."""
 MIN_GRID_ITEMS_PER_BLOCK = 4
 """How many items of a row block a captured step has programs for; more take turns."""
 _HEADER = tl.constexpr(HEADER_INTS)
 _ITEM = tl.constexpr(ITEM_INTS)
 _BLOCK = tl.constexpr(BLOCK_INTS)
+
+
+@dataclass(slots=True)
+class Apart:
+    """Whether deltas lie apart where they can; a switch for comparisons."""
+
+    is_wanted: bool = True
+
+
+APART = Apart()
 
 
 class TritonDeltas:
@@ -56,14 +83,19 @@ class TritonDeltas:
         max_items = max_blocks * ITEMS_PER_BLOCK
         shapes = [arena.shape for arena in pool.arenas.values()]
         self.tables = DeltaTables(list(pool.arenas), max_blocks, max_items, pool.device)
-        num_pieces = max((each.num_parts * _pieces(each) for each in shapes), default=1)
+        most_pieces = max((each.num_parts * num_pieces(each) for each in shapes), default=1)
         self._hidden = torch.empty(
-            (max_items, num_pieces, MAX_BLOCK_ROWS, RANK_TILE),
+            (max_items, most_pieces, MAX_BLOCK_ROWS, RANK_TILE),
             dtype=torch.float32,
             device=pool.device,
         )
         self._tiles = {
             each.kind: output_tiles(each.part_outs, _output_tile(each)).to(pool.device)
+            for each in shapes
+        }
+        num_apart = min(max_blocks, MAX_APART_ROWS)
+        self._apart = {
+            each.kind: torch.zeros(num_apart, each.out_features, device=pool.device)
             for each in shapes
         }
         self._grid_blocks = 0
@@ -81,6 +113,8 @@ class TritonDeltas:
         wanted = (self._pool.generation, tuple(blocks))
         if wanted != self._filled:
             self._filled = None
+            for deltas in self._apart.values():
+                deltas.zero_()  # of rows that no block writes any more
             self._num_taken = self.tables.fill(blocks)
             self._filled = wanted
         self._grid_blocks = self.tables.num_blocks
@@ -92,10 +126,36 @@ class TritonDeltas:
         self._grid_blocks = max_blocks
         self._grid_items = MIN_GRID_ITEMS_PER_BLOCK * max_blocks
 
+    def project(
+        self, weight: LinearWeight, x: Tensor, bias: Tensor | None, arena: Arena, layer: int
+    ) -> Projection:
+        """Return x @ W.T + bias with the deltas of x [tokens, in] apart, for as few rows as that.
+
+        They are computed beside the product, from begin to end, on a GPU that captures a step.
+        """
+        deltas = self._apart[arena.shape.kind]
+        if not APART.is_wanted or x.shape[0] > deltas.shape[0]:
+            self.start(x, arena, layer)
+            y = weight.apply(x, bias)
+            self.add(y, arena, layer)
+            return Projection(y)
+        inputs = self._inputs(x, arena, layer)
+
+        def compute() -> None:
+            shrink(inputs)
+            self._expand(deltas, arena, layer, is_apart=True, is_chained=False)
+
+        if self._grid_items:
+            self._branch.run(compute)
+        y = _apply_beside(weight, x, bias)
+        self._branch.join()
+        return Projection(y, deltas[: x.shape[0]])
+
     def start(self, x: Tensor, arena: Arena, layer: int) -> None:
         """Shrink x [tokens, in] beside what is queued next; `add` waits for it."""
         if self._grid_items:
-            self._branch.run(lambda: self._shrink(x, arena, layer))
+            inputs = self._inputs(x, arena, layer)
+            self._branch.run(lambda: shrink(inputs))
 
     def add(self, y: Tensor, arena: Arena, layer: int) -> None:
         """Add the deltas of the blocks that `fill` took, in place; y [tokens, out].
@@ -104,28 +164,33 @@ class TritonDeltas:
         """
         if self._grid_items == 0:
             return
-        self._branch.join()
+        was_beside = self._branch.join()
+        # behind a join two kernels come before, and a chain is of one
+        is_on = is_chained(y.device) and not was_beside
+        self._expand(y, arena, layer, is_apart=False, is_chained=is_on)
+
+    def _expand(
+        self, y: Tensor, arena: Arena, layer: int, *, is_apart: bool, is_chained: bool
+    ) -> None:
         shape = arena.shape
         tiles = self._tiles[shape.kind]
         assert y.stride(1) == 1, "columns of a projection's output lie side by side"
         _expand[(self._grid_blocks, tiles.shape[0])](
             self.tables.values, tiles, self._hidden, y, arena.lora_b[layer], y.stride(0),
             OUT=shape.out_features, BLOCK_OUT=_output_tile(shape), ALIGNMENT=_alignment(shape),
-            **self._constants(shape), num_warps=4, num_stages=3,
+            IS_APART=is_apart, **self._constants(shape), num_warps=4, num_stages=3,
+            **launch_options(is_on=is_chained),
         )  # fmt: skip
 
-    def _shrink(self, x: Tensor, arena: Arena, layer: int) -> None:
-        shape = arena.shape
+    def _inputs(self, x: Tensor, arena: Arena, layer: int) -> ShrinkInputs:
         x = x if x.stride(1) == 1 else x.contiguous()
-        _shrink[(self._grid_items, shape.num_parts, _pieces(shape))](
-            self.tables.values, self._hidden, x, arena.lora_a[layer], x.stride(0),
-            IN=shape.in_features, BLOCK_IN=_input_tile(shape.in_features), PIECE=PIECE_COLUMNS,
-            **self._constants(shape), num_warps=4, num_stages=3,
-        )  # fmt: skip
+        kind = self.tables.kinds.index(arena.shape.kind)
+        parts = self.tables.values, self._hidden, x, arena.lora_a[layer]
+        return ShrinkInputs(*parts, arena.shape, kind, self._grid_items)
 
-    def _constants(self, shape: GroupShape) -> dict[str, int]:
+    def _constants(self, shape: GroupShape) -> dict[str, Any]:
         kind = self.tables.kinds.index(shape.kind)
-        pieces = _pieces(shape)
+        pieces = num_pieces(shape)
         return {"KIND": kind, "NUM_PARTS": shape.num_parts, "NUM_PIECES": pieces, "TILE": RANK_TILE}
 
 
@@ -134,7 +199,7 @@ class Branch:
 
     def __init__(self, device: torch.device) -> None:
         is_cuda = device.type == "cuda"
-        self._stream = torch.cuda.Stream(device) if is_cuda else None  # type: ignore[no-untyped-call]
+        self._stream = torch.cuda.Stream(device, priority=-1) if is_cuda else None  # type: ignore[no-untyped-call]
         self.is_on = True
         self._is_open = False
 
@@ -148,15 +213,18 @@ class Branch:
             work()
         self._is_open = True
 
-    def join(self) -> None:
-        """Let what is queued next wait for the work."""
-        if self._is_open and self._stream is not None:
+    def join(self) -> bool:
+        """Let what is queued next wait for the work; return whether any was beside."""
+        was_open, self._is_open = self._is_open, False
+        if was_open and self._stream is not None:
             torch.cuda.current_stream().wait_stream(self._stream)
-        self._is_open = False
+        return was_open
 
 
-def _pieces(shape: GroupShape) -> int:
-    return -(-shape.in_features // PIECE_COLUMNS)
+def _apply_beside(weight: LinearWeight, x: Tensor, bias: Tensor | None) -> Tensor:
+    if isinstance(weight, SkinnyWeight):
+        return weight.apply(x, bias, is_alone=False)
+    return weight.apply(x, bias)
 
 
 def _alignment(shape: GroupShape) -> int:
@@ -167,61 +235,6 @@ def _alignment(shape: GroupShape) -> int:
 def _output_tile(shape: GroupShape) -> int:
     tile: int = min(MAX_OUTPUT_TILE, max(16, triton.next_power_of_2(max(shape.part_outs))))
     return tile
-
-
-def _input_tile(in_features: int) -> int:
-    tile: int = min(MAX_INPUT_TILE, max(16, triton.next_power_of_2(in_features)))
-    return tile
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _shrink(
-    table: tl.tensor,  # [header and rows of every kind]
-    hidden: tl.tensor,  # [items, parts, pieces, TILE, TILE] float32
-    x: tl.tensor,  # [tokens, IN]
-    lora_a: tl.tensor,  # [rank rows, parts, IN] of one layer
-    x_stride: tl.tensor,
-    KIND: tl.constexpr,
-    NUM_PARTS: tl.constexpr,
-    NUM_PIECES: tl.constexpr,
-    TILE: tl.constexpr,
-    IN: tl.constexpr,
-    BLOCK_IN: tl.constexpr,
-    PIECE: tl.constexpr,
-) -> None:
-    """Grid (any number, parts, pieces): each program takes every so manieth item."""
-    part = tl.program_id(1)
-    piece = tl.program_id(2)
-    num_items = tl.load(table + KIND * _HEADER)
-    items = table + tl.load(table + KIND * _HEADER + 1)
-    rows = tl.arange(0, TILE)
-    columns = tl.arange(0, BLOCK_IN)
-    item = tl.program_id(0)
-    while item < num_items:
-        entry = items + item * _ITEM
-        is_row = rows < tl.load(entry + 1)
-        is_rank = rows < tl.load(entry + 3)
-        x_rows = x + (tl.load(entry) + rows).to(tl.int64) * x_stride
-        a_rows = lora_a + ((tl.load(entry + 2) + rows).to(tl.int64) * NUM_PARTS + part) * IN
-        product = tl.zeros([TILE, TILE], dtype=tl.float32)
-        for offset in range(0, PIECE, BLOCK_IN):
-            at = piece * PIECE + offset + columns
-            is_column = at < IN
-            tile_x = tl.load(
-                x_rows[:, None] + at[None, :], mask=is_row[:, None] & is_column[None, :], other=0.0
-            )
-            tile_a = tl.load(
-                a_rows[None, :] + at[:, None], mask=is_rank[None, :] & is_column[:, None], other=0.0
-            )
-            product = tl.dot(tile_x, tile_a, product, input_precision="ieee")
-        is_bias = rows == tl.load(entry + 4)
-        weight = tl.load(entry + 5).to(tl.float32, bitcast=True)
-        constant = tl.where(piece == 0, 1.0, 0.0)  # a bias is added once, whatever the pieces
-        product = tl.where(is_bias[None, :], constant, product) * weight
-        product = tl.where(is_rank[None, :], product, 0.0)
-        target = hidden + ((item * NUM_PARTS + part) * NUM_PIECES + piece) * TILE * TILE
-        tl.store(target + rows[:, None] * TILE + rows[None, :], product, mask=is_row[:, None])
-        item += tl.num_programs(0)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -239,43 +252,65 @@ def _expand(
     OUT: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     ALIGNMENT: tl.constexpr,  # that all parts' widths are multiples of
+    IS_APART: tl.constexpr,  # y is float32 and holds the deltas alone
+    IS_CHAINED: tl.constexpr,
 ) -> None:
-    """Grid (row blocks or more, output tiles)."""
+    """Grid (row blocks or more, output tiles). Each item's B is read before the one before it ends.
+
+    The first one's is there before the inputs are.
+    """
+    let_next_start(IS_CHAINED)
     block = tl.program_id(0)
-    if block < tl.load(table + KIND * _HEADER + 2):
-        entry = table + tl.load(table + KIND * _HEADER + 3) + block * _BLOCK
-        items = table + tl.load(table + KIND * _HEADER + 1)
-        first_item = tl.load(entry + 2)
-        end = tl.load(entry + 3)
-        if first_item < end:
-            tile = tiles + tl.program_id(1) * 3
-            part = tl.load(tile)
-            rows = tl.arange(0, TILE)
-            columns = tl.arange(0, BLOCK_OUT)
-            is_row = rows < tl.load(entry + 1)
-            # without the hints every number is loaded by itself
-            is_column = columns < tl.multiple_of(tl.load(tile + 2), ALIGNMENT)
-            at = tl.multiple_of(tl.load(tile + 1), ALIGNMENT) + columns
-            first_row = tl.load(entry)
-            delta = tl.zeros([TILE, BLOCK_OUT], dtype=tl.float32)
-            for item in range(first_item, end):
-                source = hidden + (item * NUM_PARTS + part) * NUM_PIECES * TILE * TILE
-                source += rows[:, None] * TILE + rows[None, :]
-                first_rank = tl.load(items + item * _ITEM + 2)
-                is_rank = rows < tl.load(items + item * _ITEM + 3)
-                b_rows = lora_b + (first_rank + rows).to(tl.int64) * OUT
-                tile_b = tl.load(
-                    b_rows[:, None] + at[None, :],
-                    mask=is_rank[:, None] & is_column[None, :],
-                    other=0.0,
-                )
-                product = tl.zeros([TILE, TILE], dtype=tl.float32)
-                for piece in tl.static_range(NUM_PIECES):
-                    product += tl.load(
-                        source + piece * TILE * TILE, mask=is_row[:, None], other=0.0
-                    )
-                delta = tl.dot(product.to(tile_b.dtype), tile_b, delta, input_precision="ieee")
-            target = y + (first_row + rows).to(tl.int64)[:, None] * y_stride + at[None, :]
-            mask = is_row[:, None] & is_column[None, :]
-            old = tl.load(target, mask=mask, other=0.0)
-            tl.store(target, (old.to(tl.float32) + delta).to(old.dtype), mask=mask)
+    is_there = block < tl.load(table + KIND * _HEADER + 2)
+    entry = table + tl.load(table + KIND * _HEADER + 3) + block * _BLOCK
+    items = table + tl.load(table + KIND * _HEADER + 1)
+    first_row = tl.load(entry, mask=is_there, other=0)
+    num_rows = tl.load(entry + 1, mask=is_there, other=0)
+    first_item = tl.load(entry + 2, mask=is_there, other=0)
+    end = tl.load(entry + 3, mask=is_there, other=0)
+    tile = tiles + tl.program_id(1) * 3
+    part = tl.load(tile)
+    rows = tl.arange(0, TILE)
+    columns = tl.arange(0, BLOCK_OUT)
+    is_row = rows < num_rows
+    # without the hints every number is loaded by itself
+    is_column = columns < tl.multiple_of(tl.load(tile + 2), ALIGNMENT)
+    at = tl.multiple_of(tl.load(tile + 1), ALIGNMENT) + columns
+    tile_b = _rows_of_b(lora_b, items, first_item, end, rows, at, is_column, OUT)
+    wait_for_inputs(IS_CHAINED)
+    delta = tl.zeros([TILE, BLOCK_OUT], dtype=tl.float32)
+    for item in range(first_item, end):
+        next_b = _rows_of_b(lora_b, items, item + 1, end, rows, at, is_column, OUT)
+        source = hidden + (item * NUM_PARTS + part) * NUM_PIECES * TILE * TILE
+        source += rows[:, None] * TILE + rows[None, :]
+        product = tl.zeros([TILE, TILE], dtype=tl.float32)
+        for piece in tl.static_range(NUM_PIECES):
+            product += tl.load(source + piece * TILE * TILE, mask=is_row[:, None], other=0.0)
+        delta = tl.dot(product.to(tile_b.dtype), tile_b, delta, input_precision="ieee")
+        tile_b = next_b
+    target = y + (first_row + rows).to(tl.int64)[:, None] * y_stride + at[None, :]
+    mask = is_row[:, None] & is_column[None, :]
+    if not IS_APART:
+        mask = mask & (first_item < end)
+        delta += tl.load(target, mask=mask, other=0.0).to(tl.float32)
+    tl.store(target, delta.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _rows_of_b(
+    lora_b: tl.tensor,
+    items: tl.tensor,
+    item: tl.tensor,
+    end: tl.tensor,
+    rows: tl.tensor,
+    at: tl.tensor,
+    is_column: tl.tensor,
+    OUT: tl.constexpr,
+) -> tl.tensor:
+    """Return an item's tile of B; zeros behind the last item."""
+    entry = items + item * _ITEM
+    first_rank = tl.load(entry + 2, mask=item < end, other=0)
+    is_rank = rows < tl.load(entry + 3, mask=item < end, other=0)
+    b_rows = lora_b + (first_rank + rows).to(tl.int64) * OUT
+    mask = is_rank[:, None] & is_column[None, :]
+    return tl.load(b_rows[:, None] + at[None, :], mask=mask, other=0.0)

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 HEADER_INTS, PIECE_INTS, JOINED_INTS, TILE_INTS = 4, 6, 3, 4
-MIN_PIECE = 512
+MIN_PIECE = 128
 MAX_PIECES = 32
 
 

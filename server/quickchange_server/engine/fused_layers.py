@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from quickchange_adapters.layers import ProjectionGroup
+from quickchange_adapters.plan import Projection
 from torch import Tensor
 
 from quickchange_server.engine.attention import AttentionStep, KvStorage, Rule
@@ -74,30 +75,31 @@ class FusedLayers:
         mixed = embeds.new_zeros(num_tokens, self._num_heads, width // self._num_heads)
         next_norms = [*(block.attention_norm for block in self._blocks[1:]), self._final_norm]
         for layer, (block, next_norm) in enumerate(zip(self._blocks, next_norms, strict=True)):
-            self._attend(layer, block.qkv.compute(x), rotary, step, mixed)
-            update = block.output.compute(mixed.view(num_tokens, width))
+            self._attend(layer, block.qkv.project(x), rotary, step, mixed)
+            update = block.output.project(mixed.view(num_tokens, width))
             x = self._norm(hidden, update, block.feed_forward_norm)
-            active = gated(block.gate_up.compute(x), is_gelu=self._is_gelu)
-            x = self._norm(hidden, block.down.compute(active), next_norm)
+            active = gated(block.gate_up.project(x), is_gelu=self._is_gelu)
+            x = self._norm(hidden, block.down.project(active), next_norm)
         return x
 
     def _attend(
         self,
         layer: int,
-        qkv: Tensor,
+        projection: Projection,
         rotary: tuple[Tensor, Tensor],
         step: AttentionStep,
         out: Tensor,
     ) -> None:
+        qkv = projection.output
         kv = self._storage.keys[layer], self._storage.values[layer]
         norm = self._blocks[layer].head_norm
-        rotate_and_store(qkv, rotary, step.slots, kv, norm, self._epsilon)
+        rotate_and_store(projection, rotary, step.slots, kv, norm, self._epsilon)
         heads = qkv.view(qkv.shape[0], -1, kv[0].shape[3])[:, : self._num_heads]
         assert step.tiles is not None
         query, rule = heads.transpose(0, 1), self._rules[layer]
         step.tiles.attend(self._storage, layer, query, rule, out)
 
-    def _norm(self, hidden: Tensor, update: Tensor | None, weight: Tensor) -> Tensor:
+    def _norm(self, hidden: Tensor, update: Projection | None, weight: Tensor) -> Tensor:
         return add_and_norm(hidden, update, weight, self._epsilon)
 
 

@@ -59,6 +59,6 @@ class EngineSettings:
     group_merged: bool = True
     auto_merge: bool = False
     fused_layers: bool = True
-    skinny_products: bool = False
+    skinny_products: bool = True
     cuda_graphs: bool = True
     steps_ahead: bool = True

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 import triton
 from quickchange_adapters.ops.staged_ints import StagedInts
+from quickchange_adapters.ops.triton_chain import is_chained, launch_options
 from torch import Tensor
 
 from quickchange_server.engine.attention import KvShape, KvStorage, Rule
@@ -34,8 +35,10 @@ from quickchange_server.engine.triton_attention_kernels import (
 
 MAX_TILE_ROWS = 64
 MIN_TILE = 16
-MIN_PROGRAMS = 64
-"""For each KV head of a captured step, whatever its number of rows: pieces take turns."""
+MIN_PROGRAMS, MAX_PROGRAMS, PROGRAMS_PER_ROW = 64, 512, 8
+"""For each KV head of a captured step: what pieces there are take turns."""
+PIECE_TILE = 8
+"""How many pieces are joined at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,15 +89,18 @@ class TritonTiles:
         groups = query.shape[0] // num_kv
         row_tile = _padded(groups)
         partials = self.partials.mixed, self.partials.stats
+        options = launch_options(is_on=is_chained(out.device))
         attend_pieces[(self.num_programs, num_kv)](
             self.numbers, query, keys, values, out, *partials, *_numbers(rule, query),
-            **_constants(kv, groups, rule), ROW_TILE=row_tile, num_warps=4, num_stages=3,
+            **_constants(kv, groups, rule), ROW_TILE=row_tile,
+            num_warps=4, num_stages=3, **options,
         )  # fmt: skip
         if self.num_joined:
             join_pieces[(self.num_joined, num_kv)](
                 self.numbers, out, *partials,
                 NUM_KV=num_kv, GROUPS=groups, VALUE_DIM=value_dim,
                 VALUE_TILE=_padded(value_dim), ROW_TILE=triton.next_power_of_2(groups),
+                PIECE_TILE=PIECE_TILE, **options,
             )  # fmt: skip
 
     def _attend_tiles(
@@ -105,7 +111,7 @@ class TritonTiles:
         attend_tiles[(self.table.num_tiles, keys.shape[2])](
             self.numbers, query, keys, values, out, *_numbers(rule, query),
             **_constants(kv, groups, rule), ROW_TILE=_padded(self.tile_tokens * groups),
-            num_warps=4, num_stages=2,
+            num_warps=4, num_stages=2, **launch_options(is_on=is_chained(out.device)),
         )  # fmt: skip
 
 
@@ -142,7 +148,8 @@ class TritonAttention:
 
     def fill_for_capture(self, rows: Sequence[KvRow]) -> TritonTiles:
         """Do the same, with programs for any later step of as many rows of one token."""
-        return self._tiles(self._upload(rows), max(len(rows), MIN_PROGRAMS), len(rows))
+        count = min(max(PROGRAMS_PER_ROW * len(rows), MIN_PROGRAMS), MAX_PROGRAMS)
+        return self._tiles(self._upload(rows), count, len(rows))
 
     def _upload(self, rows: Sequence[KvRow]) -> TileTable:
         table = tile_table(rows, self._cut)

@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from quickchange_adapters.ops.triton_chain import let_next_start, wait_for_inputs
 
 from quickchange_server.engine.attention_tiles import (
     HEADER_INTS,
@@ -41,8 +42,10 @@ def attend_pieces(
     POSITION_TILE: tl.constexpr,
     HAS_CAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    IS_CHAINED: tl.constexpr,
 ) -> None:
     """Grid (any number, NUM_KV): each program takes every so manieth piece."""
+    let_next_start(IS_CHAINED)
     kv_head = tl.program_id(1)
     num_pieces = tl.load(table)
     rows = tl.arange(0, ROW_TILE)
@@ -52,23 +55,20 @@ def attend_pieces(
     value_columns = tl.arange(0, VALUE_TILE)
     is_value = is_row[:, None] & (value_columns < VALUE_DIM)[None, :]
     piece = tl.program_id(0)
+    # the next piece's numbers are there before the last one's sums are
+    token, position, start, end, blocks, partial = _piece(table, piece, num_pieces)
+    wait_for_inputs(IS_CHAINED)
     while piece < num_pieces:
-        entry = table + tl.load(table + 1) + piece * _PIECE
-        token = tl.load(entry).to(tl.int64)
-        position = tl.load(entry + 1)
-        partial = tl.load(entry + 5).to(tl.int64)
         q = tl.load(
             query + (heads * head_stride + token * token_stride)[:, None] + key_columns[None, :],
             mask=is_row[:, None] & (key_columns < KEY_DIM)[None, :],
             other=0.0,
         )
-        start = tl.load(entry + 2)
         if HAS_WINDOW:
             start = tl.maximum(start, position - window + 1)
         own = position + tl.zeros([ROW_TILE], dtype=tl.int32)
         highest, total, mixed = _walk(
-            q, own, start, tl.load(entry + 3), table + tl.load(entry + 4), keys, values,
-            kv_head, scaling, softcap, window,
+            q, own, start, end, table + blocks, keys, values, kv_head, scaling, softcap, window,
             BLOCK_SIZE, NUM_KV, KEY_DIM, VALUE_DIM, KEY_TILE, VALUE_TILE, ROW_TILE,
             POSITION_TILE, HAS_CAP, HAS_WINDOW,
         )  # fmt: skip
@@ -83,6 +83,24 @@ def attend_pieces(
             tl.store(partial_stats + place * 2, highest, mask=is_row)
             tl.store(partial_stats + place * 2 + 1, total, mask=is_row)
         piece += tl.num_programs(0)
+        token, position, start, end, blocks, partial = _piece(table, piece, num_pieces)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _piece(
+    table: tl.tensor, piece: tl.tensor, num_pieces: tl.tensor
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """Return a piece's token, position, start, end, block table and partial; zeros behind all."""
+    is_there = piece < num_pieces
+    entry = table + tl.load(table + 1) + piece * _PIECE
+    return (
+        tl.load(entry, mask=is_there, other=0).to(tl.int64),
+        tl.load(entry + 1, mask=is_there, other=0),
+        tl.load(entry + 2, mask=is_there, other=0),
+        tl.load(entry + 3, mask=is_there, other=0),
+        tl.load(entry + 4, mask=is_there, other=0),
+        tl.load(entry + 5, mask=is_there, other=0).to(tl.int64),
+    )
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -96,8 +114,12 @@ def join_pieces(
     VALUE_DIM: tl.constexpr,
     VALUE_TILE: tl.constexpr,
     ROW_TILE: tl.constexpr,
+    PIECE_TILE: tl.constexpr,
+    IS_CHAINED: tl.constexpr,
 ) -> None:
-    """Grid (joined rows or more, NUM_KV): a row's pieces one after another."""
+    """Grid (joined rows or more, NUM_KV): some of a row's pieces at a time, in their order."""
+    let_next_start(IS_CHAINED)
+    wait_for_inputs(IS_CHAINED)
     if tl.program_id(0) < tl.load(table + 2):
         entry = table + tl.load(table + 3) + tl.program_id(0) * _JOINED
         token = tl.load(entry).to(tl.int64)
@@ -111,21 +133,22 @@ def join_pieces(
         highest = tl.full([ROW_TILE], float("-inf"), dtype=tl.float32)
         total = tl.zeros([ROW_TILE], dtype=tl.float32)
         mixed = tl.zeros([ROW_TILE, VALUE_TILE], dtype=tl.float32)
-        index = 0
-        while index < count:
-            place = (first + index) * NUM_KV * GROUPS + heads
-            own_highest = tl.load(partial_stats + place * 2, mask=is_row, other=0.0)
-            own_total = tl.load(partial_stats + place * 2 + 1, mask=is_row, other=0.0)
-            sums = partial_mixed + (place * VALUE_DIM)[:, None] + columns[None, :]
-            own_mixed = tl.load(sums, mask=mask, other=0.0)
-            new_highest = tl.maximum(highest, own_highest)
+        for index in range(0, count, PIECE_TILE):
+            pieces = index + tl.arange(0, PIECE_TILE)
+            is_piece = pieces < count
+            place = (first + pieces)[:, None] * NUM_KV * GROUPS + heads[None, :]
+            is_own = is_piece[:, None] & is_row[None, :]
+            own_highest = tl.load(partial_stats + place * 2, mask=is_own, other=float("-inf"))
+            own_total = tl.load(partial_stats + place * 2 + 1, mask=is_own, other=0.0)
+            sums = partial_mixed + (place * VALUE_DIM)[:, :, None] + columns[None, None, :]
+            own_mixed = tl.load(sums, mask=is_piece[:, None, None] & mask[None, :, :], other=0.0)
+            new_highest = tl.maximum(highest, tl.max(own_highest, 0))
             base = tl.where(new_highest == float("-inf"), 0.0, new_highest)
             keep = tl.exp(highest - base)
-            take = tl.exp(own_highest - base)
-            mixed = mixed * keep[:, None] + own_mixed * take[:, None]
-            total = total * keep + own_total * take
+            take = tl.exp(own_highest - base[None, :])
+            mixed = mixed * keep[:, None] + tl.sum(own_mixed * take[:, :, None], 0)
+            total = total * keep + tl.sum(own_total * take, 0)
             highest = new_highest
-            index += 1
         target = out + ((token * NUM_KV * GROUPS + heads) * VALUE_DIM)[:, None]
         result = (mixed / total[:, None]).to(out.dtype.element_ty)
         tl.store(target + columns[None, :], result, mask=mask)
@@ -154,8 +177,11 @@ def attend_tiles(
     POSITION_TILE: tl.constexpr,
     HAS_CAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    IS_CHAINED: tl.constexpr,
 ) -> None:
     """Grid (tiles, NUM_KV). A tile's row r is token r // GROUPS, query head r % GROUPS."""
+    let_next_start(IS_CHAINED)
+    wait_for_inputs(IS_CHAINED)
     tile = table + _HEADER + tl.program_id(0) * _TILE
     kv_head = tl.program_id(1)
     num_tokens = tl.load(tile + 1)

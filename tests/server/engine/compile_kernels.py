@@ -13,13 +13,16 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
 import triton
-from quickchange_adapters.ops import triton_deltas, triton_product
+from quickchange_adapters.ops import triton_deltas, triton_product, triton_shrink
 from quickchange_server.engine import triton_attention_kernels, triton_pointwise
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 CAPABILITIES = (80, 90)
+CHAINED_FROM = 90
+LARGE = ("product, deep",)  # not launched where a block has little shared memory
 WARP, WIDEST = 32, 16
 TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 DELTAS = {"KIND": 1, "TILE": 16}
@@ -43,37 +46,41 @@ def attention(dim: int, row_tile: int, *, has_extras: bool) -> dict[str, int | b
 def deltas(role: str) -> dict[str, Variant]:
     """Both kernels of one projection group."""
     parts, width, out = WIDTHS[role]
-    pieces = -(-width // triton_deltas.PIECE_COLUMNS)
+    pieces = -(-width // triton_shrink.PIECE_COLUMNS)
     shared = {**DELTAS, "NUM_PARTS": parts, "NUM_PIECES": pieces}
-    shrink = {**shared, "IN": width, "BLOCK_IN": triton_deltas.MAX_INPUT_TILE}
-    shrink["PIECE"] = triton_deltas.PIECE_COLUMNS
+    shrink = {**shared, "WIDTH": width, "BLOCK_IN": triton_shrink.MAX_INPUT_TILE}
+    shrink["PIECE"] = triton_shrink.PIECE_COLUMNS
     expand = {**shared, "OUT": out, "BLOCK_OUT": triton_deltas.MAX_OUTPUT_TILE, "ALIGNMENT": 16}
     return {
-        f"shrink {role}": (triton_deltas._shrink, shrink, {}),
-        f"expand {role}": (triton_deltas._expand, expand, {}),
+        f"shrink {role}": (triton_shrink._shrink, shrink, {}),
+        f"expand {role}": (triton_deltas._expand, {**expand, "IS_APART": False}, {}),
+        f"expand {role} apart": (triton_deltas._expand, {**expand, "IS_APART": True}, {}),
     }
 
 
-def product() -> dict[str, int | bool]:
-    """Constants of the product of few rows."""
-    columns, inner = triton_product.BLOCK_COLUMNS, triton_product.BLOCK_INNER
-    blocks = {"BLOCK_COLUMNS": columns, "BLOCK_INNER": inner, "ROW_TILE": triton_product.MAX_ROWS}
-    return {**blocks, "WIDTH": 4096, "NUM_COLUMNS": 6144, "HAS_BIAS": True}
+def product(num_stages: int) -> Variant:
+    """The product of few rows."""
+    constants = triton_product.TILING.constants(6144, torch.device("cpu"), is_alone=False)
+    options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
+    constants |= {"WIDTH": 4096, "NUM_COLUMNS": 6144, "HAS_BIAS": True}
+    return triton_product._product, constants, {**options, "num_stages": num_stages}
 
 
 def variants() -> dict[str, Variant]:
     """Every kernel as a base of 8 billion launches it, and attention with all it can do."""
     kernels, pointwise = triton_attention_kernels, triton_pointwise
-    joined = {**HEADS, "VALUE_DIM": 128, "VALUE_TILE": 128, "ROW_TILE": 4}
+    joined = {**HEADS, "VALUE_DIM": 128, "VALUE_TILE": 128, "ROW_TILE": 4, "PIECE_TILE": 8}
     joined = {name: joined[name] for name in joined if name not in ("BLOCK_SIZE", "POSITION_TILE")}
     rotate = {"NUM_HEADS": 32, "NUM_KV": 8, "DIM": 128, "HALF_TILE": 64, "HAS_NORM": True}
     norm = {"WIDTH": 4096, "TILE": 4096, "HAS_UPDATE": True}
     gated = {"WIDTH": 14336, "TILE": pointwise.GATED_TILE, "IS_GELU": False}
+    for each in (rotate, norm, gated):
+        each["HAS_DELTAS"] = True
     plain, rich = attention(128, 16, has_extras=False), attention(96, 64, has_extras=True)
     long, odd = attention(128, 64, has_extras=False), attention(96, 16, has_extras=True)
-    options = {"num_warps": triton_product.NUM_WARPS, "num_stages": triton_product.NUM_STAGES}
     return {
-        "product": (triton_product._product, product(), options),
+        "product": product(triton_product.TILING.num_stages),
+        "product, deep": product(triton_product.TILING.deep_stages),
         **{name: each for role in WIDTHS for name, each in deltas(role).items()},
         "pieces": (kernels.attend_pieces, plain, {"num_stages": 3}),
         "pieces, window and cap": (kernels.attend_pieces, odd, {"num_stages": 3}),
@@ -87,16 +94,19 @@ def variants() -> dict[str, Variant]:
 
 
 POINTERS = {"table": "*i32", "tiles": "*i32", "slots": "*i64"}
-WIDE = ("hidden", "partial_mixed", "partial_stats")
+WIDE = ("hidden", "deltas", "partial_mixed", "partial_stats")
 FLOATS = ("scaling", "softcap", "epsilon")
 INTEGERS = ("window", "num_rows", "x_stride", "y_stride", "head_stride", "token_stride")
 
 
-def type_of(kernel: triton.JITFunction, name: str) -> str:
+def type_of(kernel: triton.JITFunction, name: str, *, is_apart: bool) -> str:
     """Say a parameter's type as the launcher would, with weights in bfloat16."""
     if name in INTEGERS:
         return "i32"
-    if name in WIDE and kernel is not triton_pointwise._add_and_norm:
+    is_norm = kernel is triton_pointwise._add_and_norm  # what it calls hidden is not the sums
+    if name in WIDE and not (is_norm and name == "hidden"):
+        return "*fp32"
+    if name == "y" and is_apart:
         return "*fp32"
     return "fp32" if name in FLOATS else POINTERS.get(name, "*bf16")
 
@@ -105,8 +115,12 @@ def compile_one(variant: Variant, capability: int) -> dict[str, int]:
     """Compile down to machine code; return what it takes."""
     kernel, constants, options = variant
     names = kernel.arg_names
+    if "IS_CHAINED" in names:
+        constants = {**constants, "IS_CHAINED": capability >= CHAINED_FROM}
+    is_apart = bool(constants.get("IS_APART"))
     signature = {
-        each: "constexpr" if each in constants else type_of(kernel, each) for each in names
+        name: "constexpr" if name in constants else type_of(kernel, name, is_apart=is_apart)
+        for name in names
     }
     aligned = [["tt.divisibility", 16]]
     source = ASTSource(
@@ -150,5 +164,6 @@ if __name__ == "__main__":
         f"{name}, sm_{capability}": compile_one(each, capability)
         for capability in CAPABILITIES
         for name, each in variants().items()
+        if capability >= CHAINED_FROM or name not in LARGE
     }
     json.dump(found, sys.stdout)

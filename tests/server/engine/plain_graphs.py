@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from quickchange_adapters.arena import Arena
 from quickchange_adapters.ops.deltas import add_block
-from quickchange_adapters.plan import RowBlock
+from quickchange_adapters.ops.linear_weight import LinearWeight
+from quickchange_adapters.plan import Projection, RowBlock
 from quickchange_server.engine.attention import DecodeBucket, KvStorage, Rule, _decode
 from quickchange_server.engine.attention_tiles import KvRow
 from quickchange_server.engine.cuda_graphs import DecodeGraphs, DecodeInputs, compute_again
@@ -60,6 +61,14 @@ class PlainTables:
         assert self._x is not None
         for block in self.blocks:
             add_block(y, self._x, arena, layer, block)
+
+    def project(
+        self, weight: LinearWeight, x: Tensor, bias: Tensor | None, arena: Arena, layer: int
+    ) -> Projection:
+        y = weight.apply(x, bias)
+        self.start(x, arena, layer)
+        self.add(y, arena, layer)
+        return Projection(y)
 
 
 def use_plain_graphs(runner: ModelRunner, max_rows: int, *, is_ahead: bool) -> None:

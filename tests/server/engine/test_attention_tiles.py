@@ -3,6 +3,7 @@
 import pytest
 from quickchange_server.engine.attention_tiles import (
     MAX_PIECES,
+    MIN_PIECE,
     Cut,
     KvRow,
     max_row_ints,
@@ -39,18 +40,16 @@ def test_blocks_that_hold_no_position_yet_are_left_out() -> None:
     assert table.numbers == [1, 4, 0, 10, 0, 7, 0, 8, 10, -1, 1, 2]
 
 
-@pytest.mark.parametrize("length", [1, 512, 513, 4096, 16384, 16385, 131072])
+@pytest.mark.parametrize("length", [1, 128, 129, 4096, 4097, 131072])
 def test_no_row_takes_more_than_was_kept_for_it(length: int) -> None:
     blocks = list(range(-(-length // 16)))
     row = KvRow(0, length - 1, 1, blocks)
-    table = tile_table([row], Cut(512, 16, 16))
+    table = tile_table([row], Cut(MIN_PIECE, 16, 16))
     assert table.num_pieces == -(-length // piece_size(row))
     assert table.num_pieces <= MAX_PIECES
     assert len(table.numbers) <= 4 + max_row_ints(len(blocks))
 
 
-@pytest.mark.parametrize(
-    ("length", "size"), [(1, 512), (16384, 512), (16385, 1024), (131072, 4096)]
-)
+@pytest.mark.parametrize(("length", "size"), [(1, 128), (4096, 128), (4097, 256), (131072, 4096)])
 def test_pieces_are_as_small_as_their_number_allows(length: int, size: int) -> None:
     assert piece_size(KvRow(0, length - 1, 1, [])) == size

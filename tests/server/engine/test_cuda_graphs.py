@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from quickchange_adapters.arena import Arena
-from quickchange_adapters.plan import RowBlock, StepTables, Term
+from quickchange_adapters.ops.linear_weight import LinearWeight
+from quickchange_adapters.plan import Projection, RowBlock, StepTables, Term
 from quickchange_adapters.pool import Slot
 from quickchange_server.engine.attention import KvStorage, Rule
 from quickchange_server.engine.attention_tiles import KvRow
@@ -60,6 +61,11 @@ class Tables:
         self.launches.append(max_blocks)
 
     def start(self, x: Tensor, arena: Arena, layer: int) -> None:
+        raise NotImplementedError
+
+    def project(
+        self, weight: LinearWeight, x: Tensor, bias: Tensor | None, arena: Arena, layer: int
+    ) -> Projection:
         raise NotImplementedError
 
     def add(self, y: Tensor, arena: Arena, layer: int) -> None:
