@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from quickchange_adapters.host_adapter import pack_adapter
 from quickchange_adapters.merge import merge_adapter
 from quickchange_adapters.weights import AdapterWeights
 from quickchange_server.engine.client import EngineClient
-from quickchange_server.engine.decode_launch import DecodeLaunch
 from quickchange_server.engine.request import (
     AdapterRef,
     GenerationRequest,
@@ -27,9 +27,10 @@ from quickchange_server.engine.request import (
 
 from tests.conftest import LLAMA_LINEARS, MakeAdapter
 from tests.server.engine.conftest import collect, make_engine, peft_weights
+from tests.server.engine.host_reads import HostReads
 from tests.server.engine.plain_graphs import use_plain_graphs
 from tests.server.engine.steps_ahead_bench import Bench, sampled
-from tests.server.engine.test_engine import PROMPT, greedy, overflowing
+from tests.server.engine.test_engine import PROMPT, greedy
 
 VOCABULARY = 381
 RANKS = (1, 4, 8, 12, 24)
@@ -215,79 +216,6 @@ def test_tenants_that_wait_have_their_rows_as_ever(tiny_base: Path) -> None:
     assert bench.ends() == {"other": "length"}
 
 
-def test_a_launch_that_fails_fails_its_own_step(tiny_base: Path) -> None:
-    """What ran before it is handed out first."""
-    bench = Bench.of(tiny_base)
-    bench.runner.error = RuntimeError("no launch")
-    bench.add(greedy("a", num=20), greedy("b", num=4))
-    bench.run_to_end()
-    bench.add(greedy("c"))
-    bench.run_to_end()
-    assert bench.ends() == {"a": "error", "b": "length", "c": "length"}
-    failed = next(o for o in bench.outputs if o.failure)
-    assert failed.failure is not None
-    assert failed.failure.code == "step_failed"
-    # the prompt's step, one in turn and two ahead are good; the third of them is not
-    assert len(bench.tokens("a")) == 4
-    assert bench.engine.blocks.num_used == 0
-
-
-def test_a_launch_without_memory_is_tried_again_in_turn(tiny_base: Path) -> None:
-    in_turn = Bench.of(tiny_base, is_ahead=False)
-    bench = Bench.of(tiny_base)
-    bench.runner.error = MemoryError()
-    for each in (in_turn, bench):
-        each.add(sampled("a", num=160), sampled("b", num=160, seed=6))
-        each.run_to_end()
-    assert bench.num_ahead > 80  # after as many steps of one row the budget has grown again
-    assert bench.ends() == {"a": "length", "b": "length"}
-    assert [bench.tokens(name) for name in "ab"] == [in_turn.tokens(name) for name in "ab"]
-
-
-def fail_once(bench: Bench, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    """Let the wait for the tokens of a step fail, behind which another one was launched."""
-
-    def fail(self: DecodeLaunch) -> None:
-        raise error
-
-    with monkeypatch.context() as patch:
-        patch.setattr(DecodeLaunch, "samples", fail)
-        before = bench.num_ahead
-        bench.step()
-        assert bench.num_ahead == before + 1
-
-
-def test_an_error_on_the_device_fails_that_step_and_the_one_behind_it(
-    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bench = Bench.of(tiny_base)
-    bench.add(greedy("a", num=20))
-    for _ in range(5):
-        bench.step()
-    fail_once(bench, monkeypatch, RuntimeError("an illegal address"))
-    assert bench.ends() == {"a": "error"}
-    assert len(bench.tokens("a")) == 5
-    bench.add(greedy("b"))
-    bench.run_to_end()
-    assert bench.ends()["b"] == "length"
-    assert bench.engine.blocks.num_used == 0
-
-
-def test_a_step_that_lacked_memory_is_computed_again_and_so_is_the_one_behind_it(
-    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    in_turn, bench = Bench.of(tiny_base, is_ahead=False), Bench.of(tiny_base)
-    for each in (in_turn, bench):
-        each.add(sampled("a", num=20), sampled("b", num=20, seed=6))
-    for _ in range(5):
-        bench.step()
-    fail_once(bench, monkeypatch, MemoryError())
-    for each in (in_turn, bench):
-        each.run_to_end()
-    assert bench.ends() == {"a": "length", "b": "length"}
-    assert [bench.tokens(name) for name in "ab"] == [in_turn.tokens(name) for name in "ab"]
-
-
 def test_who_shares_a_prompt_with_a_row_that_was_computed_in_vain_reads_nothing_of_it(
     tiny_base: Path,
 ) -> None:
@@ -306,19 +234,6 @@ def test_who_shares_a_prompt_with_a_row_that_was_computed_in_vain_reads_nothing_
         each.run_to_end()
     assert bench.tokens("next") == alone.tokens("next")
     assert len(bench.tokens("stays")) == 60
-
-
-def test_a_row_that_is_not_finite_fails_alone_and_is_cleared(
-    tiny_base: Path, make_adapter: MakeAdapter
-) -> None:
-    bench = Bench.of(tiny_base)
-    bench.hold(overflowing(peft_weights(make_adapter(seed=1), "huge")))
-    bench.add(greedy("bad", "huge", prompt_ids=(5,)), greedy("good", num=12, prompt_ids=(6,)))
-    bench.run_to_end()
-    assert bench.ends() == {"bad": "error", "good": "length"}
-    failed = next(o.failure for o in bench.outputs if o.failure)
-    assert failed.code == "non_finite"
-    assert all(each[1:].isfinite().all() for each in bench.runner.storage.keys)
 
 
 def test_who_leaves_meanwhile_has_no_more_tokens(tiny_base: Path) -> None:
@@ -361,6 +276,27 @@ def test_the_seconds_of_steps_add_up(tiny_base: Path) -> None:
     assert demand.seconds == pytest.approx(total_s)
     ahead = steps[2:]
     assert all(stats.seconds > 0 for stats in ahead)
+
+
+def test_nothing_waits_for_the_device_where_a_step_is_launched_behind_another(
+    tiny_base: Path,
+) -> None:
+    """Greedy rows and drawn ones, with filters and without; one of the rows has ended."""
+    bench = Bench.of(tiny_base)
+    bench.add(greedy("ends", num=3), greedy("a"), sampled("b"), sampled("c", top_k=5, min_p=0.1))
+    for _ in range(2):
+        bench.step()
+    running = bench.engine.ahead.take()
+    assert running is not None
+    with torch.inference_mode(), HostReads() as reads:
+        bench.engine.ahead.launch_after(running)
+    assert reads.names == []
+    assert bench.num_ahead == 2
+    with HostReads() as reads:
+        running.samples()
+    launched = bench.engine.ahead.take()
+    assert launched is not None
+    assert len(launched.step.rows) == 3
 
 
 @asynccontextmanager

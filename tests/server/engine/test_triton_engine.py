@@ -22,10 +22,10 @@ from quickchange_server.engine.cuda_graphs import DecodeInputs, DecodeStep
 from quickchange_server.engine.model_runner import ModelRunner
 from quickchange_server.engine.request import AdapterRef, GenerationRequest, SamplingParams
 from quickchange_server.engine.settings import EngineSettings
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.conftest import MakeAdapter, save_tiny_base
 from tests.server.engine.conftest import MIB, Answer, make_engine, peft_weights, run_all
+from tests.server.engine.host_reads import HostReads
 from tests.server.engine.test_engine_peft import full_logprobs, prompt_of
 
 pytest.importorskip("triton", reason="the kernels need Triton, which is made for Linux only")
@@ -128,20 +128,6 @@ async def test_an_adapter_of_the_head_is_not_left_out_of_a_decode_step(
     base = save_tiny_base(tmp_path / "base", tie_word_embeddings=False)
     folder = make_adapter(base, target_modules=["q_proj", "lm_head", "embed_tokens"])
     await assert_agree(base, [ask("a", 4, ("ends", 1.0))], [peft_weights(folder, "ends")])
-
-
-class HostReads(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes operations that would wait for the device: a step with one cannot be captured."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = str(func)
-        if any(each in name for each in ("_local_scalar_dense", "nonzero", "unique", "equal")):
-            self.names.append(name)
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(
