@@ -79,10 +79,10 @@ class Projection:
 
 
 class StepTables(Protocol):
-    """Short row blocks of the current step, computed by kernels that look them up in tables."""
+    """Row blocks of the current step, computed by kernels that look them up in tables."""
 
     def fill(self, blocks: Sequence[RowBlock]) -> int:
-        """Take the leading short blocks, as many as fit; return how many were taken."""
+        """Take the leading blocks, as many as fit; return how many were taken."""
 
     def launch_for(self, max_blocks: int) -> None:
         """Launch enough programs for any later step of so many blocks: for a step to capture."""
@@ -105,7 +105,7 @@ class StepPlan:
 
     Attributes:
         num_tokens: rows of the packed step.
-        tables: computes the leading short blocks instead of `windows`, where there are kernels.
+        tables: computes the leading blocks instead of `windows`, where there are kernels.
         windows: by group kind; computed for rows [0, num_dense_tokens) at once.
         num_dense_tokens: rows covered by `windows`.
         blocks: row blocks behind the dense rows, computed one after another.
@@ -142,7 +142,7 @@ def build_plan(
     `blocks` are in row order and leave out rows of the base. Decode rows come first in a step, so
     the leading run of short blocks is the decode part; there a product over the whole active
     window costs less than a pair of small products per adapter and layer. `tables` take the
-    leading short blocks, where they are given.
+    leading blocks, long ones too, where they are given.
     """
     if is_exact:
         return StepPlan(num_tokens, blocks=tuple(blocks), is_exact=True)

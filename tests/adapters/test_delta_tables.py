@@ -92,12 +92,24 @@ def test_joining_stops_at_the_height_of_a_tile() -> None:
     assert [block[:2] for block in found] == [[0, MAX_BLOCK_ROWS], [MAX_BLOCK_ROWS, 3]]
 
 
-def test_leading_short_blocks_are_taken_and_a_long_one_ends_them() -> None:
+def test_a_long_block_is_cut_and_taken_whole_or_not_at_all() -> None:
     a = slot_of("a", 0, 8)
-    lengths = [1, MAX_BLOCK_ROWS, MAX_BLOCK_ROWS + 1, 1]
-    starts = [0, 1, 20, 40]
+    lengths = [1, 2 * MAX_BLOCK_ROWS + 1, 1]
+    starts = [0, 2, 40]
     blocks = [RowBlock(s, s + n, (Term(a),)) for s, n in zip(starts, lengths, strict=True)]
-    assert tables_of().fill(blocks) == 2
+    tables = tables_of(max_blocks=5)
+    assert tables.fill(blocks) == 3
+    items, found = entries(tables, "qkv")
+    assert [block[:2] for block in found] == [
+        [0, 1],
+        [2, MAX_BLOCK_ROWS],
+        [2 + MAX_BLOCK_ROWS, MAX_BLOCK_ROWS],
+        [2 + 2 * MAX_BLOCK_ROWS, 1],
+        [40, 1],
+    ]
+    assert [item[:4] for item in items] == [[*block[:2], 0, 8] for block in found]
+    assert tables_of(max_blocks=3).fill(blocks) == 1
+    assert tables_of(max_items=3).fill(blocks) == 1
 
 
 def test_only_what_fits_is_taken() -> None:

@@ -104,14 +104,14 @@ def assert_as_reference(
 
 
 @pytest.mark.parametrize("is_mixed", [False, True])
-@pytest.mark.parametrize("lengths", [[1] * 4, [1, 16, 7], [1, 40, 3]])
+@pytest.mark.parametrize("lengths", [[1] * 4, [1, 16, 7], [1, 40, 3]])  # the last is cut
 def test_real_ranks_and_mixes_agree_with_the_reference(lengths: list[int], is_mixed: bool) -> None:
     pool, slots = pool_with([1, 8, 12, 40])
     blocks = blocks_of(slots, lengths, is_mixed=is_mixed)
     plan = plan_of(blocks, pool)
     assert plan.tables is not None
     assert not plan.windows
-    assert len(plan.blocks) == (2 if 40 in lengths else 0)
+    assert not plan.blocks
     assert_as_reference(plan, blocks, pool)
 
 

@@ -1,7 +1,8 @@
-"""Short row blocks of a step as integers that a kernel can look up. Knows no kernel.
+"""Row blocks of a step as integers that a kernel can look up. Knows no kernel.
 
-Each group kind has items, one for up to `RANK_TILE` rank rows of one adapter of one row block, and
-row blocks that point at their items (CSR). All kinds lie in one tensor, behind one header:
+Row blocks are joined with neighbours that use the same, and cut into such of `MAX_BLOCK_ROWS`. Each
+group kind has items, one for up to `RANK_TILE` rank rows of one adapter of one row block, and row
+blocks that point at their items (CSR). All kinds lie in one tensor, behind one header:
 
 | part | integers | content |
 |---|---|---|
@@ -66,23 +67,32 @@ class DeltaTables:
         return self._staged.values
 
     def fill(self, blocks: Sequence[RowBlock]) -> int:
-        """Take the leading short blocks, as many as fit; return how many were taken."""
+        """Take the leading blocks, as many as fit; return how many were taken."""
         num_taken = self._num_fitting(blocks)
-        joined = join_blocks(blocks[:num_taken], MAX_BLOCK_ROWS)
-        tables = [_kind_table(kind, joined) for kind in self.kinds]
+        cut = _cut(join_blocks(blocks[:num_taken]))
+        tables = [_kind_table(kind, cut) for kind in self.kinds]
         self.num_items = max((table.num_items for table in tables), default=0)
-        self.num_blocks = len(joined)
+        self.num_blocks = len(cut)
         self._staged.upload(_flatten(tables))
         return num_taken
 
     def _num_fitting(self, blocks: Sequence[RowBlock]) -> int:
-        num_items = 0
+        num_items = num_blocks = 0
         for index, block in enumerate(blocks):
-            num_items += max((_num_items(kind, block) for kind in self.kinds), default=0)
-            is_full = num_items > self.max_items or index == self.max_blocks
-            if is_full or block.num_rows > MAX_BLOCK_ROWS:
+            count = -(-block.num_rows // MAX_BLOCK_ROWS)
+            num_blocks += count
+            num_items += count * max((_num_items(kind, block) for kind in self.kinds), default=0)
+            if num_items > self.max_items or num_blocks > self.max_blocks:
                 return index
         return len(blocks)
+
+
+def _cut(blocks: Sequence[RowBlock]) -> list[RowBlock]:
+    return [
+        RowBlock(start, min(start + MAX_BLOCK_ROWS, block.end), block.terms)
+        for block in blocks
+        for start in range(block.start, block.end, MAX_BLOCK_ROWS)
+    ]
 
 
 def _num_items(kind: str, block: RowBlock) -> int:

@@ -1,4 +1,4 @@
-"""Deltas of a step's short row blocks in two kernels, for GPUs. Import it only where Triton is.
+"""Deltas of a step's row blocks in two kernels, for GPUs. Import it only where Triton is.
 
     shrink:  hidden[item, part, piece] = weight · (x[rows, piece] @ lora_a[ranks, part, piece].T)
     expand:  deltas[rows, tile] = Σ over the block's items
@@ -77,9 +77,14 @@ APART = Apart()
 
 
 class TritonDeltas:
-    """Adds the deltas of short row blocks; implements `StepTables`."""
+    """Adds the deltas of row blocks; implements `StepTables`.
 
-    def __init__(self, pool: AdapterPool, max_blocks: int) -> None:
+    `max_rows`: most rows of one token in a step; `max_tokens`: of all its rows, the others' are cut
+    into blocks. What does not fit, blocks of mixes of large ranks, is left to others.
+    """
+
+    def __init__(self, pool: AdapterPool, max_rows: int, max_tokens: int = 0) -> None:
+        max_blocks = max_rows + -(-max_tokens // MAX_BLOCK_ROWS)
         max_items = max_blocks * ITEMS_PER_BLOCK
         shapes = [arena.shape for arena in pool.arenas.values()]
         self.tables = DeltaTables(list(pool.arenas), max_blocks, max_items, pool.device)
@@ -93,7 +98,7 @@ class TritonDeltas:
             each.kind: output_tiles(each.part_outs, _output_tile(each)).to(pool.device)
             for each in shapes
         }
-        num_apart = min(max_blocks, MAX_APART_ROWS)
+        num_apart = min(max_rows, MAX_APART_ROWS)
         self._apart = {
             each.kind: torch.zeros(num_apart, each.out_features, device=pool.device)
             for each in shapes
@@ -106,7 +111,7 @@ class TritonDeltas:
         self._branch = Branch(pool.device)
 
     def fill(self, blocks: Sequence[RowBlock]) -> int:
-        """Take the leading short blocks, as many as fit; return how many were taken.
+        """Take the leading blocks, as many as fit; return how many were taken.
 
         Blocks like the last step's are on the device already.
         """

@@ -47,22 +47,22 @@ class Tiling:
         """Return how many programs a product of so many columns takes."""
         return -(-num_columns // self.columns)
 
-    def constants(self, num_columns: int, device: torch.device, *, is_alone: bool) -> Constants:
+    def constants(self, num_columns: int, like: Tensor, *, is_alone: bool) -> Constants:
         """Return what the kernel is launched with. Sums are the same with any number of stages.
 
         On an H100 one program a multiprocessor was faster, unless other kernels run beside it, or
         a second round of programs would leave most multiprocessors idle.
         """
-        rounds = self.num_programs(num_columns) / _num_processors(device)
-        has_room = can_chain(device)  # shared memory for deep stages
+        rounds = self.num_programs(num_columns) / _num_processors(like.device)
+        has_room = can_chain(like.device)  # shared memory for deep stages
         is_deep = is_alone and has_room and not 1 < rounds < MANY_ROUNDS
         return {
             "ROW_TILE": MAX_ROWS,
             "BLOCK_COLUMNS": self.columns,
-            "BLOCK_INNER": self.inner,
+            "BLOCK_INNER": self.inner * 2 // max(2, like.element_size()),
             "num_warps": self.num_warps,
             "num_stages": self.deep_stages if is_deep else self.num_stages,
-            **launch_options(is_on=is_chained(device)),
+            **launch_options(is_on=is_chained(like.device)),
         }
 
 
@@ -106,7 +106,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, *, is_alone: bool = 
     _product[(TILING.num_programs(num_columns),)](
         x, weight, weight if bias is None else bias, out, num_rows, x.stride(0),
         WIDTH=width, NUM_COLUMNS=num_columns, HAS_BIAS=bias is not None,
-        **TILING.constants(num_columns, x.device, is_alone=is_alone),
+        **TILING.constants(num_columns, x, is_alone=is_alone),
     )  # fmt: skip
     return out
 

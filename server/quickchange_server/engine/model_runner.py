@@ -307,8 +307,8 @@ class ModelRunner:
 
         if settings.skinny_products:
             use_skinny_products(self.base)
-        parts = self.pool, self.storage, self.kv_shapes, settings.max_batch_rows
-        return TritonKernels(*parts, self.base.max_model_len)
+        sizes = settings.max_batch_rows, settings.max_step_tokens, self.base.max_model_len
+        return TritonKernels(self.pool, self.storage, self.kv_shapes, *sizes)
 
     def _make_fused_layers(self, settings: EngineSettings) -> "FusedLayers | None":
         if self._kernels is None or not settings.fused_layers:

@@ -33,7 +33,7 @@ def use_skinny_products(base: BaseModel) -> None:
 class TritonKernels:
     """Attention and deltas of any step, and captured decode steps.
 
-    `max_model_len`: most tokens of a request.
+    `max_rows`, `max_tokens`: of a step; `max_model_len`: most tokens of a request.
     On a CPU, where Triton's interpreter runs the kernels, captured steps are computed again.
     """
 
@@ -43,9 +43,10 @@ class TritonKernels:
         storage: KvStorage,
         shapes: Sequence[KvShape],
         max_rows: int,
+        max_tokens: int,
         max_model_len: int,
     ) -> None:
-        self.deltas = TritonDeltas(pool, max_rows)
+        self.deltas = TritonDeltas(pool, max_rows, max_tokens)
         self._pool, self._storage, self._shapes = pool, storage, shapes
         self._max_rows, self._max_model_len = max_rows, max_model_len
         self.attention = self._attention(max_rows * max_row_ints(0))

@@ -60,7 +60,9 @@ def deltas(role: str) -> dict[str, Variant]:
 
 def product(num_stages: int) -> Variant:
     """The product of few rows."""
-    constants = triton_product.TILING.constants(6144, torch.device("cpu"), is_alone=False)
+    constants = triton_product.TILING.constants(
+        6144, torch.empty(0, dtype=torch.bfloat16), is_alone=False
+    )
     options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
     constants |= {"WIDTH": 4096, "NUM_COLUMNS": 6144, "HAS_BIAS": True}
     return triton_product._product, constants, {**options, "num_stages": num_stages}

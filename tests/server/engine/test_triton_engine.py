@@ -141,7 +141,7 @@ def test_a_decode_step_never_waits_for_the_device(
     base = load_base(folder, settings)
     pool = AdapterPool(base.layout, MIB, base.dtype, base.device)
     runner = ModelRunner(base, pool, MIB, settings.kv_block_size, settings)
-    kernels = TritonKernels(pool, runner.storage, runner.kv_shapes, 2, base.max_model_len)
+    kernels = TritonKernels(pool, runner.storage, runner.kv_shapes, 2, 0, base.max_model_len)
     inputs = DecodeInputs(kernels.attention, 2, settings.kv_block_size, base.device)
     rows = [KvRow(0, 4, 1, [1]), KvRow(1, 20, 1, [2, 3])]
     batch = inputs.fill(DecodeStep([5, 6], rows, []), 2)
