@@ -47,6 +47,13 @@ def parsed_options() -> argparse.Namespace:
         help=f"which kinds of sections, with commas: {', '.join(KINDS)} (default: all)",
     )
     parser.add_argument(
+        "--checks",
+        metavar="NAMES",
+        type=lambda text: tuple(text.split(";")),
+        default=("",),
+        help="how the names of the comparisons begin that are made, with semicolons (default: all)",
+    )
+    parser.add_argument(
         "--budget", type=float, default=BUDGET_S, metavar="SECONDS", help="default: %(default)s"
     )
     out = os.environ.get("OUT")
@@ -78,7 +85,7 @@ def main() -> None:
     print(f"{machine.describe()}\n{settings}", flush=True)
     session.note("machine", machine)
     session.note("settings", settings)
-    plan = Plan(device, options.shape, session)
+    plan = Plan(device, options.shape, session, options.checks)
     plan.run(options.only)
     report = Report("The GPU's path", machine, settings, "\n\n".join(session.tables), [])
     session.write("gpu.md", report.markdown())

@@ -37,8 +37,8 @@ class Counts:
     gap_every: int = 12
     few: int = 5
     many: int = 2000
-    requests: int = 384
-    request_tokens: int = 48
+    requests: int = 256
+    request_tokens: int = 32
 
     @classmethod
     def trial(cls) -> "Counts":

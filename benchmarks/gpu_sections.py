@@ -1,7 +1,7 @@
 """What a run on a GPU measures, in which order, and how long each part takes at most."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -26,7 +26,7 @@ from benchmarks.gpu_profile import KERNELS_HEADER as STEP_KERNELS_HEADER
 from benchmarks.gpu_session import Row, Section, Session
 from benchmarks.gpu_timings import attention_timings, delta_timings
 
-KINDS = ("checks", "ceilings", "decode", "profile", "loads", "kernels", "peers")
+KINDS = ("checks", "ceilings", "decode", "profile", "loads", "peers", "many", "kernels")
 MAX_PEFT_ADAPTERS = 8
 CHECKS_HEADER = ("comparison", "error", "limit", "verdict")
 KERNELS_HEADER = ("kernel", "median", "")
@@ -40,7 +40,10 @@ class WrongResult(RuntimeError):
 class Plan:
     """One run over one device and base; what several sections need is made once."""
 
-    def __init__(self, device: torch.device, shape: str, session: Session) -> None:
+    def __init__(
+        self, device: torch.device, shape: str, session: Session, checks: Sequence[str] = ("",)
+    ) -> None:
+        self._wanted_checks = checks
         self._device = device
         self._shape = shape
         self._session = session
@@ -63,6 +66,7 @@ class Plan:
             "profile": self._profile,
             "loads": self._loads,
             "peers": self._peers,
+            "many": self._many,
             "kernels": self._kernels,
         }
         for kind in KINDS:
@@ -88,7 +92,7 @@ class Plan:
     def _checked(self) -> Iterator[Row]:
         half = torch.bfloat16 if self._device.type == "cuda" else torch.float16
         num_bad = 0
-        for check in run_checks(self._device, half):
+        for check in run_checks(self._device, half, self._wanted_checks):
             verdict = "good" if check.is_good else "BAD"
             num_bad += not check.is_good
             yield Row(
@@ -137,7 +141,10 @@ class Plan:
         loads = Loads(self._engine(), self._counts)
         self._section("Host to pool", LOAD_HEADER, 15, loads.to_the_pool)
         self._section("Gaps", GAP_HEADER, 20, loads.gaps)
-        self._section("Thousands of adapters", MANY_HEADER, 45, loads.many)
+
+    def _many(self) -> None:
+        loads = Loads(self._engine(), self._counts)
+        self._section("Thousands of adapters", MANY_HEADER, 30, loads.many)
 
     def _peers(self) -> None:
         timed = self._engine()
@@ -150,9 +157,9 @@ class Plan:
         self._section("Quickchange", PEERS_HEADER, 10, lambda: ours(timed, [*base, *adapted]))
         peers = Peers(self._shape, self._dtype, self._device)
         for name, needs_s, measure, works in (
-            ("transformers, static batches", 25, peers.static, base),
-            ("transformers, continuous batching", 60, peers.continuous, base),
-            ("PEFT", 60, peers.peft, adapted),
+            ("transformers, static batches", 15, peers.static, base),
+            ("transformers, continuous batching", 30, peers.continuous, base),
+            ("PEFT", 30, peers.peft, adapted),
         ):
             self._section(name, PEERS_HEADER, needs_s, partial(measure, works))
 

@@ -136,7 +136,7 @@ def test_every_part_of_it_runs_with_tiny_sizes(tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/gpu.py", "--device", "cpu", "--shape", "tiny"]
     path = os.pathsep.join(str(ROOT / each) for each in ("server", "adapters", ""))
     done = subprocess.run(
-        [*command, "--only", "ceilings,decode,loads,peers", "--out", str(tmp_path)],
+        [*command, "--only", "ceilings,decode,loads,peers,many", "--out", str(tmp_path)],
         capture_output=True,
         text=True,
         cwd=ROOT,
