@@ -14,6 +14,8 @@ from quickchange_server.errors import BaseUnavailable
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 MAX_HEADER_BYTES = 100_000_000
 
+MAX_PIECES = 32  # of a row's context (engine/attention_tiles.py, which this must not import)
+
 
 @dataclass(frozen=True, slots=True)
 class BaseFootprint:
@@ -24,12 +26,15 @@ class BaseFootprint:
         kv_bytes_per_token: keys and values of one token over all layers.
         adapter_bytes_per_rank: one rank of an adapter on every linear of every block.
         max_model_len: the model's own limit in tokens.
+        gpu_bytes_per_row: what a GPU's decode step keeps for each row beside its KV: float32 logits
+            and what drawing makes of them, sums of a context's pieces, deltas.
     """
 
     weight_bytes: int
     kv_bytes_per_token: int
     adapter_bytes_per_rank: int
     max_model_len: int
+    gpu_bytes_per_row: int = 0
 
 
 def read_footprint(folder: Path, dtype: str = "auto") -> BaseFootprint:
@@ -47,7 +52,16 @@ def read_footprint(folder: Path, dtype: str = "auto") -> BaseFootprint:
         kv_bytes_per_token=_kv_numbers_per_token(config) * DTYPE_BYTES[wanted],
         adapter_bytes_per_rank=per_rank * DTYPE_BYTES[wanted],
         max_model_len=int(config.get("max_position_embeddings") or 2048),
+        gpu_bytes_per_row=4 * _numbers_per_row(config),
     )
+
+
+def _numbers_per_row(config: dict[str, Any]) -> int:
+    """Return how many float32 numbers of one row a GPU's decode step keeps, about."""
+    width, heads = (int(config.get(key) or 0) for key in ("hidden_size", "num_attention_heads"))
+    head_dim = int(config.get("head_dim") or width // max(heads, 1))
+    inner, vocabulary = (int(config.get(key) or 0) for key in ("intermediate_size", "vocab_size"))
+    return 4 * vocabulary + MAX_PIECES * heads * (head_dim + 2) + 2 * inner + 8 * width
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

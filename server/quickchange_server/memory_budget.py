@@ -25,6 +25,8 @@ MIB = 1 << 20
 GIB = 1 << 30
 USABLE_SHARE = 0.9
 PROCESS_BYTES = GIB // 2
+GPU_WORK_BYTES = GIB // 2
+"""Of a GPU, whatever the number of rows: activations of prompts, sums of deltas, cuBLAS."""
 TOKENS_PER_ROW = 2048
 
 
@@ -37,6 +39,7 @@ class MemoryBudget:
     adapter_device_bytes: int
     adapter_host_bytes: int
     merged_bytes: int
+    work_bytes: int
     device: str
     device_limit: MemoryLimit
     host_limit: MemoryLimit
@@ -54,6 +57,9 @@ class MemoryBudget:
             _line("adapters", self.adapter_host_bytes, "host", ""),
             _line("merged copies", self.merged_bytes, self.device, merged_note),
         ]
+        if self.work_bytes:
+            note = "of steps: --max-batch-rows"
+            lines.append(_line("working", self.work_bytes, self.device, note))
         return "\n".join([f"Memory: {self._limits}", *lines])
 
     @property
@@ -86,6 +92,14 @@ class _Part:
         return int(min(self.share * rest, self.most))
 
 
+@dataclass(frozen=True, slots=True)
+class _Reserve:
+    """What nobody chooses and has to fit as well."""
+
+    name: str
+    num_bytes: int
+
+
 def resolve_budget(
     config: ServerConfig,
     footprint: BaseFootprint,
@@ -99,14 +113,20 @@ def resolve_budget(
     """
     device_parts = _device_parts(config, footprint)
     host_parts = _host_parts(config, footprint)
+    work_bytes = 0
     if device == "cpu":
-        sizes = _resolve(device_parts + host_parts, host_limit, footprint.weight_bytes, "host")
+        parts, reserve = device_parts + host_parts, _Reserve("the process", PROCESS_BYTES)
+        sizes = _resolve(parts, host_limit, footprint.weight_bytes, reserve)
     else:
-        sizes = _resolve(device_parts, device_limit, footprint.weight_bytes, device)
-        sizes |= _resolve(host_parts, host_limit, 0, "host")
+        work_bytes = GPU_WORK_BYTES + config.max_batch_rows * footprint.gpu_bytes_per_row
+        reserve = _Reserve("working memory for --max-batch-rows", work_bytes)
+        sizes = _resolve(device_parts, device_limit, footprint.weight_bytes, reserve)
+        reserve = _Reserve("the process", PROCESS_BYTES)
+        sizes |= _resolve(host_parts, host_limit, 0, reserve)
     return MemoryBudget(
         base_bytes=footprint.weight_bytes,
         **sizes,
+        work_bytes=work_bytes,
         device=device,
         device_limit=device_limit,
         host_limit=host_limit,
@@ -146,24 +166,27 @@ def _explicit(
     return size
 
 
-def _resolve(parts: list[_Part], limit: MemoryLimit, base_bytes: int, place: str) -> dict[str, int]:
+def _resolve(
+    parts: list[_Part], limit: MemoryLimit, base_bytes: int, reserve: _Reserve
+) -> dict[str, int]:
     """Resolve the parts that live in one memory."""
     fixed = sum(part.explicit or 0 for part in parts)
-    reserve = PROCESS_BYTES if place == "host" else 0
-    rest = int(USABLE_SHARE * limit.free_bytes) - reserve - base_bytes - fixed
+    rest = int(USABLE_SHARE * limit.free_bytes) - reserve.num_bytes - base_bytes - fixed
     if rest < 0:
         raise ConfigInvalid(_does_not_fit(parts, limit, base_bytes, reserve))
     return {part.name: part.resolve(rest) for part in parts}
 
 
-def _does_not_fit(parts: list[_Part], limit: MemoryLimit, base_bytes: int, reserve: int) -> str:
+def _does_not_fit(
+    parts: list[_Part], limit: MemoryLimit, base_bytes: int, reserve: _Reserve
+) -> str:
     asked = [
         f"--{part.name.replace('_', '-')} {format_bytes(part.explicit)}"
         for part in parts
         if part.explicit is not None
     ]
     base = [f"the base {format_bytes(base_bytes)}"] if base_bytes else []
-    process = [f"the process {format_bytes(reserve)}"] if reserve else []
+    process = [f"{reserve.name} {format_bytes(reserve.num_bytes)}"]
     return (
         f"not enough memory: {' + '.join(base + process + asked)} is more than "
         f"{USABLE_SHARE:.0%} of {format_bytes(limit.free_bytes)} ({limit.source}); "

@@ -182,7 +182,7 @@ class ServerConfig:
     )
     max_step_tokens: int | None = option(
         None,
-        o.read_count(1),
+        o.read_count(1, 262_144),
         "Most tokens in one step; longer prompts are prefilled in chunks. Default: 4 for each of "
         "--max-batch-rows, at least 128 on a CPU and 2048 on a GPU.",
         LIMITS,

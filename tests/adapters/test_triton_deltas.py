@@ -21,6 +21,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="the kernels need Triton, which is made for Linux only")
 
+from quickchange_adapters.ops import triton_deltas
 from quickchange_adapters.ops.triton_deltas import MAX_OUTPUT_TILE, TritonDeltas
 from quickchange_adapters.ops.triton_product import MAX_ROWS, SkinnyWeight
 from quickchange_adapters.ops.triton_shrink import PIECE_COLUMNS
@@ -238,6 +239,46 @@ def test_what_lay_apart_is_gone_when_another_step_has_other_rows() -> None:
     second = tables.project(weight, x, None, arena, 0).deltas
     assert second is not None
     assert (second.abs().amax(1) > 0).tolist() == [False, False, True, False]
+
+
+def test_sums_between_the_kernels_take_no_more_than_their_share(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What does not fit is computed one by one."""
+    pool, slots = pool_with([8, 16, 24])
+    monkeypatch.setattr(triton_deltas, "MAX_HIDDEN_BYTES", 3 * 3 * 1024)  # qkv has three parts
+    tables = TritonDeltas(pool, MAX_BLOCKS, 64)
+    blocks = blocks_of(slots, [1] * 6, is_mixed=False)
+    plan = plan_with(tables, blocks, pool)
+    assert tables.tables.max_items == 3
+    assert len(plan.blocks) == 4
+    assert_as_reference(plan, blocks, pool)
+
+
+def test_what_is_captured_is_launched_the_same_way_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In eager steps kernels are chained; in a step to capture they are not, nor in its warm-up."""
+    launches: list[bool] = []
+
+    class Kernel:
+        def __getitem__(self, grid: object) -> "Kernel":
+            return self
+
+        def __call__(self, *values: object, **constants: object) -> None:
+            launches.append(bool(constants["IS_CHAINED"]))
+
+    monkeypatch.setattr(triton_deltas, "_expand", Kernel())
+    monkeypatch.setattr(triton_deltas, "is_chained", lambda device: True)
+    pool, slots = pool_with([8])
+    tables = TritonDeltas(pool, 4)
+    y, arena = torch.zeros(4, QKV.out_features), pool.arenas["qkv"]
+    tables.fill([RowBlock(0, 1, (Term(slots[0]),))])
+    tables.add(y, arena, 0)
+    tables.launch_for(4)
+    tables.add(y, arena, 0)
+    tables.fill([RowBlock(0, 1, (Term(slots[0]),))])
+    tables.add(y, arena, 0)
+    tables.warm_up()
+    assert launches == [True, False, True, *[True] * len(pool.arenas)]
 
 
 def test_a_step_like_the_last_is_not_uploaded_again_but_a_moved_slot_is() -> None:

@@ -10,7 +10,8 @@ from torch.nn import functional
 
 pytest.importorskip("triton", reason="the kernel needs Triton, which is made for Linux only")
 
-from quickchange_adapters.ops.triton_product import MAX_ROWS, SkinnyWeight
+from quickchange_adapters.ops import triton_product
+from quickchange_adapters.ops.triton_product import MAX_ROWS, TILING, SkinnyWeight
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
@@ -45,3 +46,33 @@ def test_infinities_of_a_row_stay_in_it() -> None:
     out = skinny.apply(x, None)
     assert not torch.isfinite(out[1]).any()
     assert torch.isfinite(out[[0, 2]]).all()
+
+
+@pytest.mark.parametrize(
+    ("kilobytes", "dtype", "num_columns", "is_alone", "expected"),
+    [
+        (227, torch.bfloat16, 4096, True, 6),
+        (227, torch.bfloat16, 4096, False, 5),
+        (227, torch.bfloat16, 6144, True, 5),  # a second round would be half empty
+        (227, torch.bfloat16, 28672, True, 6),
+        (227, torch.float32, 4096, True, 6),
+        (99, torch.bfloat16, 4096, True, 5),
+        (64, torch.bfloat16, 4096, True, 3),
+    ],
+)
+def test_no_more_stages_are_taken_than_shared_memory_has_room_for(
+    monkeypatch: pytest.MonkeyPatch,
+    kilobytes: int,
+    dtype: torch.dtype,
+    num_columns: int,
+    expected: int,
+    *,
+    is_alone: bool,
+) -> None:
+    monkeypatch.setattr(triton_product, "_sizes", lambda device: (132, kilobytes << 10))
+    like = torch.empty(0, dtype=dtype)
+    found = TILING.constants(num_columns, like, is_alone=is_alone)
+    assert found["num_stages"] == expected
+    rows = found["BLOCK_COLUMNS"] + found["ROW_TILE"]
+    stage_bytes = rows * found["BLOCK_INNER"] * dtype.itemsize
+    assert (expected - 1) * stage_bytes <= kilobytes << 10

@@ -1,6 +1,7 @@
 """Who gets how much memory: limits as the system states them, shares, and refusals."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -203,3 +204,22 @@ def test_machine_without_cgroups_has_its_ram(tmp_path: Path) -> None:
     found = host_memory(tmp_path)
     assert found.source == "available RAM"
     assert found.total_bytes == psutil.virtual_memory().total
+
+
+def test_what_steps_take_of_a_gpu_is_kept_for_them() -> None:
+    base = replace(BASE, gpu_bytes_per_row=4 * MIB)
+    sizes = {
+        rows: resolve_budget(
+            ServerConfig(max_batch_rows=rows), base, "cuda:0", limit(8 * GIB), limit(8 * GIB)
+        )
+        for rows in (1, 1024)
+    }
+    assert sizes[1024].work_bytes - sizes[1].work_bytes == 1023 * 4 * MIB
+    assert "working" in sizes[1].render()
+    for budget in sizes.values():
+        parts = budget.kv_cache_bytes + budget.adapter_device_bytes + budget.merged_bytes
+        assert budget.base_bytes + parts + budget.work_bytes <= 0.9 * 8 * GIB
+    assert on_cpu(8 * GIB).work_bytes == 0
+    config = ServerConfig(max_batch_rows=4096)
+    with pytest.raises(ConfigInvalid, match="working memory for --max-batch-rows 16"):
+        resolve_budget(config, base, "cuda:0", limit(8 * GIB), limit(8 * GIB))

@@ -31,16 +31,15 @@ class Chaining:
 CHAINING = Chaining()
 
 
-def can_chain(device: torch.device) -> bool:
-    """Whether kernels on this device could be chained."""
-    if device.type != "cuda":
-        return False
-    return torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY
-
-
 def is_chained(device: torch.device) -> bool:
     """Whether kernels on this device are chained."""
-    return CHAINING.is_wanted and can_chain(device)
+    return CHAINING.is_wanted and _can_chain(device)
+
+
+def _can_chain(device: torch.device) -> bool:
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY
 
 
 def launch_options(*, is_on: bool) -> dict[str, Any]:

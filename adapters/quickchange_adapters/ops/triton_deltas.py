@@ -57,6 +57,8 @@ from quickchange_adapters.pool import AdapterPool
 
 ITEMS_PER_BLOCK = 16
 MAX_OUTPUT_TILE, MAX_ALIGNMENT = 256, 16
+MAX_HIDDEN_BYTES = 256 << 20
+"""Of sums between the two kernels: blocks whose sums do not fit are left to others."""
 MAX_APART_ROWS = 512
 """Of a step whose deltas have memory of their own."""
 MIN_GRID_ITEMS_PER_BLOCK = 4
@@ -85,10 +87,11 @@ class TritonDeltas:
 
     def __init__(self, pool: AdapterPool, max_rows: int, max_tokens: int = 0) -> None:
         max_blocks = max_rows + -(-max_tokens // MAX_BLOCK_ROWS)
-        max_items = max_blocks * ITEMS_PER_BLOCK
         shapes = [arena.shape for arena in pool.arenas.values()]
-        self.tables = DeltaTables(list(pool.arenas), max_blocks, max_items, pool.device)
         most_pieces = max((each.num_parts * num_pieces(each) for each in shapes), default=1)
+        item_bytes = most_pieces * MAX_BLOCK_ROWS * RANK_TILE * torch.float32.itemsize
+        max_items = min(max_blocks * ITEMS_PER_BLOCK, MAX_HIDDEN_BYTES // item_bytes)
+        self.tables = DeltaTables(list(pool.arenas), max_blocks, max_items, pool.device)
         self._hidden = torch.empty(
             (max_items, most_pieces, MAX_BLOCK_ROWS, RANK_TILE),
             dtype=torch.float32,
@@ -105,6 +108,8 @@ class TritonDeltas:
         }
         self._grid_blocks = 0
         self._grid_items = 0
+        self._is_for_capture = False
+        self._begun: ShrinkInputs | None = None
         self._pool = pool
         self._filled: tuple[int, tuple[RowBlock, ...]] | None = None
         self._num_taken = 0
@@ -124,12 +129,25 @@ class TritonDeltas:
             self._filled = wanted
         self._grid_blocks = self.tables.num_blocks
         self._grid_items = self.tables.num_items
+        self._is_for_capture = False
         return self._num_taken
 
     def launch_for(self, max_blocks: int) -> None:
         """Launch enough programs for any later step of so many blocks: for a step to capture."""
         self._grid_blocks = max_blocks
         self._grid_items = MIN_GRID_ITEMS_PER_BLOCK * max_blocks
+        self._is_for_capture = True
+
+    def warm_up(self) -> None:
+        """Compile what eager steps launch; nothing is computed."""
+        self.fill(())
+        self.launch_for(1)
+        self._is_for_capture = False
+        for arena in self._pool.arenas.values():
+            shape, like = arena.shape, arena.lora_a
+            self.start(like.new_zeros(2, shape.in_features), arena, 0)
+            self.add(like.new_zeros(2, shape.out_features), arena, 0)
+        self.fill(())
 
     def project(
         self, weight: LinearWeight, x: Tensor, bias: Tensor | None, arena: Arena, layer: int
@@ -159,7 +177,7 @@ class TritonDeltas:
     def start(self, x: Tensor, arena: Arena, layer: int) -> None:
         """Shrink x [tokens, in] beside what is queued next; `add` waits for it."""
         if self._grid_items:
-            inputs = self._inputs(x, arena, layer)
+            inputs = self._begun = self._inputs(x, arena, layer)  # kept: the branch reads it
             self._branch.run(lambda: shrink(inputs))
 
     def add(self, y: Tensor, arena: Arena, layer: int) -> None:
@@ -169,9 +187,11 @@ class TritonDeltas:
         """
         if self._grid_items == 0:
             return
-        was_beside = self._branch.join()
-        # behind a join two kernels come before, and a chain is of one
-        is_on = is_chained(y.device) and not was_beside
+        self._branch.join()
+        self._begun = None
+        # Behind a join two kernels come before, and a chain is of one. What is captured is launched
+        # the same way before: another variant would be loaded amid the capture.
+        is_on = is_chained(y.device) and not self._is_for_capture
         self._expand(y, arena, layer, is_apart=False, is_chained=is_on)
 
     def _expand(
@@ -218,12 +238,11 @@ class Branch:
             work()
         self._is_open = True
 
-    def join(self) -> bool:
-        """Let what is queued next wait for the work; return whether any was beside."""
-        was_open, self._is_open = self._is_open, False
-        if was_open and self._stream is not None:
+    def join(self) -> None:
+        """Let what is queued next wait for the work."""
+        if self._is_open and self._stream is not None:
             torch.cuda.current_stream().wait_stream(self._stream)
-        return was_open
+        self._is_open = False
 
 
 def _apply_beside(weight: LinearWeight, x: Tensor, bias: Tensor | None) -> Tensor:

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from quickchange_adapters.ops.linear_weight import PlainWeight
 from quickchange_adapters.ops.triton_chain import (
-    can_chain,
     is_chained,
     launch_options,
     let_next_start,
@@ -27,6 +26,8 @@ from quickchange_adapters.ops.triton_chain import (
 MAX_ROWS = 16
 """What one tile holds; with more rows, x is read more often than W, and others are faster."""
 MANY_ROUNDS = 4
+LEAST_SHARED_BYTES = 64 << 10
+"""What every GPU has that Triton compiles for."""
 Constants = dict[str, Any]
 
 
@@ -53,15 +54,18 @@ class Tiling:
         On an H100 one program a multiprocessor was faster, unless other kernels run beside it, or
         a second round of programs would leave most multiprocessors idle.
         """
-        rounds = self.num_programs(num_columns) / _num_processors(like.device)
-        has_room = can_chain(like.device)  # shared memory for deep stages
-        is_deep = is_alone and has_room and not 1 < rounds < MANY_ROUNDS
+        num_processors, shared_bytes = _sizes(like.device)
+        rounds = self.num_programs(num_columns) / num_processors
+        inner = self.inner * 2 // max(2, like.element_size())
+        stage_bytes = (self.columns + MAX_ROWS) * inner * like.element_size()
+        is_deep = is_alone and not 1 < rounds < MANY_ROUNDS
+        wanted = self.deep_stages if is_deep else self.num_stages
         return {
             "ROW_TILE": MAX_ROWS,
             "BLOCK_COLUMNS": self.columns,
-            "BLOCK_INNER": self.inner * 2 // max(2, like.element_size()),
+            "BLOCK_INNER": inner,
             "num_warps": self.num_warps,
-            "num_stages": self.deep_stages if is_deep else self.num_stages,
+            "num_stages": min(wanted, 1 + shared_bytes // stage_bytes),
             **launch_options(is_on=is_chained(like.device)),
         }
 
@@ -70,10 +74,13 @@ TILING = Tiling()
 
 
 @lru_cache
-def _num_processors(device: torch.device) -> int:
+def _sizes(device: torch.device) -> tuple[int, int]:
+    """Return how many multiprocessors there are, and the most shared memory of a program."""
     if device.type != "cuda":
-        return 1
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+        return 1, LEAST_SHARED_BYTES
+    found = torch.cuda.get_device_properties(device)
+    shared_bytes = getattr(found, "shared_memory_per_block_optin", LEAST_SHARED_BYTES)
+    return int(found.multi_processor_count), int(shared_bytes)
 
 
 class SkinnyWeight(PlainWeight):

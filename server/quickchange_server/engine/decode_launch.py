@@ -63,18 +63,15 @@ class DecodeLauncher:
         rows = packed.rows
         if not all(row.needs_logits and is_plain(row.sequence) for row in rows):
             return None
-        try:
-            return self._choose(rows, packed.row_blocks, decoded)
-        except Exception:
-            log.exception("rows cannot be drawn together; each is tried by itself")
-            return None
+        return self._tried(rows, packed.row_blocks, decoded)
 
     def launch_after(
         self, launch: DecodeLaunch, rows: SequenceOf[ScheduledRow]
     ) -> DecodeLaunch | None:
         """Launch the step after another one: `rows` are some of that one's, a token further.
 
-        None: no captured step takes them.
+        None: no captured step takes them, or their tokens cannot be chosen on the device; the step
+        may be computed once more then.
         """
         before = {row.sequence: index for index, row in enumerate(launch.rows)}
         places = [before[row.sequence] for row in rows]
@@ -83,7 +80,16 @@ class DecodeLauncher:
             chosen = chosen[index_on(places, self._device)]
             blocks = row_blocks(rows, range(len(rows)))
         decoded = self._graphs.run(DecodeStep(chosen, decode_rows(rows), blocks))
-        return None if decoded is None else self._choose(rows, blocks, decoded)
+        return None if decoded is None else self._tried(rows, blocks, decoded)
+
+    def _tried(
+        self, rows: SequenceOf[ScheduledRow], blocks: SequenceOf[RowBlock], decoded: Decoded
+    ) -> DecodeLaunch | None:
+        try:
+            return self._choose(rows, blocks, decoded)
+        except Exception:
+            log.exception("rows cannot be drawn together; each is tried by itself")
+            return None
 
     def _choose(
         self, rows: SequenceOf[ScheduledRow], blocks: SequenceOf[RowBlock], decoded: Decoded

@@ -115,6 +115,7 @@ class ModelRunner:
             zeros = torch.zeros(WARM_UP_TOKENS, dtype=torch.long, device=device)
             step = AttentionStep(self.storage, zeros, tiles=self._kernels.attention.fill(rows))
             self._run_blocks(self.base.embed(zeros), zeros, step, zeros[:1])
+            self._kernels.deltas.warm_up()
             if self.graphs is not None:
                 self.graphs.capture_all()
 

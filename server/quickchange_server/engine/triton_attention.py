@@ -37,8 +37,8 @@ MAX_TILE_ROWS = 64
 MIN_TILE = 16
 MIN_PROGRAMS, MAX_PROGRAMS, PROGRAMS_PER_ROW = 64, 512, 8
 """For each KV head of a captured step: what pieces there are take turns."""
-PIECE_TILE = 8
-"""How many pieces are joined at a time."""
+JOINED_HEADS = 32
+"""How many query heads' sums are joined at a time, of several pieces."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,7 @@ class TritonTiles:
                 self.numbers, out, *partials,
                 NUM_KV=num_kv, GROUPS=groups, VALUE_DIM=value_dim,
                 VALUE_TILE=_padded(value_dim), ROW_TILE=triton.next_power_of_2(groups),
-                PIECE_TILE=PIECE_TILE, **options,
+                PIECE_TILE=max(1, JOINED_HEADS // triton.next_power_of_2(groups)), **options,
             )  # fmt: skip
 
     def _attend_tiles(
@@ -111,7 +111,8 @@ class TritonTiles:
         attend_tiles[(self.table.num_tiles, keys.shape[2])](
             self.numbers, query, keys, values, out, *_numbers(rule, query),
             **_constants(kv, groups, rule), ROW_TILE=_padded(self.tile_tokens * groups),
-            num_warps=4, num_stages=2, **launch_options(is_on=is_chained(out.device)),
+            num_warps=4, num_stages=_tile_stages(keys),
+            **launch_options(is_on=is_chained(out.device)),
         )  # fmt: skip
 
 
@@ -204,6 +205,10 @@ def _constants(kv: tuple[Tensor, Tensor], groups: int, rule: Rule) -> dict[str, 
 def _padded(size: int) -> int:
     padded: int = max(MIN_TILE, triton.next_power_of_2(size))
     return padded
+
+
+def _tile_stages(keys: Tensor) -> int:
+    return 2 if keys.shape[3] * keys.element_size() <= 512 else 1
 
 
 def _position_tile(keys: Tensor) -> int:

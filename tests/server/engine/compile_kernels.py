@@ -22,7 +22,7 @@ from triton.compiler import ASTSource
 
 CAPABILITIES = (80, 90)
 CHAINED_FROM = 90
-LARGE = ("product, deep",)  # not launched where a block has little shared memory
+LARGE = ("product, deep",)  # launched where its shared memory is found alone
 WARP, WIDEST = 32, 16
 TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 DELTAS = {"KIND": 1, "TILE": 16}

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from quickchange_server.engine import decode_launch
 from quickchange_server.engine.decode_launch import DecodeLaunch
 
 from tests.conftest import MakeAdapter
@@ -95,3 +96,29 @@ def test_a_row_that_is_not_finite_fails_alone_and_is_cleared(
     failed = next(o.failure for o in bench.outputs if o.failure)
     assert failed.code == "non_finite"
     assert all(each[1:].isfinite().all() for each in bench.runner.storage.keys)
+
+
+def test_a_draw_that_fails_ahead_is_made_in_turn(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step behind is computed once more, with the same answers."""
+    in_turn = Bench.of(tiny_base, is_ahead=False)
+    bench = Bench.of(tiny_base)
+    for each in (in_turn, bench):
+        each.add(sampled("a", num=12), greedy("b", num=12))
+    bench.step()
+    bench.step()
+
+    def fail(*values: object) -> None:
+        raise RuntimeError("no memory to draw")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(decode_launch, "choose_together", fail)
+        before = bench.num_ahead
+        bench.step()
+        assert bench.num_ahead == before
+    for each in (in_turn, bench):
+        each.run_to_end()
+    assert bench.num_ahead > before
+    assert bench.ends() == {"a": "length", "b": "length"}
+    assert [bench.tokens(name) for name in "ab"] == [in_turn.tokens(name) for name in "ab"]
