@@ -58,6 +58,7 @@ from quickchange_server.storage import open_storage
 from quickchange_server.thread_affinity import restore_affinity
 from quickchange_server.tokenizer import Tokenizer
 from quickchange_server.tracing import open_tracer
+from quickchange_server.tried_gpus import untried_note
 from quickchange_server.triton_needs import missing_for_triton
 from quickchange_server.upload_checker import UploadChecker
 from quickchange_server.upload_quotas import UploadQuotas
@@ -67,7 +68,6 @@ EXIT_S = 10.0
 DRAINED_EXIT_S = 30.0
 Listeners = tuple[socket.socket, socket.socket | None]
 """The API's, and the operators'."""
-CUDA_WARNING = "CUDA: written, not yet run on hardware"
 
 
 def run_server(
@@ -212,7 +212,8 @@ def _budget(config: ServerConfig, base_folder: Path) -> MemoryBudget:
     device = pick_device(config.device)
     check_auto_merge(config, device)
     if device.startswith("cuda"):
-        _say(CUDA_WARNING)
+        if (note := untried_note(device)) is not None:
+            _say(note)
         check_triton(config, missing_for_triton())
     footprint = read_footprint(base_folder, config.dtype)
     return resolve_budget(config, footprint, device, device_memory(device), host_memory())
