@@ -16,7 +16,11 @@ from pathlib import Path
 import torch
 import triton
 from quickchange_adapters.ops import triton_deltas, triton_product, triton_shrink
-from quickchange_server.engine import triton_attention_kernels, triton_pointwise
+from quickchange_server.engine import (
+    triton_attention,
+    triton_attention_kernels,
+    triton_pointwise,
+)
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -78,14 +82,15 @@ def variants() -> dict[str, Variant]:
     gated = {"WIDTH": 14336, "TILE": pointwise.GATED_TILE, "IS_GELU": False}
     for each in (rotate, norm, gated):
         each["HAS_DELTAS"] = True
+    pieces = {"num_stages": 3, "num_warps": triton_attention.CHAINED_PIECE_WARPS}
     plain, rich = attention(128, 16, has_extras=False), attention(96, 64, has_extras=True)
     long, odd = attention(128, 64, has_extras=False), attention(96, 16, has_extras=True)
     return {
         "product": product(triton_product.TILING.num_stages),
         "product, deep": product(triton_product.TILING.deep_stages),
         **{name: each for role in WIDTHS for name, each in deltas(role).items()},
-        "pieces": (kernels.attend_pieces, plain, {"num_stages": 3}),
-        "pieces, window and cap": (kernels.attend_pieces, odd, {"num_stages": 3}),
+        "pieces": (kernels.attend_pieces, plain, pieces),
+        "pieces, window and cap": (kernels.attend_pieces, odd, pieces),
         "join": (kernels.join_pieces, joined, {}),
         "tiles": (kernels.attend_tiles, long, {"num_stages": 2}),
         "tiles, window and cap": (kernels.attend_tiles, rich, {"num_stages": 2}),
@@ -119,6 +124,8 @@ def compile_one(variant: Variant, capability: int) -> dict[str, int]:
     names = kernel.arg_names
     if "IS_CHAINED" in names:
         constants = {**constants, "IS_CHAINED": capability >= CHAINED_FROM}
+    if capability < CHAINED_FROM and kernel is triton_attention_kernels.attend_pieces:
+        options = {**options, "num_warps": triton_attention.PIECE_WARPS}
     is_apart = bool(constants.get("IS_APART"))
     signature = {
         name: "constexpr" if name in constants else type_of(kernel, name, is_apart=is_apart)
