@@ -1,7 +1,8 @@
 """Which kernels a decode step consists of, and where the host's time of a step goes.
 
 Kernels: torch's profiler over replays of the captured step. The host: cProfile over whole runs,
-which makes Python itself slower, so its figures are shares rather than times.
+which makes Python itself slower, so its figures are shares rather than times. The driver: how long
+its calls take in a run; one that takes as long as a step is what the host waits in.
 """
 
 import cProfile
@@ -22,6 +23,7 @@ from benchmarks.gpu_session import Row
 
 KERNELS_HEADER = ("step", "kernel", "launches", "time", "of all kernels'")
 HOST_HEADER = ("rows", "function", "calls a step", "own time a step")
+DRIVER_HEADER = ("rows", "call", "calls a step", "time a step")
 NUM_REPLAYS = 5
 NUM_SHOWN = 14
 MAX_NAME = 60
@@ -57,6 +59,21 @@ class Profile:
             longest = sorted(stats.items(), key=lambda item: -item[1][2])
             for place, (_, calls, own_s, _, _) in longest[: 2 * NUM_SHOWN]:
                 yield partial(_host_row, scenario.num_rows, place, calls / answer, own_s / answer)
+
+    def driver(self, scenarios: Sequence[Scenario]) -> Iterator[Row]:
+        """Yield the driver's calls that take longest while all tokens of a scenario are made."""
+        num_steps = self.timed.sizes.answer_tokens
+        for scenario in scenarios:
+            self.timed.engine.run(scenario.requests(), 4, None)
+            kinds = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+            is_cuda = self.timed.ceilings.device.type == "cuda"
+            with profile(activities=kinds if is_cuda else kinds[:1]) as profiler:
+                self.timed.engine.run(scenario.requests(), num_steps, None)
+            events = [e for e in profiler.key_averages() if e.key.startswith("cu") or not is_cuda]
+            longest = sorted(events, key=lambda event: -event.self_cpu_time_total)
+            for event in longest[:NUM_SHOWN]:
+                own_s = event.self_cpu_time_total / 1e6 / num_steps
+                yield _driver_row(scenario.num_rows, event.key, event.count / num_steps, own_s)
 
     def _kernels(self, scenario: Scenario) -> dict[str, tuple[float, float]]:
         """Return (launches, microseconds) of a step by the kernel's name."""
@@ -94,6 +111,11 @@ def _short(name: str) -> str:
 def _kernel_row(title: str, name: str, count: float, us: float, whole_us: float) -> Row:
     cells = (title, name, f"{count:.0f}", f"{us:.0f} µs", f"{us / whole_us:.1%}")
     return Row(cells, {"step": title, "kernel": name, "launches": count, "us": us})
+
+
+def _driver_row(rows: int, name: str, calls: float, own_s: float) -> Row:
+    cells = (str(rows), name[:MAX_NAME], f"{calls:.1f}", f"{1e6 * own_s:.0f} µs")
+    return Row(cells, {"rows": rows, "call": name, "calls": calls, "own_s": own_s})
 
 
 def _host_row(rows: int, place: tuple[str, int, str], calls: float, own_s: float) -> Row:

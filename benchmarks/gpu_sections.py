@@ -21,7 +21,7 @@ from benchmarks.gpu_decode import HEADER as DECODE_HEADER
 from benchmarks.gpu_loads import GAP_HEADER, LOAD_HEADER, MANY_HEADER, Counts, Loads
 from benchmarks.gpu_peers import HEADER as PEERS_HEADER
 from benchmarks.gpu_peers import Peers, Work, ours
-from benchmarks.gpu_profile import HOST_HEADER, Profile, profiled_scenarios
+from benchmarks.gpu_profile import DRIVER_HEADER, HOST_HEADER, Profile, profiled_scenarios
 from benchmarks.gpu_profile import KERNELS_HEADER as STEP_KERNELS_HEADER
 from benchmarks.gpu_session import Row, Section, Session
 from benchmarks.gpu_timings import attention_timings, delta_timings
@@ -136,6 +136,7 @@ class Plan:
             self._section("Kernels of a step", *parts, lambda: found.kernels(scenarios))
         ends = [scenarios[0], scenarios[-1]]
         self._section("The host's time", HOST_HEADER, 10, lambda: found.host(ends))
+        self._section("The driver's calls", DRIVER_HEADER, 10, lambda: found.driver(ends))
 
     def _loads(self) -> None:
         loads = Loads(self._engine(), self._counts)
