@@ -100,9 +100,10 @@ class Api:
             raise BenchmarkFailure(f"{model} answered {reply.status}: {reply.body}")
         return str(reply.body["choices"][0]["text"])
 
-    def answer(self, model: str, prompt: Sequence[int], num_tokens: int) -> Answer:
+    def answer(self, model: str, prompt: Sequence[int], num_tokens: int, **fields: Any) -> Answer:
         """Return a greedy answer, with what was likeliest. Raises: BenchmarkFailure."""
-        reply = self.complete(model, prompt, max_tokens=num_tokens, echo=True, logprobs=1)
+        fields |= {"max_tokens": num_tokens, "echo": True, "logprobs": 1}
+        reply = self.complete(model, prompt, **fields)
         if reply.status != 200:
             raise BenchmarkFailure(f"{model} answered {reply.status}: {reply.body}")
         choice = reply.body["choices"][0]

@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -19,6 +20,13 @@ from benchmarks.workload import adapter_name
 FIRST, OTHER = adapter_name(0), adapter_name(1)
 PROMPT = "time year people way day man thing woman life child world school state family student"
 SETTLE_S = 20.0
+MIX_TOKENS, MIX_NOISE = 32, 0.1
+"""Of a prompt that is scored; what bfloat16 makes of the same sums in another order."""
+
+
+def largest_difference(some: Sequence[float], others: Sequence[float]) -> float:
+    """Return how far the two are apart where they are furthest."""
+    return max(abs(one - other) for one, other in zip(some, others, strict=True))
 
 
 class ApiChecks:
@@ -90,16 +98,23 @@ class ApiChecks:
         return f"{usage['completion_tokens']} tokens", has_text and usage["prompt_tokens"] > 8
 
     def mix(self) -> Outcome:
-        """A mix answers as none of its parts does; at weight 1 and 0 as its first part."""
-        mixed = self._mixed(0.5, 0.5)
-        parts = {self._api.text(name, PROMPT) for name in (self._base, FIRST, OTHER)}
-        return f"{len(parts | {mixed})} answers of 4", mixed not in parts and len(parts) == 3
+        """A mix scores a prompt as none of its parts does, and at weights 1 and 0 as its first."""
+        parts = [self._scores(name) for name in (self._base, FIRST, OTHER)]
+        mixed, only_first = self._mixed(0.5, 0.5), self._mixed(1.0, 0.0)
+        nearest = min(largest_difference(mixed, part) for part in parts)
+        own = largest_difference(only_first, parts[1])
+        return f"{nearest:.3f} apart; at 1 and 0 {own:.3f}", nearest > 2 * MIX_NOISE > 2 * own
 
-    def _mixed(self, *weights: float) -> str:
+    def _mixed(self, *weights: float) -> list[float]:
         parts = [
             {"model": adapter_name(index), "weight": weight} for index, weight in enumerate(weights)
         ]
-        return self._api.text(self._base, PROMPT, adapters=parts)
+        return self._scores(self._base, adapters=parts)
+
+    def _scores(self, model: str, **fields: Any) -> list[float]:
+        """Return the log probabilities of a fixed prompt's tokens behind the first."""
+        prompt = list(range(5, 5 + MIX_TOKENS))
+        return list(self._api.answer(model, prompt, 1, **fields).logprobs)[: MIX_TOKENS - 1]
 
     def seed(self) -> Outcome:
         """One seed draws the same twice, and another one something else."""
