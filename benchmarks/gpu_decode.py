@@ -172,6 +172,7 @@ class Timed:
 
     def _decode(self, scenario: Scenario) -> Row:
         self.engine.run(scenario.requests(), 4, None)  # compiles and captures what is new
+        num_before = self.engine.num_ahead
         device_s = self.amid_run(scenario, partial(self._replay_s, scenario))
         step_s = median(self.engine.recorder.decode_periods_s(scenario.num_rows))
         num_bytes = self._read_bytes(scenario)
@@ -202,6 +203,7 @@ class Timed:
             "share": share,
             "device_share": device_share,
             "relative_to_base": relative,
+            "steps_ahead": self.engine.num_ahead - num_before,
         }
         return Row(cells, values)
 

@@ -224,6 +224,7 @@ class GpuEngine:
         names = [self._add(row, num_tokens, num_logprobs, is_resident) for row in rows]
         num_seen, num_left = 0, len(names)
         while num_left:
+            self._engine.run_calls()  # one that waits would keep steps from being launched ahead
             self._engine.step()
             on_step()
             for output in self._outputs[num_seen:]:

@@ -15,6 +15,7 @@ from quickchange_server.engine.observer import StepStats
 
 from benchmarks.gpu_engine import Recorder
 from benchmarks.gpu_session import Row, Section, Session
+from tests.server.engine.plain_graphs import use_plain_graphs
 
 ROOT = Path(__file__).resolve().parents[2]
 ABSENT = ("fastapi", "starlette", "uvicorn", "sqlalchemy", "re2", "gguf", "multipart", "openai")
@@ -52,6 +53,19 @@ def test_its_engine_answers_a_mixed_batch_as_hugging_face_does() -> None:
     assert worst < 1e-4
     swapped = [answers[2], answers[1], answers[0], *answers[3:]]
     assert gpu_checks.hugging_face_error(engine, "llama", swapped) > 0.1
+
+
+def test_its_engine_launches_steps_ahead_also_behind_a_load() -> None:
+    """A load that ends calls the engine's thread, which is not there."""
+    pytest.importorskip("triton", reason="the kernels need Triton, which is made for Linux only")
+    from benchmarks import gpu_checks
+
+    engine = gpu_checks.ready_engine(torch.device("cpu"), "llama", "float32", kernels="plain")
+    use_plain_graphs(engine.runner, 8, is_ahead=True)
+    engine.run(gpu_checks.ROWS, 4, None, is_resident=False)
+    before = engine.num_ahead
+    engine.run(gpu_checks.ROWS, 8, None)
+    assert engine.num_ahead > before + 3
 
 
 @pytest.mark.parametrize(("error", "is_good"), [(0.5, True), (1.5, False), (float("nan"), False)])

@@ -270,6 +270,10 @@ class Engine:
         if not self.scheduler.running and not self._can_admit and not self.runner.pool.is_untidy:
             self._touch_ahead()
             self._inbox.run_next(IDLE_WAIT_S if self.scheduler.waiting else 1.0)
+        self.run_calls()
+
+    def run_calls(self) -> None:
+        """Run what other threads asked for; for whoever calls `step` without the thread, too."""
         self._inbox.run_waiting()
 
     def _touch_ahead(self) -> None:
