@@ -301,7 +301,8 @@ def _native_library(model: Any, settings: EngineSettings) -> tuple[ctypes.CDLL |
             reason = str(error)
     if settings.kernels == "native":
         raise UnsupportedBase(f"native kernels cannot run this base here: {reason}")
-    log.info("native kernels are not used: %s", reason)
+    if model.device.type == "cpu":  # on a GPU nobody expects them
+        log.info("native kernels are not used: %s", reason)
     return None, reason
 
 
