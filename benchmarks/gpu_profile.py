@@ -114,12 +114,15 @@ def _kernel_row(title: str, name: str, count: float, us: float, whole_us: float)
 
 
 def _driver_row(rows: int, name: str, calls: float, own_s: float) -> Row:
-    cells = (str(rows), name[:MAX_NAME], f"{calls:.1f}", f"{1e6 * own_s:.0f} µs")
-    return Row(cells, {"rows": rows, "call": name, "calls": calls, "own_s": own_s})
+    return _call_row(rows, "call", name[:MAX_NAME], calls, own_s)
 
 
 def _host_row(rows: int, place: tuple[str, int, str], calls: float, own_s: float) -> Row:
     file, line, function = place
     name = f"{Path(file).name}:{line} {function}"[:MAX_NAME]
+    return _call_row(rows, "function", name, calls, own_s)
+
+
+def _call_row(rows: int, what: str, name: str, calls: float, own_s: float) -> Row:
     cells = (str(rows), name, f"{calls:.1f}", f"{1e6 * own_s:.0f} µs")
-    return Row(cells, {"rows": rows, "function": name, "calls": calls, "own_s": own_s})
+    return Row(cells, {"rows": rows, what: name, "calls": calls, "own_s": own_s})

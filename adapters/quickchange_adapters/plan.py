@@ -35,17 +35,12 @@ class RowBlock:
         return self.end - self.start
 
 
-def join_blocks(blocks: Sequence[RowBlock], max_rows: int | None = None) -> list[RowBlock]:
-    """Join neighbours with the same adapters and weights, as far as a block may be long."""
+def join_blocks(blocks: Sequence[RowBlock]) -> list[RowBlock]:
+    """Join neighbours with the same adapters and weights."""
     joined: list[RowBlock] = []
     for block in blocks:
         last = joined[-1] if joined else None
-        if (
-            last is not None
-            and last.end == block.start
-            and last.terms == block.terms
-            and (max_rows is None or block.end - last.start <= max_rows)
-        ):
+        if last is not None and last.end == block.start and last.terms == block.terms:
             joined[-1] = RowBlock(last.start, block.end, block.terms)
         else:
             joined.append(block)

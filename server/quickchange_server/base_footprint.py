@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quickchange_server.engine.attention_tiles import MAX_PIECES
 from quickchange_server.errors import BaseUnavailable
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 MAX_HEADER_BYTES = 100_000_000
-
-MAX_PIECES = 32  # of a row's context (engine/attention_tiles.py, which this must not import)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ Source: CUDA C++ Programming Guide, programmatic dependent launch; PTX ISA, grid
 Import it only where Triton is.
 """
 
-from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -21,22 +21,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 LEAST_CAPABILITY = (9, 0)
 
 
-@dataclass(slots=True)
-class Chaining:
-    """Whether kernels are chained where the device can; a switch for comparisons."""
-
-    is_wanted: bool = True
-
-
-CHAINING = Chaining()
-
-
+@lru_cache
 def is_chained(device: torch.device) -> bool:
-    """Whether kernels on this device are chained."""
-    return CHAINING.is_wanted and _can_chain(device)
-
-
-def _can_chain(device: torch.device) -> bool:
+    """Whether kernels on this device are chained. Asked for at every launch."""
     if device.type != "cuda" or torch.version.hip is not None:
         return False
     return torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY

@@ -20,8 +20,6 @@ padding as in S-LoRA (Sheng et al. 2023, arXiv 2311.03285).
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -49,6 +47,7 @@ from quickchange_adapters.ops.triton_chain import (
 from quickchange_adapters.ops.triton_product import SkinnyWeight
 from quickchange_adapters.ops.triton_shrink import (
     ShrinkInputs,
+    group_constants,
     num_pieces,
     shrink,
 )
@@ -66,16 +65,6 @@ MIN_GRID_ITEMS_PER_BLOCK = 4
 _HEADER = tl.constexpr(HEADER_INTS)
 _ITEM = tl.constexpr(ITEM_INTS)
 _BLOCK = tl.constexpr(BLOCK_INTS)
-
-
-@dataclass(slots=True)
-class Apart:
-    """Whether deltas lie apart where they can; a switch for comparisons."""
-
-    is_wanted: bool = True
-
-
-APART = Apart()
 
 
 class TritonDeltas:
@@ -141,8 +130,7 @@ class TritonDeltas:
     def warm_up(self) -> None:
         """Compile what eager steps launch; nothing is computed."""
         self.fill(())
-        self.launch_for(1)
-        self._is_for_capture = False
+        self._grid_blocks = self._grid_items = 1
         for arena in self._pool.arenas.values():
             shape, like = arena.shape, arena.lora_a
             self.start(like.new_zeros(2, shape.in_features), arena, 0)
@@ -157,7 +145,7 @@ class TritonDeltas:
         They are computed beside the product, from begin to end, on a GPU that captures a step.
         """
         deltas = self._apart[arena.shape.kind]
-        if not APART.is_wanted or x.shape[0] > deltas.shape[0]:
+        if x.shape[0] > deltas.shape[0]:
             self.start(x, arena, layer)
             y = weight.apply(x, bias)
             self.add(y, arena, layer)
@@ -166,7 +154,7 @@ class TritonDeltas:
 
         def compute() -> None:
             shrink(inputs)
-            self._expand(deltas, arena, layer, is_apart=True, is_chained=False)
+            self._expand(deltas, arena, layer, is_apart=True, is_in_chain=False)
 
         if self._grid_items:
             self._branch.run(compute)
@@ -191,11 +179,11 @@ class TritonDeltas:
         self._begun = None
         # Behind a join two kernels come before, and a chain is of one. What is captured is launched
         # the same way before: another variant would be loaded amid the capture.
-        is_on = is_chained(y.device) and not self._is_for_capture
-        self._expand(y, arena, layer, is_apart=False, is_chained=is_on)
+        is_in_chain = is_chained(y.device) and not self._is_for_capture
+        self._expand(y, arena, layer, is_apart=False, is_in_chain=is_in_chain)
 
     def _expand(
-        self, y: Tensor, arena: Arena, layer: int, *, is_apart: bool, is_chained: bool
+        self, y: Tensor, arena: Arena, layer: int, *, is_apart: bool, is_in_chain: bool
     ) -> None:
         shape = arena.shape
         tiles = self._tiles[shape.kind]
@@ -203,20 +191,17 @@ class TritonDeltas:
         _expand[(self._grid_blocks, tiles.shape[0])](
             self.tables.values, tiles, self._hidden, y, arena.lora_b[layer], y.stride(0),
             OUT=shape.out_features, BLOCK_OUT=_output_tile(shape), ALIGNMENT=_alignment(shape),
-            IS_APART=is_apart, **self._constants(shape), num_warps=4, num_stages=3,
-            **launch_options(is_on=is_chained),
+            IS_APART=is_apart, **group_constants(shape, self._kind(shape)),
+            num_warps=4, num_stages=3, **launch_options(is_on=is_in_chain),
         )  # fmt: skip
 
     def _inputs(self, x: Tensor, arena: Arena, layer: int) -> ShrinkInputs:
         x = x if x.stride(1) == 1 else x.contiguous()
-        kind = self.tables.kinds.index(arena.shape.kind)
         parts = self.tables.values, self._hidden, x, arena.lora_a[layer]
-        return ShrinkInputs(*parts, arena.shape, kind, self._grid_items)
+        return ShrinkInputs(*parts, arena.shape, self._kind(arena.shape), self._grid_items)
 
-    def _constants(self, shape: GroupShape) -> dict[str, Any]:
-        kind = self.tables.kinds.index(shape.kind)
-        pieces = num_pieces(shape)
-        return {"KIND": kind, "NUM_PARTS": shape.num_parts, "NUM_PIECES": pieces, "TILE": RANK_TILE}
+    def _kind(self, shape: GroupShape) -> int:
+        return self.tables.kinds.index(shape.kind)
 
 
 class Branch:

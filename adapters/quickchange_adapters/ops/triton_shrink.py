@@ -49,10 +49,7 @@ class ShrinkInputs:
         """Return what a kernel that shrinks is compiled for."""
         width = self.shape.in_features
         return {
-            "KIND": self.kind,
-            "NUM_PARTS": self.shape.num_parts,
-            "NUM_PIECES": num_pieces(self.shape),
-            "TILE": RANK_TILE,
+            **group_constants(self.shape, self.kind),
             "WIDTH": width,
             "BLOCK_IN": min(MAX_INPUT_TILE, max(16, triton.next_power_of_2(width))),
             "PIECE": PIECE_COLUMNS,
@@ -62,6 +59,16 @@ class ShrinkInputs:
 def num_pieces(shape: GroupShape) -> int:
     """Return how many pieces a group's input is cut into."""
     return -(-shape.in_features // PIECE_COLUMNS)
+
+
+def group_constants(shape: GroupShape, kind: int) -> dict[str, Any]:
+    """Return what both kernels of the deltas are compiled for; `kind`: its number in the tables."""
+    return {
+        "KIND": kind,
+        "NUM_PARTS": shape.num_parts,
+        "NUM_PIECES": num_pieces(shape),
+        "TILE": RANK_TILE,
+    }
 
 
 def shrink(inputs: ShrinkInputs) -> None:

@@ -99,11 +99,12 @@ class TritonTiles:
             num_warps=num_warps, num_stages=3, **options,
         )  # fmt: skip
         if self.num_joined:
+            joined_tile = triton.next_power_of_2(groups)
             join_pieces[(self.num_joined, num_kv)](
                 self.numbers, out, *partials,
                 NUM_KV=num_kv, GROUPS=groups, VALUE_DIM=value_dim,
-                VALUE_TILE=_padded(value_dim), ROW_TILE=triton.next_power_of_2(groups),
-                PIECE_TILE=max(1, JOINED_HEADS // triton.next_power_of_2(groups)), **options,
+                VALUE_TILE=_padded(value_dim), ROW_TILE=joined_tile,
+                PIECE_TILE=max(1, JOINED_HEADS // joined_tile), **options,
             )  # fmt: skip
 
     def _attend_tiles(
