@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from quickchange_adapters.finite import all_finite
 from quickchange_adapters.layout import AdapterLayout, GroupShape, Place, round_up_rows
 from quickchange_adapters.packed_size import PackedSize
 from quickchange_adapters.weights import AdapterWeights, LoraPair
@@ -161,7 +162,7 @@ def _check_finite(adapter: HostAdapter, dtype: torch.dtype) -> None:
     for name, held in (*adapter.groups.items(), *ends):
         if held is None:
             continue
-        if not (torch.isfinite(held.lora_a).all() and torch.isfinite(held.lora_b).all()):
+        if not (all_finite(held.lora_a) and all_finite(held.lora_b)):
             raise ValueError(f"adapter {adapter.digest[:12]} has values in {name} beyond {dtype}")
 
 

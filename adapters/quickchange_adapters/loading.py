@@ -11,6 +11,7 @@ from torch import Tensor
 
 from quickchange_adapters.base_spec import BaseSpec
 from quickchange_adapters.errors import AdapterRefused, Problem
+from quickchange_adapters.finite import all_finite
 from quickchange_adapters.header import HeaderRefused, TensorEntry, read_array
 from quickchange_adapters.limits import AdapterLimits
 from quickchange_adapters.structure import (
@@ -68,7 +69,7 @@ def _load_pair(file: BufferedReader, plan: PairPlan, dtype: torch.dtype) -> Lora
     lora_a = _read_tensor(file, plan.lora_a).to(dtype)
     lora_b = (_read_tensor(file, plan.lora_b).float() * plan.scaling).to(dtype)
     for entry, tensor in ((plan.lora_a, lora_a), (plan.lora_b, lora_b)):
-        if not torch.isfinite(tensor).all():
+        if not all_finite(tensor):
             message = f"tensor {entry.name!r} is not finite in {dtype}"
             raise AdapterRefused([Problem("not_finite", entry.name, message)])
     return LoraPair(lora_a, lora_b)

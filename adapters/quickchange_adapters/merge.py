@@ -4,10 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from quickchange_adapters.errors import NotFinite
+from quickchange_adapters.finite import all_finite
 from quickchange_adapters.host_adapter import HostAdapter, HostGroup, iter_deltas
 from quickchange_adapters.layout import AdapterLayout, GroupShape
 from quickchange_adapters.ops.linear_weight import LinearWeight
@@ -116,6 +116,6 @@ def merge_matrix(base: Tensor, group: HostGroup, shape: GroupShape, layer: int) 
     for columns, delta in iter_deltas(group, shape, layer, base.device):
         merged[columns] += delta
     merged = merged.to(base.dtype)
-    if not torch.isfinite(merged).all():
+    if not all_finite(merged):
         raise NotFinite(f"merged, {shape.kind} of layer {layer} is not finite in {base.dtype}")
     return merged

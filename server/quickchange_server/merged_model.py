@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from quickchange_adapters.base_spec import BaseSpec, ModuleSpec
 from quickchange_adapters.errors import AdapterRefused
+from quickchange_adapters.finite import all_finite
 from quickchange_adapters.limits import AdapterLimits
 from quickchange_adapters.loading import load_weights
 from quickchange_adapters.weights import AdapterWeights, LoraPair
@@ -88,7 +89,7 @@ def merge_into(model: Any, weights: AdapterWeights, on_module: OnModule) -> None
     changes = list(_changes(model, weights))
     for index, change in enumerate(changes, start=1):
         changed = change.value().to(change.parameter.dtype)
-        if not torch.isfinite(changed).all():
+        if not all_finite(changed):
             raise CannotExport(f"merged, {change.path} is not finite in {changed.dtype}")
         change.parameter.data = changed.contiguous()
         on_module(index, len(changes))
