@@ -117,7 +117,7 @@ def _device(config: ServerConfig) -> Iterator[Finding]:
 
 
 def _kernels(config: ServerConfig) -> Iterator[Finding]:
-    from quickchange_adapters.native import build
+    from quickchange_adapters.native import amx, build
 
     from quickchange_server.serving import pick_device
 
@@ -127,15 +127,17 @@ def _kernels(config: ServerConfig) -> Iterator[Finding]:
     folder = config.cache_folder / "native"
     try:
         build.check_cpu()
+        has_amx = config.amx == "auto" and not amx.missing_instructions()
+        how = ", with AMX" if has_amx else ""
         if any(folder.glob("quickchange-*.so")):
-            yield Finding("kernels", "ok", f"native, built in {folder}")
+            yield Finding("kernels", "ok", f"native{how}, built in {folder}")
             return
         compiler = build.find_compiler()
     except build.BuildFailed as error:
         state: State = "problem" if config.kernels == "native" else "note"
         yield Finding("kernels", state, f"PyTorch's on a CPU, not native ones: {error}")
         return
-    yield Finding("kernels", "ok", f"native, built at the first start by {compiler}")
+    yield Finding("kernels", "ok", f"native{how}, built at the first start by {compiler}")
 
 
 def triton_finding(kernels: str, missing: str | None) -> Finding:

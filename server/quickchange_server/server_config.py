@@ -66,6 +66,14 @@ class ServerConfig:
         BASE,
         metavar="auto|native|plain",
     )
+    amx: str = option(
+        "auto",
+        o.read_choice("auto", "off"),
+        "Whether native kernels multiply by AMX: auto does on a CPU that has AMX-BF16. Off gives "
+        "the same bits on CPUs with and without it.",
+        BASE,
+        metavar="auto|off",
+    )
     quantize: str | None = option(
         None,
         o.read_choice("int8"),

@@ -149,7 +149,7 @@ def build_services(
     engine = EngineClient(base_folder, engine_settings(config, budget), metrics)
     metrics.show_build(__version__, engine.base.name, str(engine.dtype).removeprefix("torch."))
     if budget.device == "cpu":
-        _say(kernels_text(engine.native_refusal))
+        _say(kernels_text(engine.native_refusal, engine.amx_refusal))
     limits = AdapterLimits(max_rank=config.max_lora_rank)
     adapters = AdapterService(
         engine,
@@ -264,6 +264,7 @@ def engine_settings(config: ServerConfig, budget: MemoryBudget) -> EngineSetting
         device=budget.device,
         dtype=config.dtype,
         kernels=config.kernels,
+        amx=config.amx == "auto",
         quantize=config.quantize,
         native_folder=config.cache_folder / "native",
         kv_cache_bytes=budget.kv_cache_bytes,
@@ -346,10 +347,10 @@ async def _announce(
         _say(f"Probes and measurements, without a key: {url_of(admin)}/metrics")
 
 
-def kernels_text(native_refusal: str | None) -> str:
+def kernels_text(native_refusal: str | None, amx_refusal: str | None) -> str:
     """Return what is printed about the kernels that compute the steps on a CPU."""
     if native_refusal is None:
-        return "Steps: native kernels"
+        return "Steps: native kernels" + (", products by AMX" if amx_refusal is None else "")
     return f"Steps: PyTorch's kernels, not native ones: {native_refusal}"
 
 

@@ -171,8 +171,10 @@ def test_gpu_that_is_not_there_is_refused() -> None:
 
 
 def test_the_start_says_which_kernels_compute_and_why_not_the_native_ones() -> None:
-    assert kernels_text(None) == "Steps: native kernels"
-    assert kernels_text("no C++ compiler").endswith("not native ones: no C++ compiler")
+    assert kernels_text(None, "the CPU has no amx_bf16") == "Steps: native kernels"
+    assert kernels_text(None, None) == "Steps: native kernels, products by AMX"
+    reason = "no C++ compiler"
+    assert kernels_text(reason, reason).endswith("not native ones: no C++ compiler")
 
 
 def test_ready_text_offers_the_first_adapter_or_the_base() -> None:

@@ -29,6 +29,27 @@ struct Lines {
   }
 };
 
+// A few lists of lines, fetched one behind the other, some lines at a time.
+class LinesInTurn {
+ public:
+  template <int kCount>
+  explicit LinesInTurn(const Lines (&lists)[kCount]) : list_(lists), end_(lists + kCount) {}
+
+  void fetch(int count) {
+    while (list_ != end_) {
+      const int last = std::min(line_ + count, list_->count);
+      count -= last - line_;
+      for (; line_ < last; ++line_) list_->fetch(line_);
+      if (line_ < list_->count) return;
+      ++list_, line_ = 0;
+    }
+  }
+
+ private:
+  const Lines *list_, *end_;
+  int line_ = 0;
+};
+
 // Places of pieces, counted in lines from a base that may differ from layer to layer.
 class LineList {
  public:

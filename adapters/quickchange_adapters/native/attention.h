@@ -88,6 +88,18 @@ class Attention {
     }
   }
 
+  int groups() const { return model_.num_heads / model_.num_kv_heads; }
+
+  // Numbers of one position: all KV heads.
+  std::int64_t row_width() const { return static_cast<std::int64_t>(model_.num_kv_heads) * model_.head_width; }
+
+  // Where a position's K or V begins.
+  std::int64_t place(int token, int position) const {
+    const int size = model_.block_size;
+    const std::int64_t block = step_.kv_blocks[step_.tables[token] + position / size];
+    return (block * size + position % size) * row_width();
+  }
+
  private:
   // Positions [start, end) of a token's row; scores begin at `first`, where a group of keys begins.
   struct Span {
@@ -125,18 +137,6 @@ class Attention {
       factors[h] = 1.0f / exponentiate(heads.scores + static_cast<std::ptrdiff_t>(h) * heads.stride, span);
     }
     gather<kHeads>(span, heads, factors);
-  }
-
-  int groups() const { return model_.num_heads / model_.num_kv_heads; }
-
-  // Numbers of one position: all KV heads.
-  std::int64_t row_width() const { return static_cast<std::int64_t>(model_.num_kv_heads) * model_.head_width; }
-
-  // Where a position's K or V begins.
-  std::int64_t place(int token, int position) const {
-    const int size = model_.block_size;
-    const std::int64_t block = step_.kv_blocks[step_.tables[token] + position / size];
-    return (block * size + position % size) * row_width();
   }
 
   // Fills the scores of a few groups of sixteen positions. What lies in a block behind the end, or

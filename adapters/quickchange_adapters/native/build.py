@@ -18,8 +18,8 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 SOURCES = (
-    *("vector.h", "tables.h", "team.h", "ahead.h", "product.h"),
-    *("panels.h", "deltas.h", "attention.h", "step.h"),
+    *("vector.h", "tables.h", "team.h", "ahead.h", "product.h", "soft_tiles.h", "amx.h"),
+    *("panels.h", "deltas.h", "attention.h", "tile_attention.h", "step.h"),
 )
 MAIN_SOURCE = "library.cpp"
 CPU_FLAGS = frozenset(
@@ -62,14 +62,21 @@ def check_cpu() -> None:
 
     Raises: BuildFailed.
     """
+    if missing := CPU_FLAGS - cpu_flags():
+        raise BuildFailed(f"the CPU has no {', '.join(sorted(missing))}")
+
+
+def cpu_flags() -> frozenset[str]:
+    """Return what the CPU can do, in Linux's names.
+
+    Raises: BuildFailed.
+    """
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError as error:
         raise BuildFailed("the CPU's features cannot be read: /proc/cpuinfo is missing") from error
     line = next((line for line in text.splitlines() if line.startswith("flags")), "")
-    missing = CPU_FLAGS - set(line.partition(":")[2].split())
-    if missing:
-        raise BuildFailed(f"the CPU has no {', '.join(sorted(missing))}")
+    return frozenset(line.partition(":")[2].split())
 
 
 def library_path(folder: Path | None = None, *, needs_cpu: bool = True) -> Path:

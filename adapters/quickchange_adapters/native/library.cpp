@@ -43,11 +43,13 @@ void unpack(const Number* packed, int num_outputs, int num_inputs, Number* weigh
 void product(const bf16* x, int num_tokens, const Linear& linear, int num_outputs, int num_inputs, bf16* y,
              Team& team, bf16* unpacked) {
   const Linear matrix{linear.weight, nullptr, linear.scales};
+  const bool in_tiles = uses_tiles && num_inputs % kTileInputs == 0;
+  TileUnit unit;
   team.share(0, (num_outputs + kPanel - 1) / kPanel, 1, [&](int panel) {
     const int num_columns = std::min(kPanel, num_outputs - panel * kPanel);
-    for_tiles(num_tokens, [&](int first, int count) {
+    for_tiles(num_tokens, in_tiles ? kRowsInTiles : kTile, [&](int first, int count) {
       Tile tile;
-      const Panels panels(matrix, num_inputs, num_tokens, unpacked);
+      const Panels panels(matrix, num_inputs, num_tokens, unpacked, in_tiles ? &unit : nullptr);
       panels.multiply_tile(panel, x, first, count, Ahead{}, &tile);
       for (int m = 0; m < count; ++m) {
         bf16* out = y + static_cast<std::int64_t>(first + m) * num_outputs + panel * kPanel;
@@ -75,6 +77,14 @@ QC_EXPORT int qc_struct_sizes(std::int32_t* sizes) {
   int count = 0;
   for (std::size_t size : each) sizes[count++] = static_cast<std::int32_t>(size);
   return count;
+}
+
+// Has products computed by AMX from now on, or not. Called while none is. Returns 0, or 1 when the system does not
+// allow it: then nothing changes. Whether the processor has the instructions, the caller knows.
+QC_EXPORT int qc_use_tiles(int on) {
+  if (on && !may_use_tiles()) return 1;
+  uses_tiles = on != 0;
+  return 0;
 }
 
 // `size`: of a number, 2 for bfloat16 and 1 for int8.

@@ -153,6 +153,8 @@ def highest_of_rows(library: ctypes.CDLL, x: Tensor) -> tuple[list[float], list[
 
 
 def _declare(library: ctypes.CDLL) -> None:
+    library.qc_use_tiles.argtypes = [c_int32]
+    library.qc_use_tiles.restype = c_int32
     library.qc_pack.argtypes = [c_void_p, c_int32, c_int32, c_int32, c_void_p]
     library.qc_unpack.argtypes = [c_void_p, c_int32, c_int32, c_int32, c_void_p]
     library.qc_product.argtypes = [

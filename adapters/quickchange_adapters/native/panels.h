@@ -2,12 +2,12 @@
 //
 // An int8 panel lies as a bfloat16 one does, [out / 32][in / 2][32][2], but that within each 64 bytes
 // numbers are where `byte_place` says. It is unpacked while it is multiplied by the first few tokens, and
-// kept for the others. Both ways compute the same sums in the same order.
+// kept for the others. Both ways compute the same sums in the same order. Where tiles multiply, it is unpacked first.
 #pragma once
 
 #include <cstddef>
 
-#include "product.h"
+#include "amx.h"
 #include "tables.h"
 
 namespace quickchange {
@@ -49,6 +49,19 @@ class ByteTables {
   __m512i low_[2], high_[2];
 };
 
+// Unpacks one int8 panel, and brings what lies behind it near.
+inline void unpack_bytes(const std::int8_t* panel, int num_pairs, bf16* unpacked) {
+  const ByteTables tables;
+  const std::int8_t* next = panel + static_cast<std::int64_t>(num_pairs) * 2 * kPanel;
+  for (int k = 0; k < num_pairs; ++k, unpacked += 2 * kPanel) {
+    __m512i low, high;
+    tables.convert(panel + k * 2 * kPanel, &low, &high);
+    _mm512_storeu_si512(unpacked, low);
+    _mm512_storeu_si512(unpacked + kPanel, high);
+    _mm_prefetch(reinterpret_cast<const char*>(next + k * 2 * kPanel), _MM_HINT_T1);
+  }
+}
+
 // Multiplies rows with one int8 panel, and keeps its numbers as bfloat16 at `unpacked` if kKeeps.
 template <int kRows, bool kKeeps>
 inline void multiply_bytes(const bf16* x, std::int64_t stride, const std::int8_t* panel, int num_pairs,
@@ -70,13 +83,13 @@ inline void multiply_bytes(const bf16* x, std::int64_t stride, const std::int8_t
 class Panels {
  public:
   // `unpacked` is this thread's buffer for one panel, of `unpacked_size` numbers; work on two matrices
-  // at once takes two.
-  Panels(const Linear& linear, int num_inputs, int num_tokens, bf16* unpacked)
-      : linear_(linear), num_inputs_(num_inputs), num_tokens_(num_tokens), unpacked_(unpacked) {}
+  // at once takes two. `tiles`: this thread's, where products are computed by them, else null.
+  Panels(const Linear& linear, int num_inputs, int num_tokens, bf16* unpacked, TileUnit* tiles)
+      : linear_(linear), num_inputs_(num_inputs), num_tokens_(num_tokens), unpacked_(unpacked), tiles_(tiles) {}
 
   // How many numbers a thread's buffer has to hold.
   static std::size_t unpacked_size(const Linear& linear, int num_inputs, int num_tokens) {
-    return linear.scales && num_tokens > kDirectRows ? static_cast<std::size_t>(num_inputs) * kPanel : 0;
+    return linear.scales && (uses_tiles || num_tokens > kDirectRows) ? static_cast<std::size_t>(num_inputs) * kPanel : 0;
   }
 
   // Multiplies tokens [first, first + count) of x [tokens, in], and adds the bias. A panel's tiles are
@@ -87,12 +100,21 @@ class Panels {
       multiply_quantised(panel, rows, first, count, ahead, tile);
     } else {
       if (first == 0) ahead.panel = numbers(panel + 1);
-      multiply(rows, num_inputs_, count, numbers(panel), num_inputs_, ahead, tile->values);
+      multiply_numbers(rows, count, numbers(panel), ahead, tile->values);
     }
     if (linear_.bias) add_bias(tile, count, linear_.bias + panel * kPanel);
   }
 
  private:
+  void multiply_numbers(const bf16* rows, int count, const bf16* panel, const Ahead& ahead,
+                        float (*out)[kPanel]) const {
+    if (tiles_) {
+      tiles_->multiply(rows, num_inputs_, count, panel, num_inputs_, ahead, out);
+    } else {
+      multiply(rows, num_inputs_, count, panel, num_inputs_, ahead, out);
+    }
+  }
+
   // Where a panel of a matrix in bfloat16 begins; the one behind the last is what lies behind the matrix.
   const bf16* numbers(int panel) const { return static_cast<const bf16*>(linear_.weight) + offset(panel); }
 
@@ -101,13 +123,15 @@ class Panels {
 
   void multiply_quantised(int panel, const bf16* rows, int first, int count, const Ahead& ahead, Tile* tile) const {
     int done = 0;
-    if (first == 0) {
+    if (first == 0 && tiles_) {
+      unpack_bytes(bytes(panel), num_inputs_ / 2, unpacked_);
+    } else if (first == 0) {
       done = std::min(count, kDirectRows);
       multiply_first(panel, rows, done, ahead, tile->values);
     }
     if (done < count) {
-      multiply(rows + static_cast<std::int64_t>(done) * num_inputs_, num_inputs_, count - done, unpacked_, num_inputs_,
-               done ? Ahead{} : ahead, tile->values + done);
+      multiply_numbers(rows + static_cast<std::int64_t>(done) * num_inputs_, count - done, unpacked_,
+                       done ? Ahead{} : ahead, tile->values + done);
     }
     scale(tile, count, linear_.scales + panel * kPanel);
   }
@@ -141,6 +165,7 @@ class Panels {
   const Linear& linear_;
   const int num_inputs_, num_tokens_;
   bf16* unpacked_;
+  TileUnit* tiles_;
 };
 
 }  // namespace quickchange

@@ -15,10 +15,11 @@ namespace quickchange {
 
 constexpr int kPanel = 32;
 constexpr int kTile = 12;  // tokens computed together: 24 sums, 2 registers of W
+constexpr int kMostRows = 32;  // that anything computes together
 constexpr int kAheadRows = 4;  // fewer rows wait for memory all the time, and gain nothing
 
 struct Tile {
-  alignas(64) float values[kTile][kPanel];
+  alignas(64) float values[kMostRows][kPanel];
 };
 
 // What is brought near while a tile is computed: a panel, or null, and lines, one for each pair of inputs.
@@ -105,11 +106,11 @@ inline void multiply(const bf16* x, std::int64_t stride, int num_rows, const bf1
   }
 }
 
-// Calls work(first, count) for the tiles that `num_tokens` tokens fall into: whole ones, and the rest. The first,
-// during which the next panel is fetched, then takes as long as it can.
+// Calls work(first, count) for the tiles of `size` tokens that `num_tokens` tokens fall into: whole ones, and the
+// rest. The first, during which the next panel is fetched, then takes as long as it can.
 template <typename Work>
-inline void for_tiles(int num_tokens, Work&& work) {
-  for (int first = 0; first < num_tokens; first += kTile) work(first, std::min(kTile, num_tokens - first));
+inline void for_tiles(int num_tokens, int size, Work&& work) {
+  for (int first = 0; first < num_tokens; first += size) work(first, std::min(size, num_tokens - first));
 }
 
 inline void add_bias(Tile* tile, int num_rows, const bf16* bias) {

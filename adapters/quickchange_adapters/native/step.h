@@ -22,6 +22,7 @@
 #include "deltas.h"
 #include "panels.h"
 #include "team.h"
+#include "tile_attention.h"
 
 namespace quickchange {
 
@@ -33,10 +34,16 @@ struct ThreadBuffers {
   std::vector<bf16> unpacked[2];
 };
 
+// Heads [head, head + num_heads) of tokens [token, token + num_tokens): one head, or one token.
+struct AttentionUnit {
+  int token, num_tokens, head, num_heads;
+};
+
 // What a step needs beyond what the caller gave; kept between steps, so that nothing is allocated.
 struct Scratch {
   std::vector<bf16> normed, qkv, attended, active;
   std::array<GroupDeltas, 4> deltas;
+  std::vector<AttentionUnit> attention_units;  // where products are computed by tiles
   LineList kv_lines;  // of the rows' blocks, in a layer's keys and in its values
   std::vector<ThreadBuffers> threads;
 };
@@ -69,6 +76,7 @@ class StepRun {
       scratch.deltas[group].prepare(model.arenas[group], step.blocks, step.num_blocks, terms, step.num_tokens);
     }
     list_kv(model, step, scratch.kv_lines);
+    list_attention(model, step, scratch.attention_units);
     prepare_threads(model, step, scratch);
   }
 
@@ -101,11 +109,39 @@ class StepRun {
     }
   }
 
+  // Tokens in a row share what is read, if there are more of them than heads that would.
+  static void list_attention(const Model& model, const Step& step, std::vector<AttentionUnit>& units) {
+    units.clear();
+    if (!uses_tiles) return;
+    const int groups = model.num_heads / model.num_kv_heads;
+    for (int token = 0, count; token < step.num_tokens; token += count) {
+      for (count = 1; count < kTileRows && follows(step, token + count); ++count) {
+      }
+      if (count > groups) {
+        for (int head = 0; head < model.num_heads; ++head) units.push_back({token, count, head, 1});
+        continue;
+      }
+      count = 1;
+      for (int head = 0; head < model.num_heads; head += groups) {
+        for (int within = 0; within < groups; within += kTileRows) {
+          units.push_back({token, 1, head + within, std::min(kTileRows, groups - within)});
+        }
+      }
+    }
+  }
+
+  // Whether a token is the next one of the same row.
+  static bool follows(const Step& step, int token) {
+    return token < step.num_tokens && step.tables[token] == step.tables[token - 1] &&
+           step.positions[token] == step.positions[token - 1] + 1;
+  }
+
   static void prepare_threads(const Model& model, const Step& step, Scratch& scratch) {
     int last = 0;
     for (int token = 0; token < step.num_tokens; ++token) last = std::max(last, step.positions[token]);
     const int together = std::min(model.num_heads / model.num_kv_heads, kMaxHeads);
-    const std::size_t num_scores = static_cast<std::size_t>(Attention::scores_size(last)) * together;
+    const std::size_t num_scores = uses_tiles ? TileAttention::scores_size(last)
+                                              : static_cast<std::size_t>(Attention::scores_size(last)) * together;
     const std::size_t num_unpacked = unpacked_size(model, step);
     const std::size_t count = static_cast<std::size_t>(omp_get_max_threads());
     if (scratch.threads.size() < count) scratch.threads.resize(count);
@@ -190,14 +226,14 @@ class StepRun {
 
   // Computes one panel for a tile of tokens: product, bias and deltas.
   void compute(const Product& product, int panel, int first, int count, Tile* tile, bf16* unpacked) const {
-    const Panels panels(product.linear, product.num_inputs, step_.num_tokens, unpacked);
+    const Panels panels(product.linear, product.num_inputs, step_.num_tokens, unpacked, tiles());
     panels.multiply_tile(panel, product.x, first, count, ahead_of(product, panel, first), tile);
     scratch_.deltas[product.group].expand(product.layer, panel, first, count, tile);
   }
 
   // What a tile fetches beside the next panel: for the next panel's deltas, and for later stages.
   Ahead ahead_of(const Product& product, int panel, int first) const {
-    const int tile = first / kTile, num_tiles = (step_.num_tokens + kTile - 1) / kTile;
+    const int tile = first / tile_size_, num_tiles = (step_.num_tokens + tile_size_ - 1) / tile_size_;
     const int pairs = product.num_inputs / 2, num_panels = model_.arenas[product.group].num_outputs / kPanel;
     Ahead ahead;
     const Slot slot{panel * num_tiles + tile, num_panels * num_tiles, pairs};
@@ -238,7 +274,7 @@ class StepRun {
     const int num_outputs = model_.arenas[kQkv].num_outputs;
     const Product product{kQkv, index, layer.qkv, scratch_.normed.data(), model_.width};
     team_.share(stage, num_outputs / kPanel, 1, [&](int panel) {
-      for_tiles(step_.num_tokens, [&](int first, int count) {
+      for_tiles(step_.num_tokens, tile_size_, [&](int first, int count) {
         Tile tile;
         compute(product, panel, first, count, &tile, buffer(0));
         for (int m = 0; m < count; ++m) {
@@ -262,6 +298,7 @@ class StepRun {
 
   // A unit is some heads of one KV head: as many as can share its values, or one where tokens are few.
   void attend(int stage, const Layer& layer) {
+    if (uses_tiles_) return attend_in_tiles(stage, layer);
     const int num_outputs = model_.arenas[kQkv].num_outputs, width = model_.head_width;
     const int groups = model_.num_heads / model_.num_kv_heads;
     const int together = step_.num_tokens < kFewTokens ? 1 : std::min(groups, kMaxHeads);
@@ -280,10 +317,28 @@ class StepRun {
     end(stage);
   }
 
+  void attend_in_tiles(int stage, const Layer& layer) {
+    const std::int64_t num_outputs = model_.arenas[kQkv].num_outputs, width = model_.head_width;
+    const std::int64_t out_width = model_.num_heads * width;
+    const TileAttention attention(model_, attention_, tile_unit_, own_.scores.data());
+    const int num_units = static_cast<int>(scratch_.attention_units.size());
+    team_.share(stage, num_units, 1, [&](int index) {
+      const AttentionUnit& unit = scratch_.attention_units[index];
+      const bool is_head = unit.num_heads == 1;
+      attention.attend(layer, {unit.token, is_head ? unit.num_tokens : unit.num_heads,
+                               scratch_.qkv.data() + unit.token * num_outputs + unit.head * width,
+                               is_head ? num_outputs : width,
+                               scratch_.attended.data() + unit.token * out_width + unit.head * width,
+                               is_head ? out_width : width, step_.positions[unit.token], is_head ? 1 : 0,
+                               unit.head / attention_.groups() * width});
+    });
+    end(stage);
+  }
+
   void add_to_hidden(int stage, Group group, const Linear& linear, int index, const bf16* x, int num_inputs) {
     const Product product{group, index, linear, x, num_inputs};
     team_.share(stage, model_.width / kPanel, 1, [&](int panel) {
-      for_tiles(step_.num_tokens, [&](int first, int count) {
+      for_tiles(step_.num_tokens, tile_size_, [&](int first, int count) {
         Tile tile;
         compute(product, panel, first, count, &tile, buffer(0));
         for (int m = 0; m < count; ++m) {
@@ -300,7 +355,7 @@ class StepRun {
     const int half = model_.intermediate / kPanel;
     const Product product{kGateUp, index, layer.gate_up, scratch_.normed.data(), model_.width};
     team_.share(stage, half, 1, [&](int panel) {
-      for_tiles(step_.num_tokens, [&](int first, int count) {
+      for_tiles(step_.num_tokens, tile_size_, [&](int first, int count) {
         Tile gate, up;
         compute(product, panel, first, count, &gate, buffer(0));
         compute(product, half + panel, first, count, &up, buffer(1));
@@ -346,9 +401,9 @@ class StepRun {
 
   void head_panel(int panel) {
     const Linear head{step_.head.weight, nullptr, step_.head.scales};
-    for_tiles(step_.num_wanted, [&](int first, int count) {
+    for_tiles(step_.num_wanted, tile_size_, [&](int first, int count) {
       Tile tile;
-      const Panels panels(head, model_.width, step_.num_wanted, buffer(0));
+      const Panels panels(head, model_.width, step_.num_wanted, buffer(0), tiles());
       panels.multiply_tile(panel, step_.wanted_hidden, first, count, Ahead{}, &tile);
       const int num_columns = std::min(kPanel, model_.vocabulary - panel * kPanel);
       for (int m = 0; m < count; ++m) {
@@ -363,6 +418,8 @@ class StepRun {
 
   bf16* buffer(int i) const { return own_.unpacked[i].data(); }
 
+  TileUnit* tiles() const { return uses_tiles_ ? &tile_unit_ : nullptr; }
+
   const Model& model_;
   const Step& step_;
   const int num_threads_ = omp_get_num_threads();
@@ -370,6 +427,9 @@ class StepRun {
   Team& team_;
   Attention attention_;
   ThreadBuffers& own_;
+  mutable TileUnit tile_unit_;
+  const bool uses_tiles_ = uses_tiles;
+  const int tile_size_ = uses_tiles_ ? kRowsInTiles : kTile;
   double* clock_ = nullptr;
   Clock::time_point last_;
 };

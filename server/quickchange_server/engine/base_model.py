@@ -3,10 +3,8 @@
 Knows the model's modules, shapes and bytes. Does not know requests, KV blocks or the pool's state.
 """
 
-import ctypes
 import hashlib
 import json
-import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -18,28 +16,19 @@ from quickchange_adapters.base_spec import BaseSpec, ModuleSpec
 from quickchange_adapters.layers import GroupPart, Head, PlanHolder, ProjectionGroup
 from quickchange_adapters.layout import AdapterLayout, GroupShape, Place
 from quickchange_adapters.merge import MakeWeight
-from quickchange_adapters.native.build import BuildFailed
-from quickchange_adapters.native.library import load_library
 from quickchange_adapters.native.weight import NativeInt8Weight, NativeWeight, PackedMemory
 from quickchange_adapters.ops.int8_weight import Int8Weight
 from quickchange_adapters.ops.linear_weight import make_linear_weight
 from torch import Tensor, nn
 
 from quickchange_server.engine.attention import ATTENTION_NAME, register_attention
-from quickchange_server.engine.native_step import native_refusal
+from quickchange_server.engine.native_choice import choose_native
 from quickchange_server.engine.settings import EngineSettings
-from quickchange_server.errors import QuickchangeError
+from quickchange_server.errors import UnsupportedBase
 
-log = logging.getLogger(__name__)
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 SERVED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 _BLOCK_PATH = re.compile(r"^(.*?\.(?:layers|h|blocks)\.(\d+))\.(.+)$")
-
-
-class UnsupportedBase(QuickchangeError):
-    """This checkpoint cannot be served; the message says why."""
-
-    code = "unsupported_base"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +70,7 @@ class BaseModel:
     | spec | names and shapes, for the checks |
     | native | the native library, if it computes this base's steps and holds its weights |
     | native_refusal | why it does not, else None |
+    | amx_refusal | why its products are not computed by AMX, else None |
     """
 
     def __init__(self, model: Any, settings: EngineSettings) -> None:
@@ -88,7 +78,9 @@ class BaseModel:
         self.config = model.config.get_text_config()
         self.dtype: torch.dtype = model.dtype
         self.device = torch.device(settings.device)
-        self.native, self.native_refusal = _native_library(model, settings)
+        choice = choose_native(model, settings)
+        self.native, self.native_refusal = choice.library, choice.refusal
+        self.amx_refusal = choice.amx_refusal
         self._make_weight = self._base_weight_maker(settings)
         self.holder = PlanHolder()
         self.groups: dict[tuple[str, int], ProjectionGroup] = {}
@@ -287,23 +279,6 @@ def _leave_file(model: Any) -> None:
         for parameter in module.parameters(recurse=False):
             if parameter.dim() == 1 or isinstance(module, nn.Embedding):
                 parameter.data = parameter.data.clone()
-
-
-def _native_library(model: Any, settings: EngineSettings) -> tuple[ctypes.CDLL | None, str | None]:
-    """Return the native library, or else why this base is not run by it."""
-    if settings.kernels not in ("auto", "native"):
-        return None, f"--kernels {settings.kernels}"
-    reason = native_refusal(model, settings.kv_block_size)
-    if reason is None:
-        try:
-            return load_library(settings.native_folder), None
-        except BuildFailed as error:
-            reason = str(error)
-    if settings.kernels == "native":
-        raise UnsupportedBase(f"native kernels cannot run this base here: {reason}")
-    if model.device.type == "cpu":  # on a GPU nobody expects them
-        log.info("native kernels are not used: %s", reason)
-    return None, reason
 
 
 def end_token_ids(model: Any) -> frozenset[int]:

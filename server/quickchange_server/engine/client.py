@@ -72,7 +72,7 @@ class EngineClient:
         runner.start_native(self.max_model_len)
         if base.device.type == "cuda":
             runner.warm_up()
-        self.native_refusal = base.native_refusal
+        self.native_refusal, self.amx_refusal = base.native_refusal, base.amx_refusal
         self.max_requests = settings.max_queue + settings.max_batch_rows
         self._settings = settings
         self._base_model = base

@@ -14,13 +14,14 @@ import torch
 from quickchange_adapters.pool import AdapterPool
 
 from quickchange_server.engine.attention import ATTENTION_NAME, register_attention
-from quickchange_server.engine.base_model import BaseModel, UnsupportedBase
+from quickchange_server.engine.base_model import BaseModel
 from quickchange_server.engine.engine import Engine
 from quickchange_server.engine.model_runner import ModelRunner
 from quickchange_server.engine.observer import NoObserver
 from quickchange_server.engine.request import GenerationRequest, SamplingParams, TokenOutput
 from quickchange_server.engine.rope import freeze_rope
 from quickchange_server.engine.settings import EngineSettings
+from quickchange_server.errors import UnsupportedBase
 
 NUM_PROMPT, NUM_TOKENS, CHUNK, WINDOW = 30, 6, 12, 8
 VOCABULARY, INTERMEDIATE = 64, 64

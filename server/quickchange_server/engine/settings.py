@@ -28,6 +28,7 @@ class EngineSettings:
         num_threads: threads of the engine's products; None: as torch would have it.
         kernels: `triton`, `native`, `plain`, or `auto`: Triton's on a GPU, the native library's on
             a CPU where it can run the base, else plain ones.
+        amx: whether the native library may compute products by AMX, where the CPU has it.
         quantize: `int8`: the base's matrices in int8, with a scale for each output.
         native_folder: where the native library is kept; None: in the user's cache.
         group_merged: whether a merged adapter's rows may run in steps of their own (on a CPU).
@@ -54,6 +55,7 @@ class EngineSettings:
     max_lora_rank: int = 256
     num_threads: int | None = None
     kernels: str = "auto"
+    amx: bool = True
     quantize: str | None = None
     native_folder: Path | None = None
     group_merged: bool = True

@@ -5,7 +5,7 @@ Bases and adapters hold numbers that bfloat16 can hold, so that PEFT in float32 
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 from quickchange_adapters.weights import AdapterWeights, LoraPair
-from quickchange_server.engine.base_model import UnsupportedBase, load_base
+from quickchange_server.engine.base_model import load_base
 from quickchange_server.engine.client import EngineClient
 from quickchange_server.engine.native_step import NativeStep, StepInput
 from quickchange_server.engine.request import AdapterRef, GenerationRequest, SamplingParams
 from quickchange_server.engine.settings import EngineSettings
+from quickchange_server.errors import UnsupportedBase
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import save_peft_adapter, save_tiny_base
@@ -29,7 +30,7 @@ from tests.server.engine.conftest import (
     peft_weights,
     run_all,
 )
-from tests.server.engine.native import needs_native
+from tests.server.engine.native import needs_native, soft_amx
 from tests.server.engine.test_engine_peft import Oracle, prompt_of
 
 VOCAB = 381
@@ -53,6 +54,16 @@ ADAPTERS: list[dict[str, Any]] = [
 DECODED: list[tuple[int | tuple[int, float], ...]] = [(), (0,), (1,), (2,), ((0, 0.5), (1, 2.0))]
 
 pytestmark = needs_native
+
+
+@pytest.fixture(autouse=True, params=["vectors", "tiles"])
+def instructions(request: pytest.FixtureRequest) -> Iterator[None]:
+    """By AVX-512 alone, and with products by AMX, whose instructions are plain C++ then."""
+    if request.param == "vectors":
+        yield
+    else:
+        with soft_amx():
+            yield
 
 
 def round_numbers(folder: Path, file: str) -> Path:
