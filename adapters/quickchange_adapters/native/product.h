@@ -20,6 +20,7 @@ constexpr int kAheadRows = 4;  // fewer rows wait for memory all the time, and g
 
 struct Tile {
   alignas(64) float values[kMostRows][kPanel];
+  float apart[kPanel];  // of two tiles side by side, rows of the same number are not a page apart: that is slower
 };
 
 // What is brought near while a tile is computed: a panel, or null, and lines, one for each pair of inputs.
