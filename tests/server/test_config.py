@@ -35,6 +35,7 @@ SAMPLES: dict[str, tuple[str, str, object]] = {
     "merged_bytes": ("0", "0", 0),
     "max_batch_rows": ("7", "7", 7),
     "kernels": ("plain", '"plain"', "plain"),
+    "amx": ("off", '"off"', "off"),
     "quantize": ("int8", '"int8"', "int8"),
     "max_step_tokens": ("99", "99", 99),
     "max_queue": ("0", "0", 0),
