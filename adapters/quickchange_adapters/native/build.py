@@ -19,7 +19,7 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 SOURCES = (
     *("vector.h", "tables.h", "team.h", "ahead.h", "product.h", "soft_tiles.h", "amx.h"),
-    *("panels.h", "deltas.h", "attention.h", "tile_attention.h", "step.h"),
+    *("panels.h", "deltas.h", "attention.h", "tile_attention.h", "wanted_step.h", "step.h"),
 )
 MAIN_SOURCE = "library.cpp"
 CPU_FLAGS = frozenset(

@@ -10,19 +10,22 @@
 // | norm; shrink, product and expand of gate and up, their activation | token; unit, panel |
 // | shrink, product and expand of down, added to the hidden state | unit, panel |
 //
-// A stage begins when the one before it is done.
+// A stage begins when the one before it is done. From the last layer's attention on, a step runs over the tokens
+// whose logits are wanted.
 #pragma once
 
 #include <omp.h>
 
 #include <array>
 #include <chrono>
+#include <memory>
 
 #include "attention.h"
 #include "deltas.h"
 #include "panels.h"
 #include "team.h"
 #include "tile_attention.h"
+#include "wanted_step.h"
 
 namespace quickchange {
 
@@ -46,6 +49,8 @@ struct Scratch {
   std::vector<AttentionUnit> attention_units;  // where products are computed by tiles
   LineList kv_lines;  // of the rows' blocks, in a layer's keys and in its values
   std::vector<ThreadBuffers> threads;
+  WantedStep wanted;
+  std::unique_ptr<Scratch> of_wanted;  // made when first needed
 };
 
 class StepRun {
@@ -56,12 +61,13 @@ class StepRun {
         scratch_(scratch),
         team_(team),
         attention_(model, step),
+        qkv_(scratch.qkv.data()),
         own_(scratch.threads[omp_get_thread_num()]) {
     if (step.stage_seconds && omp_get_thread_num() == 0) clock_ = step.stage_seconds;
     last_ = Clock::now();
   }
 
-  static int num_stages(const Model& model) { return model.num_layers * kStagesOfLayer + 2; }
+  static int num_stages(const Model& model) { return model.num_layers * kStagesOfLayer + 3; }
 
   // Makes buffers and tables; called by one thread, before `run`: what is thrown among several threads
   // ends the process, so none of them allocates.
@@ -78,18 +84,32 @@ class StepRun {
     list_kv(model, step, scratch.kv_lines);
     list_attention(model, step, scratch.attention_units);
     prepare_threads(model, step, scratch);
+    scratch.wanted.prepare(model, step);
+    if (!scratch.wanted.is_part() || step.num_wanted == 0) return;
+    if (!scratch.of_wanted) scratch.of_wanted = std::make_unique<Scratch>();
+    prepare(model, scratch.wanted.step(), *scratch.of_wanted);
   }
 
   // Every thread of the team calls this.
   void run() {
-    for (int layer = 0; layer < model_.num_layers; ++layer) run_layer(layer);
-    run_head();
+    const int last = model_.num_layers - 1;
+    for (int layer = 0; layer < last; ++layer) {
+      store_kv(layer);
+      finish_layer(layer);
+    }
+    store_kv(last);
+    if (!scratch_.wanted.is_part()) return finish(last);
+    if (step_.num_wanted == 0) return;
+    StepRun wanted(model_, scratch_.wanted.step(), *scratch_.of_wanted, team_);
+    wanted.qkv_ = scratch_.wanted.qkv();
+    gather_wanted(wanted);
+    wanted.finish(last);
   }
 
  private:
   using Clock = std::chrono::steady_clock;
 
-  static constexpr int kStagesOfLayer = 12;
+  static constexpr int kStagesOfLayer = 12, kStagesOfKv = 4;
   static constexpr int kFewTokens = 4;
   static constexpr int kRunsOfThread = 4;  // or more, so that threads end together
   static constexpr int kLongestRun = 16;
@@ -169,13 +189,35 @@ class StepRun {
     if (buffer.size() < size) buffer.resize(size);
   }
 
-  void run_layer(int index) {
+  // The first stages of a layer: up to where what other tokens need of one is done.
+  void store_kv(int index) {
     const Layer& layer = step_.layers[index];
     int stage = index * kStagesOfLayer;
     norm(stage++, layer.attention_norm);
     shrink(stage++, kQkv, index, scratch_.normed.data(), model_.width);
     project_qkv(stage++, layer, index);
     store(stage++, layer);
+  }
+
+  // What another step needs of this one's tokens to end in its place: their hidden states and queries.
+  void gather_wanted(const StepRun& other) {
+    const std::int64_t num_outputs = model_.arenas[kQkv].num_outputs;
+    team_.share(num_stages(model_) - 1, step_.num_wanted, run_of(step_.num_wanted), [&](int i) {
+      const std::int64_t token = step_.wanted[i];
+      std::memcpy(other.step_.hidden + i * model_.width, step_.hidden + token * model_.width,
+                  sizeof(bf16) * model_.width);
+      std::memcpy(other.qkv_ + i * num_outputs, qkv_ + token * num_outputs, sizeof(bf16) * num_outputs);
+    });
+  }
+
+  void finish(int last_layer) {
+    finish_layer(last_layer);
+    run_head();
+  }
+
+  void finish_layer(int index) {
+    const Layer& layer = step_.layers[index];
+    int stage = index * kStagesOfLayer + kStagesOfKv;
     attend(stage++, layer);
     const int heads_width = model_.num_heads * model_.head_width;
     shrink(stage++, kOutput, index, scratch_.attended.data(), heads_width);
@@ -278,7 +320,7 @@ class StepRun {
         Tile tile;
         compute(product, panel, first, count, &tile, buffer(0));
         for (int m = 0; m < count; ++m) {
-          bf16* out = scratch_.qkv.data() + static_cast<std::int64_t>(first + m) * num_outputs + panel * kPanel;
+          bf16* out = qkv_ + static_cast<std::int64_t>(first + m) * num_outputs + panel * kPanel;
           store_bf16(out, _mm512_load_ps(tile.values[m]));
           store_bf16(out + 16, _mm512_load_ps(tile.values[m] + 16));
         }
@@ -291,7 +333,7 @@ class StepRun {
   void store(int stage, const Layer& layer) {
     const int num_outputs = model_.arenas[kQkv].num_outputs;
     team_.share(stage, step_.num_tokens, run_of(step_.num_tokens), [&](int token) {
-      attention_.store(layer, token, scratch_.qkv.data() + static_cast<std::int64_t>(token) * num_outputs);
+      attention_.store(layer, token, qkv_ + static_cast<std::int64_t>(token) * num_outputs);
     });
     end(stage);
   }
@@ -312,7 +354,7 @@ class StepRun {
       const std::int64_t row = static_cast<std::int64_t>(token) * num_outputs;
       const std::int64_t out = (static_cast<std::int64_t>(token) * model_.num_heads + head) * width;
       attention_.attend(layer, token, head, std::min(together, groups - within),
-                        scratch_.qkv.data() + row + head * width, own_.scores.data(), scratch_.attended.data() + out);
+                        qkv_ + row + head * width, own_.scores.data(), scratch_.attended.data() + out);
     });
     end(stage);
   }
@@ -326,7 +368,7 @@ class StepRun {
       const AttentionUnit& unit = scratch_.attention_units[index];
       const bool is_head = unit.num_heads == 1;
       attention.attend(layer, {unit.token, is_head ? unit.num_tokens : unit.num_heads,
-                               scratch_.qkv.data() + unit.token * num_outputs + unit.head * width,
+                               qkv_ + unit.token * num_outputs + unit.head * width,
                                is_head ? num_outputs : width,
                                scratch_.attended.data() + unit.token * out_width + unit.head * width,
                                is_head ? out_width : width, step_.positions[unit.token], is_head ? 1 : 0,
@@ -426,6 +468,7 @@ class StepRun {
   Scratch& scratch_;
   Team& team_;
   Attention attention_;
+  bf16* qkv_;
   ThreadBuffers& own_;
   mutable TileUnit tile_unit_;
   const bool uses_tiles_ = uses_tiles;
