@@ -8,10 +8,10 @@ import pytest
 import torch
 from quickchange_adapters.native import amx
 from quickchange_adapters.native.amx import use_amx
-from quickchange_adapters.native.library import Linear
+from quickchange_adapters.native.library import Linear, load_library
 from quickchange_adapters.native.weight import NativeInt8Weight, NativeWeight, PackedMemory
 
-from tests.server.engine.native import needs_native, soft_tiles_library
+from tests.server.engine.native import REASON, needs_native, soft_tiles_library
 
 pytestmark = needs_native
 SHAPES = [(32, 32), (96, 64), (381, 96), (1, 32), (70, 576)]
@@ -155,3 +155,21 @@ def test_a_system_that_does_not_allow_it_is_a_reason(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(amx, "missing_instructions", frozenset)
     refusal = use_amx(Refusing(), wanted=True)  # type: ignore[arg-type]
     assert refusal == "the system does not allow it (Linux does from 5.16 on)"
+
+
+@pytest.mark.skipif(
+    REASON is not None or bool(amx.missing_instructions()), reason="this CPU has no AMX"
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_processor_s_instructions_give_the_same_bits(
+    kind: type[Weight], library: ctypes.CDLL
+) -> None:
+    matrix, x = torch.randn(381, 576).bfloat16(), torch.randn(45, 576).bfloat16()
+    real = load_library()
+    assert use_amx(real, wanted=True) is None
+    try:
+        for count in (1, 16, 45):
+            wanted = kind(matrix, library, PackedMemory()).apply(x[:count], None)
+            assert torch.equal(kind(matrix, real, PackedMemory()).apply(x[:count], None), wanted)
+    finally:
+        real.qc_use_tiles(0)
