@@ -33,11 +33,9 @@ MakeAdapter = Callable[..., Path]
 
 
 def pytest_configure() -> None:
-    """Take signals that tests send, also where a background shell or nohup has them ignored."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is signal.SIG_IGN:
-            is_interrupt = number == signal.SIGINT
-            signal.signal(number, signal.default_int_handler if is_interrupt else signal.SIG_DFL)
+    """Take Ctrl-C's signal, which tests send, also where a background shell has it ignored."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def save_tiny_tokenizer(folder: Path) -> int:

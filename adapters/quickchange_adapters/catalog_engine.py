@@ -13,17 +13,21 @@ Errors name no password: a URL is never part of one, nor are the values of a sta
 
 import importlib.util
 import math
+import sqlite3
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
-from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.engine.interfaces import DBAPIConnection, DBAPICursor
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
 from quickchange_adapters.errors import StoreUnavailable
 
 POSTGRESQL_SCHEMES = ("postgresql", "postgres", "postgresql+psycopg")
+WAL_POLL_S = 0.02
 WRITER_LOCK = int.from_bytes(b"quickchg", "big")
 
 
@@ -90,19 +94,35 @@ def _parse(url: str) -> URL:
 def _open_sqlite(url: URL, timeouts: CatalogTimeouts) -> Engine:
     connect_args = {"timeout": timeouts.connect_s}
     engine = create_engine(url, connect_args=connect_args, hide_parameters=True)
-    event.listen(engine, "connect", _prepare_sqlite)
+    event.listen(engine, "connect", partial(_prepare_sqlite, timeouts.connect_s))
     event.listen(engine, "begin", _begin_sqlite)
     return engine
 
 
-def _prepare_sqlite(connection: DBAPIConnection, record: object) -> None:
+def _prepare_sqlite(timeout_s: float, connection: DBAPIConnection, record: object) -> None:
     """Make a commit mean that the rows are on the disk, and readers not wait for writers."""
     connection.isolation_level = None
     cursor = connection.cursor()
-    cursor.execute("PRAGMA journal_mode=WAL")
+    _enter_wal(cursor, timeout_s)
     cursor.execute("PRAGMA synchronous=FULL")
     cursor.execute("PRAGMA foreign_keys=ON")
     cursor.close()
+
+
+def _enter_wal(cursor: DBAPICursor, timeout_s: float) -> None:
+    """Have the file keep a write-ahead log, waiting for who writes to it before it does.
+
+    SQLite itself does not wait then: servers that make one new catalog together would refuse it.
+    """
+    end = time.monotonic() + timeout_s
+    while True:
+        try:
+            cursor.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > end:
+                raise
+        time.sleep(WAL_POLL_S)
 
 
 def _begin_sqlite(connection: Connection) -> None:

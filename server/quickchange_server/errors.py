@@ -243,9 +243,3 @@ class CannotWrite(CannotExport):
     """The folder that is to be made cannot be made."""
 
     code = "cannot_write"
-
-
-class UnsupportedBase(QuickchangeError):
-    """This checkpoint cannot be served; the message says why."""
-
-    code = "unsupported_base"

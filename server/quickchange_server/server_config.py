@@ -69,8 +69,8 @@ class ServerConfig:
     amx: str = option(
         "auto",
         o.read_choice("auto", "off"),
-        "Whether native kernels multiply by AMX: auto does on a CPU that has AMX-BF16. Off gives "
-        "the same bits on CPUs with and without it.",
+        "Whether native kernels compute products and attention by AMX: auto does on a CPU that has "
+        "AMX-BF16. Off gives the same bits on CPUs with and without it.",
         BASE,
         metavar="auto|off",
     )

@@ -80,15 +80,20 @@ def test_each_row_keeps_its_infinity_and_nan(library: ctypes.CDLL) -> None:
     assert torch.equal(actual[others], wanted[others])
 
 
+def cancelling(num_inputs: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A matrix and rows whose products are zero but for what sums round, which their order says."""
+    half, x = torch.randn(128, num_inputs // 2), torch.randn(16, num_inputs // 2)
+    return torch.cat([half, -half], dim=1).bfloat16(), torch.cat([x, x], dim=1).bfloat16()
+
+
 def test_it_is_amx_that_multiplies_and_odd_inputs_do_without(library: ctypes.CDLL) -> None:
-    x = torch.randn(64, 576).bfloat16()
-    even = random_weight(NativeWeight, (512, 576), library)
-    odd = random_weight(NativeWeight, (512, 562), library)
-    by_tiles = [even.apply(x, None), odd.apply(x[:, :562], None)]
-    library.qc_use_tiles(0)
-    without = [even.apply(x, None), odd.apply(x[:, :562], None)]
-    assert not torch.equal(by_tiles[0], without[0])  # another order of sums
-    assert torch.equal(by_tiles[1], without[1])
+    for num_inputs, is_other in ((576, True), (562, False)):
+        matrix, x = cancelling(num_inputs)
+        weight = NativeWeight(matrix, library, PackedMemory())
+        library.qc_use_tiles(1)
+        by_tiles = weight.apply(x, None)
+        library.qc_use_tiles(0)
+        assert torch.equal(weight.apply(x, None), by_tiles) != is_other
 
 
 @pytest.mark.parametrize("num_rows", [1, 5, 16, 17, 32, 33])
@@ -112,8 +117,8 @@ def test_nothing_is_read_behind_the_last_row(num_rows: int, library: ctypes.CDLL
 def test_it_is_off_where_the_cpu_the_system_or_the_operator_says_so(
     library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    weight = random_weight(NativeWeight, (512, 576), library)
-    x = torch.randn(64, 576).bfloat16()
+    matrix, x = cancelling(576)
+    weight = NativeWeight(matrix, library, PackedMemory())
     by_tiles = weight.apply(x, None)
     assert use_amx(library, wanted=False) == "it is switched off"
     assert not torch.equal(weight.apply(x, None), by_tiles)
@@ -125,8 +130,8 @@ def test_it_is_off_where_the_cpu_the_system_or_the_operator_says_so(
 def test_it_is_off_where_its_products_are_wrong(
     library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    weight = random_weight(NativeWeight, (512, 576), library)
-    x = torch.randn(64, 576).bfloat16()
+    matrix, x = cancelling(576)
+    weight = NativeWeight(matrix, library, PackedMemory())
     by_tiles = weight.apply(x, None)
     right = NativeInt8Weight.apply
     calls = 0
@@ -154,7 +159,8 @@ class Refusing:
 def test_a_system_that_does_not_allow_it_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(amx, "missing_instructions", frozenset)
     refusal = use_amx(Refusing(), wanted=True)  # type: ignore[arg-type]
-    assert refusal == "the system does not allow it (Linux does from 5.16 on)"
+    assert refusal is not None
+    assert "the system does not allow it" in refusal
 
 
 @pytest.mark.skipif(

@@ -2,12 +2,14 @@
 
 import logging
 import signal
+import sqlite3
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
-from quickchange_adapters.catalog import Catalog
+from quickchange_adapters.catalog import Catalog, sqlite_url
 from quickchange_adapters.catalog_engine import WRITER_LOCK, CatalogTimeouts
 from quickchange_adapters.catalog_rows import read_adapters
 from quickchange_adapters.catalog_schema import adapters
@@ -49,6 +51,24 @@ def test_replicas_that_start_at_once_make_the_tables_once(catalog_url: str) -> N
         return number
 
     assert sorted(together(6, start)) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_new_file_in_which_another_server_writes_is_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "catalog.db"
+    other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    other.execute("CREATE TABLE t (x)")
+    other.execute("BEGIN IMMEDIATE")
+    other.execute("INSERT INTO t VALUES (1)")
+    hurried = CatalogTimeouts(connect_s=0.1)
+    with pytest.raises(StoreUnavailable, match="locked"):
+        publish(Catalog(sqlite_url(path), timeouts=hurried), "a")
+    with ThreadPoolExecutor(1) as thread:
+        published = thread.submit(lambda: publish(Catalog(sqlite_url(path)), "a"))
+        with pytest.raises(TimeoutError):
+            published.result(0.3)
+        other.execute("COMMIT")
+        assert published.result(10) == 1
+    other.close()
 
 
 def test_a_reader_sees_one_state_whatever_others_commit(catalog_url: str) -> None:

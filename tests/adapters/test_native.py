@@ -182,6 +182,29 @@ def test_without_a_working_compiler_the_reason_is_said(tmp_path: Path, compiler:
 
 
 @needs_native
+def test_an_assembler_that_does_not_know_amx_gives_a_library_without_it(tmp_path: Path) -> None:
+    old = tmp_path / "old-compiler"
+    found = build.find_compiler()
+    old.write_text(
+        "#!/bin/sh\n"
+        f'case "$*" in *-c*WITHOUT_AMX*|*-shared*) exec {found} "$@";; esac\n'
+        "echo 'Error: no such instruction: ldtilecfg' >&2; exit 1\n"
+    )
+    old.chmod(0o755)
+    environment = {**os.environ, "QUICKCHANGE_CACHE": str(tmp_path), "CXX": str(old)}
+    command = [sys.executable, "-m", "quickchange_adapters.native"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert "without AMX" in done.stderr
+    assert "no such instruction: ldtilecfg" in done.stderr
+    library = load_library.__wrapped__(tmp_path / "native")
+    assert library.qc_use_tiles(1) == 1
+    x = torch.randn(3, 64).bfloat16()
+    matrix = torch.randn(40, 64).bfloat16()
+    actual = NativeWeight(matrix, library, PackedMemory()).apply(x, None)
+    assert torch.equal(actual, native_weight(matrix).apply(x, None))
+
+
+@needs_native
 @pytest.mark.parametrize(
     ("cache", "reason"),
     [("~no-such-user/cache", "has no place"), ("/tmp/" + "x" * 300, "cannot be kept in")],

@@ -33,7 +33,21 @@ struct alignas(64) TileConfig {
 };
 static_assert(sizeof(TileConfig) == 64);
 
-#ifndef QUICKCHANGE_SOFT_TILES
+#ifdef QUICKCHANGE_WITHOUT_AMX  // an assembler that does not know the instructions
+
+inline void configure_tiles(const TileConfig&) {}
+inline void release_tiles() {}
+template <int kTo>
+inline void zero_tile() {}
+template <int kTo>
+inline void load_tile(const void*, std::int64_t) {}
+template <int kFrom>
+inline void store_tile(void*, std::int64_t) {}
+template <int kSums, int kX, int kW>
+inline void multiply_tiles() {}
+inline bool may_use_tiles() { return false; }
+
+#elif !defined(QUICKCHANGE_SOFT_TILES)
 
 // No compiler uses these registers on its own, so none has to be told which of them are in use.
 inline void configure_tiles(const TileConfig& config) { asm volatile("ldtilecfg %0" ::"m"(config) : "memory"); }
@@ -69,7 +83,7 @@ inline bool may_use_tiles() {
 
 #endif
 
-// Whether products are computed by tiles; set once, before the first.
+// Whether steps and products that begin from now on are computed by tiles.
 inline std::atomic<bool> uses_tiles{false};
 
 // One thread's tiles: 0 to 3 are sums, 4 and 5 what has a row for each token, 6 and 7 what they are multiplied with.

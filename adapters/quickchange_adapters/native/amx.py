@@ -15,22 +15,24 @@ _CHECKED_TOKENS = (1, 16, 45)
 
 
 def use_amx(library: ctypes.CDLL, *, wanted: bool) -> str | None:
-    """Have all products of the library computed by AMX from now on if it can, else none.
+    """Have all steps and products of the library that begin from now on computed by AMX, or none.
 
-    Called while the library computes nothing. Returns why AMX is not used; None if it is.
+    One choice for a process: called while the library computes nothing. Returns why AMX is not
+    used; None if it is.
     """
-    library.qc_use_tiles(0)
-    if not wanted:
-        return "it is switched off"
+    refusal = "it is switched off" if not wanted else _refusal(library)
+    library.qc_use_tiles(0 if refusal else 1)
+    return refusal
+
+
+def _refusal(library: ctypes.CDLL) -> str | None:
     if missing := missing_instructions():
         return f"the CPU has no {', '.join(sorted(missing))}"
     if library.qc_use_tiles(1):
-        return "the system does not allow it (Linux does from 5.16 on)"
-    library.qc_use_tiles(0)
+        return "the compiler or the system does not allow it (Linux does from 5.16 on)"
     if not _agrees(library):
         log.warning("AMX is not used: its products are not those of AVX-512 on this machine")
         return "its products are wrong on this machine"
-    library.qc_use_tiles(1)
     return None
 
 
@@ -40,7 +42,7 @@ def missing_instructions() -> frozenset[str]:
 
 
 def _agrees(library: ctypes.CDLL) -> bool:
-    """Compare products by AMX with those without; leaves AMX off."""
+    """Compare products by AMX with those without; leaves AMX on or off."""
     generator = torch.Generator().manual_seed(0)
     matrix = torch.randn(70, 96, generator=generator).bfloat16()
     memory = PackedMemory()
@@ -50,10 +52,10 @@ def _agrees(library: ctypes.CDLL) -> bool:
     ):
         for num_tokens in _CHECKED_TOKENS:
             x = torch.randn(num_tokens, 96, generator=generator).bfloat16()
+            library.qc_use_tiles(0)
             wanted = weight.apply(x, None)
             library.qc_use_tiles(1)
             actual = weight.apply(x, None)
-            library.qc_use_tiles(0)
             if not torch.allclose(actual, wanted, rtol=2**-7, atol=1e-3):
                 return False
     return True

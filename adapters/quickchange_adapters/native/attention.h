@@ -100,7 +100,6 @@ class Attention {
     return (block * size + position % size) * row_width();
   }
 
- private:
   // Positions [start, end) of a token's row; scores begin at `first`, where a group of keys begins.
   struct Span {
     int token, first, start, end;
@@ -113,6 +112,35 @@ class Attention {
     }
   };
 
+  // Replaces scores by exp(score - the largest) as bfloat16, and by zero outside the span, packed to the front of
+  // the scores' memory; returns their sum.
+  static float exponentiate(float* scores, const Span& span) {
+    __m512 largest = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+    for (int position = span.first; position < span.end; position += kKeys) {
+      const __m512 each = _mm512_loadu_ps(scores + (position - span.first));
+      largest = _mm512_mask_max_ps(largest, span.seen(position), largest, each);
+    }
+    const __m512 shift = _mm512_set1_ps(_mm512_reduce_max_ps(largest));
+    __m512 total = _mm512_setzero_ps();
+    bf16* weights = reinterpret_cast<bf16*>(scores);  // never ahead of what is read
+    for (int position = span.first; position < span.end; position += kKeys, weights += kKeys) {
+      const __m512 raised = exp_of_negative(_mm512_sub_ps(_mm512_loadu_ps(scores + (position - span.first)), shift));
+      const __m512 each = _mm512_maskz_mov_ps(span.seen(position), raised);
+      store_bf16(weights, each);
+      total = _mm512_add_ps(total, each);
+    }
+    return _mm512_reduce_add_ps(total);
+  }
+
+  // Writes 32 numbers whose sums were taken by pairs, times a scale.
+  static void write(const __m512* sums, __m512 scale, bf16* out) {
+    __m512 first, last;
+    in_order(_mm512_mul_ps(sums[0], scale), _mm512_mul_ps(sums[1], scale), &first, &last);
+    store_bf16(out, first);
+    store_bf16(out + 16, last);
+  }
+
+ private:
   // Query heads of one KV head: its keys and values, queries and out [heads, head width], scores
   // [heads, stride].
   struct Heads {
@@ -171,26 +199,6 @@ class Attention {
     }
   }
 
-  // Replaces scores by exp(score - the largest) as bfloat16, and by zero outside the span, packed to the front of
-  // the scores' memory; returns their sum.
-  static float exponentiate(float* scores, const Span& span) {
-    __m512 largest = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
-    for (int position = span.first; position < span.end; position += kKeys) {
-      const __m512 each = _mm512_loadu_ps(scores + (position - span.first));
-      largest = _mm512_mask_max_ps(largest, span.seen(position), largest, each);
-    }
-    const __m512 shift = _mm512_set1_ps(_mm512_reduce_max_ps(largest));
-    __m512 total = _mm512_setzero_ps();
-    bf16* weights = reinterpret_cast<bf16*>(scores);  // never ahead of what is read
-    for (int position = span.first; position < span.end; position += kKeys, weights += kKeys) {
-      const __m512 raised = exp_of_negative(_mm512_sub_ps(_mm512_loadu_ps(scores + (position - span.first)), shift));
-      const __m512 each = _mm512_maskz_mov_ps(span.seen(position), raised);
-      store_bf16(weights, each);
-      total = _mm512_add_ps(total, each);
-    }
-    return _mm512_reduce_add_ps(total);
-  }
-
   // out = factor * Σ weight · V for each head, 64 numbers of a head at a time, two positions at a time. What lies
   // outside the span is not read: it may be anything.
   template <int kHeads>
@@ -237,13 +245,6 @@ class Attention {
         if (next != k) write(sums[h] + 2, scale, heads.out + h * width + next);
       }
     }
-  }
-
-  static void write(const __m512* sums, __m512 scale, bf16* out) {
-    __m512 first, last;
-    in_order(_mm512_mul_ps(sums[0], scale), _mm512_mul_ps(sums[1], scale), &first, &last);
-    store_bf16(out, first);
-    store_bf16(out + 16, last);
   }
 
   const Model& model_;

@@ -19,7 +19,8 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 SOURCES = (
     *("vector.h", "tables.h", "team.h", "ahead.h", "product.h", "soft_tiles.h", "amx.h"),
-    *("panels.h", "deltas.h", "attention.h", "tile_attention.h", "wanted_step.h", "step.h"),
+    *("panels.h", "deltas.h", "attention.h", "block_attention.h"),
+    *("tile_attention.h", "wanted_step.h", "step.h"),
 )
 MAIN_SOURCE = "library.cpp"
 CPU_FLAGS = frozenset(
@@ -34,6 +35,8 @@ COMPILE_FLAGS = (
     "-fvisibility=hidden",
     *(f"-m{flag.replace('_', '')}" for flag in sorted(CPU_FLAGS)),
 )
+WITHOUT_AMX = "-DQUICKCHANGE_WITHOUT_AMX"
+"""For an assembler that does not know its instructions (GNU's does from 2.35 on)."""
 COMPILERS = ("g++", "c++", "clang++")
 """GCC first: its code calls the OpenMP runtime that PyTorch usually brings."""
 TIMEOUT_S = 300.0
@@ -174,7 +177,12 @@ def _remove_abandoned(folder: Path) -> None:
 
 def _compile(compiler: str, folder: Path) -> Path:
     built, library = folder / "library.o", folder / "library.so"
-    _run([compiler, *COMPILE_FLAGS, "-c", str(_source(MAIN_SOURCE)), "-o", str(built)])
+    command = [compiler, *COMPILE_FLAGS, "-c", str(_source(MAIN_SOURCE)), "-o", str(built)]
+    try:
+        _run(command)
+    except BuildFailed as error:
+        _run([*command, WITHOUT_AMX])
+        log.warning("the native kernels are without AMX: %s", error)
     # linked without -fopenmp, so that no second OpenMP runtime is pulled in
     _run([compiler, "-shared", str(built), "-o", str(library)])
     return library
@@ -193,5 +201,6 @@ def _run(command: list[str]) -> None:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BuildFailed(f"the C++ compiler {command[0]} did not finish: {error}") from error
     if done.returncode != 0:
-        first = next((line for line in done.stderr.splitlines() if "error" in line), "no reason")
+        lines = done.stderr.splitlines()
+        first = next((line for line in lines if "error" in line.lower()), "no reason")
         raise BuildFailed(f"{command[0]} cannot compile the native library: {first}")

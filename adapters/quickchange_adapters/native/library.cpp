@@ -41,9 +41,8 @@ void unpack(const Number* packed, int num_outputs, int num_inputs, Number* weigh
 }
 
 void product(const bf16* x, int num_tokens, const Linear& linear, int num_outputs, int num_inputs, bf16* y,
-             Team& team, bf16* unpacked) {
+             Team& team, bf16* unpacked, bool in_tiles) {
   const Linear matrix{linear.weight, nullptr, linear.scales};
-  const bool in_tiles = uses_tiles && num_inputs % kTileInputs == 0;
   TileUnit unit;
   team.share(0, (num_outputs + kPanel - 1) / kPanel, 1, [&](int panel) {
     const int num_columns = std::min(kPanel, num_outputs - panel * kPanel);
@@ -109,12 +108,13 @@ QC_EXPORT void qc_unpack(const void* packed, int num_outputs, int num_inputs, in
 QC_EXPORT int qc_product(const bf16* x, int num_tokens, const Linear* linear, int num_outputs, int num_inputs,
                          bf16* y) {
   try {
-    const std::size_t size = Panels::unpacked_size(*linear, num_inputs, num_tokens);
+    const bool in_tiles = uses_tiles && num_inputs % kTileInputs == 0;
+    const std::size_t size = Panels::unpacked_size(*linear, num_inputs, num_tokens, in_tiles);
     std::vector<bf16> unpacked(size * static_cast<std::size_t>(omp_get_max_threads()));
     Team team(1, omp_get_max_threads());
 #pragma omp parallel
     product(x, num_tokens, *linear, num_outputs, num_inputs, y, team,
-            unpacked.data() + size * static_cast<std::size_t>(omp_get_thread_num()));
+            unpacked.data() + size * static_cast<std::size_t>(omp_get_thread_num()), in_tiles);
   } catch (const std::bad_alloc&) {
     return 1;
   }
@@ -134,14 +134,16 @@ QC_EXPORT void* qc_new_scratch() { return new (std::nothrow) Scratch(); }
 
 QC_EXPORT void qc_delete_scratch(void* scratch) { delete static_cast<Scratch*>(scratch); }
 
-// Runs a step, on as many threads as the caller's products take. Returns 0, or 1 when there was not enough memory; nothing of it counts then.
+// Runs a step, on as many threads as the caller's products take. Returns 0, or 1 when there was not enough memory;
+// nothing of it counts then.
 QC_EXPORT int qc_run_step(const Model* model, const Step* step, void* scratch) {
   try {
     Scratch& buffers = *static_cast<Scratch*>(scratch);
+    buffers.uses_tiles = uses_tiles;
     StepRun::prepare(*model, *step, buffers);
     Team team(StepRun::num_stages(*model), omp_get_max_threads());
 #pragma omp parallel
-    StepRun(*model, *step, buffers, team).run();
+    StepRun(*model, *step, buffers, team, buffers.threads[omp_get_thread_num()]).run();
   } catch (const std::bad_alloc&) {
     return 1;
   }

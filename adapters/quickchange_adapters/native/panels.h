@@ -88,8 +88,9 @@ class Panels {
       : linear_(linear), num_inputs_(num_inputs), num_tokens_(num_tokens), unpacked_(unpacked), tiles_(tiles) {}
 
   // How many numbers a thread's buffer has to hold.
-  static std::size_t unpacked_size(const Linear& linear, int num_inputs, int num_tokens) {
-    return linear.scales && (uses_tiles || num_tokens > kDirectRows) ? static_cast<std::size_t>(num_inputs) * kPanel : 0;
+  static std::size_t unpacked_size(const Linear& linear, int num_inputs, int num_tokens, bool in_tiles) {
+    const bool is_unpacked = linear.scales && (in_tiles || num_tokens > kDirectRows);
+    return is_unpacked ? static_cast<std::size_t>(num_inputs) * kPanel : 0;
   }
 
   // Multiplies tokens [first, first + count) of x [tokens, in], and adds the bias. A panel's tiles are

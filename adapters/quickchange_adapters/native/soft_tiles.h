@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 
 namespace quickchange {
@@ -30,14 +31,21 @@ inline void release_tiles() {
 
 inline bool may_use_tiles() { return true; }
 
+// Ends the process where the processor would take the instruction for none.
+inline void check(bool is_possible) {
+  if (!is_possible) std::abort();
+}
+
 template <int kTo>
 inline void zero_tile() {
+  check(soft_tiles[kTo].num_rows > 0);
   std::memset(soft_tiles[kTo].rows, 0, sizeof soft_tiles[kTo].rows);
 }
 
 template <int kTo>
 inline void load_tile(const void* from, std::int64_t stride) {
   SoftTile& tile = soft_tiles[kTo];
+  check(tile.num_rows > 0);
   for (int row = 0; row < tile.num_rows; ++row) {
     std::memcpy(tile.rows[row], static_cast<const char*>(from) + row * stride, tile.row_bytes);
   }
@@ -46,6 +54,7 @@ inline void load_tile(const void* from, std::int64_t stride) {
 template <int kFrom>
 inline void store_tile(void* to, std::int64_t stride) {
   const SoftTile& tile = soft_tiles[kFrom];
+  check(tile.num_rows > 0);
   for (int row = 0; row < tile.num_rows; ++row) {
     std::memcpy(static_cast<char*>(to) + row * stride, tile.rows[row], tile.row_bytes);
   }
@@ -68,6 +77,8 @@ inline float number_of(const SoftTile& tile, int row, int column) {
 template <int kSums, int kX, int kW>
 inline void multiply_tiles() {
   SoftTile &sums = soft_tiles[kSums], &x = soft_tiles[kX], &w = soft_tiles[kW];
+  check(sums.num_rows > 0 && x.num_rows == sums.num_rows);
+  check(w.num_rows * 4 == x.row_bytes && w.row_bytes == sums.row_bytes);
   for (int m = 0; m < sums.num_rows; ++m) {
     float halves[16][2] = {};
     for (int k = 0; k < x.row_bytes / 4; ++k) {

@@ -20,7 +20,7 @@
 #include <chrono>
 #include <memory>
 
-#include "attention.h"
+#include "block_attention.h"
 #include "deltas.h"
 #include "panels.h"
 #include "team.h"
@@ -37,7 +37,7 @@ struct ThreadBuffers {
   std::vector<bf16> unpacked[2];
 };
 
-// Heads [head, head + num_heads) of tokens [token, token + num_tokens): one head, or one token.
+// Heads [head, head + num_heads) of tokens [token, token + num_tokens) of one row, and of one KV head.
 struct AttentionUnit {
   int token, num_tokens, head, num_heads;
 };
@@ -46,23 +46,23 @@ struct AttentionUnit {
 struct Scratch {
   std::vector<bf16> normed, qkv, attended, active;
   std::array<GroupDeltas, 4> deltas;
-  std::vector<AttentionUnit> attention_units;  // where products are computed by tiles
+  std::vector<AttentionUnit> attention_units;
   LineList kv_lines;  // of the rows' blocks, in a layer's keys and in its values
   std::vector<ThreadBuffers> threads;
+  bool uses_tiles = false;  // in this step
   WantedStep wanted;
-  std::unique_ptr<Scratch> of_wanted;  // made when first needed
+  std::unique_ptr<Scratch> of_wanted;  // made when first needed; has no threads of its own
 };
 
 class StepRun {
  public:
-  StepRun(const Model& model, const Step& step, Scratch& scratch, Team& team)
+  StepRun(const Model& model, const Step& step, Scratch& scratch, Team& team, ThreadBuffers& own)
       : model_(model),
         step_(step),
         scratch_(scratch),
         team_(team),
         attention_(model, step),
-        qkv_(scratch.qkv.data()),
-        own_(scratch.threads[omp_get_thread_num()]) {
+        own_(own) {
     if (step.stage_seconds && omp_get_thread_num() == 0) clock_ = step.stage_seconds;
     last_ = Clock::now();
   }
@@ -72,6 +72,21 @@ class StepRun {
   // Makes buffers and tables; called by one thread, before `run`: what is thrown among several threads
   // ends the process, so none of them allocates.
   static void prepare(const Model& model, const Step& step, Scratch& scratch) {
+    prepare_tokens(model, step, scratch);
+    list_kv(model, step, scratch.kv_lines);
+    std::size_t num_scores = most_scores(step, scratch);
+    scratch.wanted.prepare(model, step);
+    if (scratch.wanted.is_part() && step.num_wanted) {
+      if (!scratch.of_wanted) scratch.of_wanted = std::make_unique<Scratch>();
+      scratch.of_wanted->uses_tiles = scratch.uses_tiles;
+      prepare_tokens(model, scratch.wanted.step(), *scratch.of_wanted);
+      num_scores = std::max(num_scores, most_scores(scratch.wanted.step(), *scratch.of_wanted));
+    }
+    prepare_threads(scratch, num_scores, unpacked_size(model, step, scratch.uses_tiles));
+  }
+
+  // What a run over these tokens needs; all but what belongs to the threads.
+  static void prepare_tokens(const Model& model, const Step& step, Scratch& scratch) {
     const std::size_t tokens = static_cast<std::size_t>(step.num_tokens);
     grow(scratch.normed, tokens * model.width);
     grow(scratch.qkv, tokens * model.arenas[kQkv].num_outputs);
@@ -81,13 +96,7 @@ class StepRun {
       const Term* terms = step.terms + static_cast<std::ptrdiff_t>(group) * step.num_terms;
       scratch.deltas[group].prepare(model.arenas[group], step.blocks, step.num_blocks, terms, step.num_tokens);
     }
-    list_kv(model, step, scratch.kv_lines);
-    list_attention(model, step, scratch.attention_units);
-    prepare_threads(model, step, scratch);
-    scratch.wanted.prepare(model, step);
-    if (!scratch.wanted.is_part() || step.num_wanted == 0) return;
-    if (!scratch.of_wanted) scratch.of_wanted = std::make_unique<Scratch>();
-    prepare(model, scratch.wanted.step(), *scratch.of_wanted);
+    list_attention(model, step, scratch);
   }
 
   // Every thread of the team calls this.
@@ -100,8 +109,7 @@ class StepRun {
     store_kv(last);
     if (!scratch_.wanted.is_part()) return finish(last);
     if (step_.num_wanted == 0) return;
-    StepRun wanted(model_, scratch_.wanted.step(), *scratch_.of_wanted, team_);
-    wanted.qkv_ = scratch_.wanted.qkv();
+    StepRun wanted(model_, scratch_.wanted.step(), *scratch_.of_wanted, team_, own_);
     gather_wanted(wanted);
     wanted.finish(last);
   }
@@ -111,6 +119,7 @@ class StepRun {
 
   static constexpr int kStagesOfLayer = 12, kStagesOfKv = 4;
   static constexpr int kFewTokens = 4;
+  static constexpr int kLongestBlock = 8192;  // positions that tokens with common units see
   static constexpr int kRunsOfThread = 4;  // or more, so that threads end together
   static constexpr int kLongestRun = 16;
   static constexpr std::size_t kMostKvLines = 32768;  // 2 MiB of keys, and as much of values
@@ -129,25 +138,44 @@ class StepRun {
     }
   }
 
-  // Tokens in a row share what is read, if there are more of them than heads that would.
-  static void list_attention(const Model& model, const Step& step, std::vector<AttentionUnit>& units) {
+  // Tokens that follow each other share what is read: by tiles up to sixteen of one head, if they are more than the
+  // heads that would; without, as many with some heads as are computed together. Far from the start of a row they do
+  // not: their scores would take more memory than is near.
+  static void list_attention(const Model& model, const Step& step, Scratch& scratch) {
+    std::vector<AttentionUnit>& units = scratch.attention_units;
     units.clear();
-    if (!uses_tiles) return;
-    const int groups = model.num_heads / model.num_kv_heads;
+    const bool in_tiles = scratch.uses_tiles;
+    const int groups = model.num_heads / model.num_kv_heads, together = heads_together(model, step);
+    const int block = in_tiles ? kTileRows : BlockAttention::num_tokens(together);
     for (int token = 0, count; token < step.num_tokens; token += count) {
-      for (count = 1; count < kTileRows && follows(step, token + count); ++count) {
+      for (count = 1; count < block && follows(step, token + count); ++count) {
       }
-      if (count > groups) {
-        for (int head = 0; head < model.num_heads; ++head) units.push_back({token, count, head, 1});
-        continue;
-      }
-      count = 1;
-      for (int head = 0; head < model.num_heads; head += groups) {
-        for (int within = 0; within < groups; within += kTileRows) {
-          units.push_back({token, 1, head + within, std::min(kTileRows, groups - within)});
-        }
+      const bool is_block = in_tiles ? count > groups : count == block;
+      if (is_block && step.positions[token] + count <= kLongestBlock) {
+        list_heads(model, {token, count, 0, in_tiles ? 1 : together}, units);
+      } else {
+        count = 1;
+        list_heads(model, {token, 1, 0, in_tiles ? kTileRows : together}, units);
       }
     }
+  }
+
+  // Adds units like the first for all heads.
+  static void list_heads(const Model& model, AttentionUnit unit, std::vector<AttentionUnit>& units) {
+    const int groups = model.num_heads / model.num_kv_heads, most = unit.num_heads;
+    for (int head = 0; head < model.num_heads; head += groups) {
+      for (int within = 0; within < groups; within += most) {
+        unit.head = head + within;
+        unit.num_heads = std::min(most, groups - within);
+        units.push_back(unit);
+      }
+    }
+  }
+
+  // Heads of one KV head that are computed together without tiles: one where tokens are few, so that there is work
+  // for all threads.
+  static int heads_together(const Model& model, const Step& step) {
+    return step.num_tokens < kFewTokens ? 1 : std::min(model.num_heads / model.num_kv_heads, kMaxHeads);
   }
 
   // Whether a token is the next one of the same row.
@@ -156,13 +184,7 @@ class StepRun {
            step.positions[token] == step.positions[token - 1] + 1;
   }
 
-  static void prepare_threads(const Model& model, const Step& step, Scratch& scratch) {
-    int last = 0;
-    for (int token = 0; token < step.num_tokens; ++token) last = std::max(last, step.positions[token]);
-    const int together = std::min(model.num_heads / model.num_kv_heads, kMaxHeads);
-    const std::size_t num_scores = uses_tiles ? TileAttention::scores_size(last)
-                                              : static_cast<std::size_t>(Attention::scores_size(last)) * together;
-    const std::size_t num_unpacked = unpacked_size(model, step);
+  static void prepare_threads(Scratch& scratch, std::size_t num_scores, std::size_t num_unpacked) {
     const std::size_t count = static_cast<std::size_t>(omp_get_max_threads());
     if (scratch.threads.size() < count) scratch.threads.resize(count);
     for (ThreadBuffers& own : scratch.threads) {
@@ -171,15 +193,31 @@ class StepRun {
     }
   }
 
-  static std::size_t unpacked_size(const Model& model, const Step& step) {
+  // How many scores a thread has to hold.
+  static std::size_t most_scores(const Step& step, const Scratch& scratch) {
+    std::size_t most = 0;
+    for (const AttentionUnit& unit : scratch.attention_units) {
+      most = std::max(most, scores_size(step, unit, scratch.uses_tiles));
+    }
+    return most;
+  }
+
+  static std::size_t scores_size(const Step& step, const AttentionUnit& unit, bool in_tiles) {
+    const int last = step.positions[unit.token] + unit.num_tokens - 1;
+    if (in_tiles) return TileAttention::scores_size(last, unit.num_tokens * unit.num_heads);
+    if (unit.num_tokens > 1) return BlockAttention::scores_size(last);
+    return static_cast<std::size_t>(Attention::scores_size(last)) * unit.num_heads;
+  }
+
+  static std::size_t unpacked_size(const Model& model, const Step& step, bool in_tiles) {
     const int tokens = step.num_tokens;
-    std::size_t most = Panels::unpacked_size(step.head, model.width, tokens);
+    std::size_t most = Panels::unpacked_size(step.head, model.width, tokens, in_tiles);
     for (int i = 0; i < model.num_layers; ++i) {
       const Layer& layer = step.layers[i];
-      most = std::max({most, Panels::unpacked_size(layer.qkv, model.width, tokens),
-                       Panels::unpacked_size(layer.output, model.num_heads * model.head_width, tokens),
-                       Panels::unpacked_size(layer.gate_up, model.width, tokens),
-                       Panels::unpacked_size(layer.down, model.intermediate, tokens)});
+      most = std::max({most, Panels::unpacked_size(layer.qkv, model.width, tokens, in_tiles),
+                       Panels::unpacked_size(layer.output, model.num_heads * model.head_width, tokens, in_tiles),
+                       Panels::unpacked_size(layer.gate_up, model.width, tokens, in_tiles),
+                       Panels::unpacked_size(layer.down, model.intermediate, tokens, in_tiles)});
     }
     return most;
   }
@@ -206,7 +244,8 @@ class StepRun {
       const std::int64_t token = step_.wanted[i];
       std::memcpy(other.step_.hidden + i * model_.width, step_.hidden + token * model_.width,
                   sizeof(bf16) * model_.width);
-      std::memcpy(other.qkv_ + i * num_outputs, qkv_ + token * num_outputs, sizeof(bf16) * num_outputs);
+      std::memcpy(other.scratch_.qkv.data() + i * num_outputs, scratch_.qkv.data() + token * num_outputs,
+                  sizeof(bf16) * num_outputs);
     });
   }
 
@@ -320,7 +359,7 @@ class StepRun {
         Tile tile;
         compute(product, panel, first, count, &tile, buffer(0));
         for (int m = 0; m < count; ++m) {
-          bf16* out = qkv_ + static_cast<std::int64_t>(first + m) * num_outputs + panel * kPanel;
+          bf16* out = scratch_.qkv.data() + static_cast<std::int64_t>(first + m) * num_outputs + panel * kPanel;
           store_bf16(out, _mm512_load_ps(tile.values[m]));
           store_bf16(out + 16, _mm512_load_ps(tile.values[m] + 16));
         }
@@ -333,28 +372,33 @@ class StepRun {
   void store(int stage, const Layer& layer) {
     const int num_outputs = model_.arenas[kQkv].num_outputs;
     team_.share(stage, step_.num_tokens, run_of(step_.num_tokens), [&](int token) {
-      attention_.store(layer, token, qkv_ + static_cast<std::int64_t>(token) * num_outputs);
+      attention_.store(layer, token, scratch_.qkv.data() + static_cast<std::int64_t>(token) * num_outputs);
     });
     end(stage);
   }
 
-  // A unit is some heads of one KV head: as many as can share its values, or one where tokens are few.
   void attend(int stage, const Layer& layer) {
-    if (uses_tiles_) return attend_in_tiles(stage, layer);
-    const int num_outputs = model_.arenas[kQkv].num_outputs, width = model_.head_width;
-    const int groups = model_.num_heads / model_.num_kv_heads;
-    const int together = step_.num_tokens < kFewTokens ? 1 : std::min(groups, kMaxHeads);
-    const int units_of_group = (groups + together - 1) / together;
-    const int units_of_token = model_.num_kv_heads * units_of_group;
-    const int num_units = step_.num_tokens * units_of_token;
-    team_.share(stage, num_units, run_of(num_units), [&](int unit) {
-      const int token = unit / units_of_token, place = unit % units_of_token;
-      const int within = place % units_of_group * together;
-      const int head = place / units_of_group * groups + within;
-      const std::int64_t row = static_cast<std::int64_t>(token) * num_outputs;
-      const std::int64_t out = (static_cast<std::int64_t>(token) * model_.num_heads + head) * width;
-      attention_.attend(layer, token, head, std::min(together, groups - within),
-                        qkv_ + row + head * width, own_.scores.data(), scratch_.attended.data() + out);
+    if (scratch_.uses_tiles) return attend_in_tiles(stage, layer);
+    const std::int64_t num_outputs = model_.arenas[kQkv].num_outputs, width = model_.head_width;
+    const std::int64_t out_width = model_.num_heads * width;
+    const BlockAttention blocks(model_, attention_, own_.scores.data());
+    const std::vector<AttentionUnit>& units = scratch_.attention_units;
+    const int num_units = static_cast<int>(units.size());
+    const bool has_blocks = num_units < step_.num_tokens * model_.num_kv_heads;
+    team_.share(stage, num_units, has_blocks ? 1 : run_of(num_units), [&](int index) {
+      const AttentionUnit& unit = units[index];
+      const int position = step_.positions[unit.token], end = position + unit.num_tokens;
+      const bool sees_all = !layer.window || end <= layer.window;
+      if (unit.num_tokens * unit.num_heads == BlockAttention::kQueries && unit.num_tokens > 1 && sees_all) {
+        return blocks.attend(layer, unit.token, position, unit.head, unit.num_heads, scratch_.qkv.data(), num_outputs,
+                             scratch_.attended.data(), out_width);
+      }
+      for (int token = unit.token; token < unit.token + unit.num_tokens; ++token) {
+        const std::int64_t column = unit.head * width;
+        attention_.attend(layer, token, unit.head, unit.num_heads,
+                          scratch_.qkv.data() + token * num_outputs + column, own_.scores.data(),
+                          scratch_.attended.data() + token * out_width + column);
+      }
     });
     end(stage);
   }
@@ -368,7 +412,7 @@ class StepRun {
       const AttentionUnit& unit = scratch_.attention_units[index];
       const bool is_head = unit.num_heads == 1;
       attention.attend(layer, {unit.token, is_head ? unit.num_tokens : unit.num_heads,
-                               qkv_ + unit.token * num_outputs + unit.head * width,
+                               scratch_.qkv.data() + unit.token * num_outputs + unit.head * width,
                                is_head ? num_outputs : width,
                                scratch_.attended.data() + unit.token * out_width + unit.head * width,
                                is_head ? out_width : width, step_.positions[unit.token], is_head ? 1 : 0,
@@ -460,7 +504,7 @@ class StepRun {
 
   bf16* buffer(int i) const { return own_.unpacked[i].data(); }
 
-  TileUnit* tiles() const { return uses_tiles_ ? &tile_unit_ : nullptr; }
+  TileUnit* tiles() const { return scratch_.uses_tiles ? &tile_unit_ : nullptr; }
 
   const Model& model_;
   const Step& step_;
@@ -468,11 +512,9 @@ class StepRun {
   Scratch& scratch_;
   Team& team_;
   Attention attention_;
-  bf16* qkv_;
   ThreadBuffers& own_;
   mutable TileUnit tile_unit_;
-  const bool uses_tiles_ = uses_tiles;
-  const int tile_size_ = uses_tiles_ ? kRowsInTiles : kTile;
+  const int tile_size_ = scratch_.uses_tiles ? kRowsInTiles : kTile;
   double* clock_ = nullptr;
   Clock::time_point last_;
 };

@@ -2,8 +2,9 @@
 //
 // Queries are a few tokens' of one head, or one token's of the heads that share a KV head. Keys lie as a tile wants
 // them (attention.h); two positions' values are brought side by side on the way. A query's sums run over whole groups
-// of positions from the first that any query sees; positions that it does not see add zeros. So its bits depend on
-// nothing but its own row, as without AMX, and are the same in a prompt and alone.
+// of 32 positions; those that it does not see add zeros. So its bits depend on nothing but its own row, as without
+// AMX, and are the same in a prompt and alone. Zero times infinity is no zero: where a sum is not a number, tokens are
+// computed one by one, each from what it sees.
 #pragma once
 
 #include "amx.h"
@@ -29,13 +30,43 @@ class TileAttention {
     std::int64_t kv_offset;    // of the KV head in a position's numbers
   };
 
-  // How many numbers `attend` needs for queries that see positions up to this one.
-  static std::size_t scores_size(int position) { return static_cast<std::size_t>(kTileRows) * row_size(position + 1); }
+  // How many numbers `attend` needs for so many queries that see positions up to this one.
+  static std::size_t scores_size(int position, int num_queries) {
+    return static_cast<std::size_t>(num_queries) * row_size(position + 1);
+  }
 
   TileAttention(const Model& model, const Attention& attention, TileUnit& unit, float* scores)
       : model_(model), attention_(attention), unit_(unit), scores_(scores) {}
 
   void attend(const Layer& layer, const Queries& queries) const {
+    if (attend_together(layer, queries) || queries.step == 0) return;
+    for (int i = 0; i < queries.num_queries; ++i) {
+      Queries one = queries;
+      one.num_queries = 1;
+      one.first_position += i * queries.step;
+      one.query += i * queries.query_stride;
+      one.out += i * queries.out_stride;
+      attend_together(layer, one);
+    }
+  }
+
+ private:
+  // Positions [start, end) that a query sees.
+  struct Span {
+    int start, end;
+
+    // Which of sixteen positions are within.
+    __mmask16 seen(int position) const {
+      return below(end - position) & static_cast<__mmask16>(~below(start - position));
+    }
+
+    static __mmask16 below(int count) {
+      return count >= 16 ? __mmask16{0xffff} : static_cast<__mmask16>(count > 0 ? (1u << count) - 1u : 0u);
+    }
+  };
+
+  // Returns whether all sums are numbers.
+  bool attend_together(const Layer& layer, const Queries& queries) const {
     const int last = queries.first_position + queries.step * (queries.num_queries - 1);
     const Span first_span = span_of(layer, queries.first_position), last_span = span_of(layer, last);
     const Span all{first_span.start, last_span.end};
@@ -48,27 +79,16 @@ class TileAttention {
       const Span span = span_of(layer, queries.first_position + queries.step * i);
       factors[i] = 1.0f / exponentiate(scores_ + static_cast<std::ptrdiff_t>(i) * stride, span, first, stride);
     }
+    __mmask16 has_nan = 0;
     for (int column = 0; column < model_.head_width; column += kSlab) {
       if (column + kSlab <= model_.head_width) {
-        gather<4>(layer, queries, all, first, stride, column, factors);
+        has_nan |= gather<4>(layer, queries, all, first, stride, column, factors);
       } else {
-        gather<2>(layer, queries, all, first, stride, column, factors);
+        has_nan |= gather<2>(layer, queries, all, first, stride, column, factors);
       }
     }
+    return !has_nan;
   }
-
- private:
-  // Positions [start, end) that a query sees.
-  struct Span {
-    int start, end;
-
-    // Which of sixteen positions are within.
-    __mmask16 seen(int position) const { return below(end - position) & static_cast<__mmask16>(~below(start - position)); }
-
-    static __mmask16 below(int count) {
-      return count >= 16 ? __mmask16{0xffff} : static_cast<__mmask16>(count > 0 ? (1u << count) - 1u : 0u);
-    }
-  };
 
   static Span span_of(const Layer& layer, int position) {
     const int end = position + 1;
@@ -149,9 +169,9 @@ class TileAttention {
   }
 
   // out = factor * Σ weight · V for numbers [column, column + 16 * kTiles) of a head. What lies outside of all spans
-  // is not read: it may be anything.
+  // is not read: it may be anything. Returns whether a sum is not a number, as a mask.
   template <int kTiles>
-  void gather(const Layer& layer, const Queries& queries, const Span& all, int first, int stride, int column,
+  __mmask16 gather(const Layer& layer, const Queries& queries, const Span& all, int first, int stride, int column,
               const float* factors) const {
     const bf16* values = layer.values + queries.kv_offset + column;
     const bf16* weights = reinterpret_cast<const bf16*>(scores_);
@@ -177,6 +197,7 @@ class TileAttention {
     store_tile<0>(sums[0], kLine);
     store_tile<1>(sums[1], kLine);
     if constexpr (kTiles == 4) store_tile<2>(sums[2], kLine), store_tile<3>(sums[3], kLine);
+    __mmask16 has_nan = 0;
     for (int i = 0; i < queries.num_queries; ++i) {
       const __m512 factor = _mm512_set1_ps(factors[i]);
       bf16* out = queries.out + i * queries.out_stride + column;
@@ -184,10 +205,12 @@ class TileAttention {
         __m512 low, high;
         in_order(_mm512_mul_ps(_mm512_load_ps(sums[j][i]), factor),
                  _mm512_mul_ps(_mm512_load_ps(sums[j + 1][i]), factor), &low, &high);
+        has_nan |= _mm512_cmp_ps_mask(low, high, _CMP_UNORD_Q);
         store_bf16(out, low);
         store_bf16(out + 16, high);
       }
     }
+    return has_nan;
   }
 
   // Brings the values of 32 positions side by side, two by two, as a tile takes them; zeros for those outside.

@@ -20,8 +20,8 @@ class WantedStep {
     if (!is_part_) return;
     step_ = step;
     step_.num_tokens = step.num_wanted;
-    grow(hidden_, count * static_cast<std::size_t>(model.width));
-    grow(qkv_, count * static_cast<std::size_t>(model.arenas[0].num_outputs));
+    const std::size_t num_hidden = count * static_cast<std::size_t>(model.width);
+    if (hidden_.size() < num_hidden) hidden_.resize(num_hidden);
     tables_.resize(count), positions_.resize(count), own_places_.resize(count);
     for (std::size_t i = 0; i < count; ++i) {
       positions_[i] = step.positions[step.wanted[i]];
@@ -48,20 +48,14 @@ class WantedStep {
 
   const Step& step() const { return step_; }
 
-  bf16* qkv() { return qkv_.data(); }
-
  private:
   static std::int32_t first_from(const Step& step, std::int32_t token) {
     return static_cast<std::int32_t>(std::lower_bound(step.wanted, step.wanted + step.num_wanted, token) - step.wanted);
   }
 
-  static void grow(std::vector<bf16>& buffer, std::size_t size) {
-    if (buffer.size() < size) buffer.resize(size);
-  }
-
   bool is_part_ = false;
   Step step_;
-  std::vector<bf16> hidden_, qkv_;
+  std::vector<bf16> hidden_;
   std::vector<std::int32_t> positions_, tables_, own_places_;
   std::vector<RowBlock> blocks_;
 };

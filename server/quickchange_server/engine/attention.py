@@ -21,6 +21,8 @@ from torch.nn import functional
 ATTENTION_NAME = "quickchange_blocks"
 PIECE_BYTES = 2 << 20
 """Memory comes in pieces of this size where the system has huge pages."""
+TURN_BLOCKS = 16
+"""How many blocks ahead a tensor's next piece comes at the latest: about what a step takes."""
 _KNOWN_KEYWORDS = frozenset(
     {
         "dropout",
@@ -59,8 +61,14 @@ class KvStorage:
         self.values = [lazy_zeros((*rows, s.num_heads, s.value_dim), *place) for s in shapes]
         self.num_bytes = sum(tensor.nbytes for tensor in (*self.keys, *self.values))
         """Bytes of all layers."""
+        self._tensors = (*self.keys, *self.values)
         is_lazy = like.device.type == "cpu"
-        self._touched = [0 if is_lazy else num_blocks for _ in (*self.keys, *self.values)]
+        self._touched = [0 if is_lazy else num_blocks for _ in self._tensors]
+        self._distances = [
+            TURN_BLOCKS + self._half_piece(place) * place // len(self._tensors)
+            for place in range(len(self._tensors))
+        ]
+        """In blocks, from the highest that was handed out to where a tensor's next piece begins."""
         self._next_turn = 0
 
     def touch_ahead(self, highest: int) -> bool:
@@ -91,18 +99,14 @@ class KvStorage:
     def _turn_of(self, place: int) -> int:
         """Return at which highest block a tensor gets its next piece; one that never comes."""
         touched = self._touched[place]
-        distance = self._half_piece(place) * place // len(self._touched)
-        return touched - distance if touched < self.num_blocks else self.num_blocks
+        return touched - self._distances[place] if touched < self.num_blocks else self.num_blocks
 
     def _half_piece(self, place: int) -> int:
         """Return how many blocks of a tensor half a piece of memory has room for."""
-        return PIECE_BYTES // self._tensor(place)[0].nbytes // 2
-
-    def _tensor(self, place: int) -> Tensor:
-        return (*self.keys, *self.values)[place]
+        return PIECE_BYTES // self._tensors[place][0].nbytes // 2
 
     def _touch(self, place: int, highest: int) -> None:
-        tensor, first = self._tensor(place), max(self._touched[place], highest + 1)
+        tensor, first = self._tensors[place], max(self._touched[place], highest + 1)
         num_bytes = tensor[0].nbytes
         offset = tensor.data_ptr() + first * num_bytes
         left = PIECE_BYTES - offset % PIECE_BYTES  # of the piece of memory that it begins in

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from quickchange_server.engine.attention import ATTENTION_NAME, register_attention
 from quickchange_server.engine.native_choice import choose_native
 from quickchange_server.engine.settings import EngineSettings
-from quickchange_server.errors import UnsupportedBase
+from quickchange_server.engine.unsupported import UnsupportedBase
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 SERVED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})

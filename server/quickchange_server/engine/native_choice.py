@@ -11,7 +11,7 @@ from quickchange_adapters.native.library import load_library
 
 from quickchange_server.engine.native_step import native_refusal
 from quickchange_server.engine.settings import EngineSettings
-from quickchange_server.errors import UnsupportedBase
+from quickchange_server.engine.unsupported import UnsupportedBase
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,10 @@ def choose_native(model: Any, settings: EngineSettings) -> NativeChoice:
     if reason is None:
         try:
             library = load_library(settings.native_folder)
-            return NativeChoice(library, None, use_amx(library, wanted=settings.amx))
+            amx_refusal = use_amx(library, wanted=settings.amx)
+            if amx_refusal is not None:
+                log.info("AMX is not used: %s", amx_refusal)
+            return NativeChoice(library, None, amx_refusal)
         except BuildFailed as error:
             reason = str(error)
     if settings.kernels == "native":

@@ -21,7 +21,7 @@ from quickchange_server.engine.observer import NoObserver
 from quickchange_server.engine.request import GenerationRequest, SamplingParams, TokenOutput
 from quickchange_server.engine.rope import freeze_rope
 from quickchange_server.engine.settings import EngineSettings
-from quickchange_server.errors import UnsupportedBase
+from quickchange_server.engine.unsupported import UnsupportedBase
 
 NUM_PROMPT, NUM_TOKENS, CHUNK, WINDOW = 30, 6, 12, 8
 VOCABULARY, INTERMEDIATE = 64, 64

@@ -31,13 +31,22 @@ def soft_tiles_library() -> ctypes.CDLL:
     with pytest.MonkeyPatch.context() as patch:
         flags = (*build.COMPILE_FLAGS, "-DQUICKCHANGE_SOFT_TILES")
         patch.setattr(build, "COMPILE_FLAGS", flags)
-        return load_library.__wrapped__(None)
+        return load_library.__wrapped__(build.default_folder().with_name("native-in-tests"))
+
+
+HAS_AMX = REASON is None and not amx.missing_instructions()
 
 
 @contextmanager
-def soft_amx() -> Iterator[None]:
-    """A machine with AMX, as far as engines that are made meanwhile can see."""
+def instructions(which: str) -> Iterator[None]:
+    """Have engines that are made meanwhile take AVX-512 alone, AMX in plain C++, or the CPU's.
+
+    `which`: `vectors`, `soft tiles` or `tiles`.
+    """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(amx, "missing_instructions", frozenset)
-        patch.setattr(native_choice, "load_library", lambda folder: soft_tiles_library())
+        if which == "vectors":
+            patch.setattr(amx, "missing_instructions", lambda: amx.AMX_FLAGS)
+        elif which == "soft tiles":
+            patch.setattr(amx, "missing_instructions", frozenset)
+            patch.setattr(native_choice, "load_library", lambda folder: soft_tiles_library())
         yield

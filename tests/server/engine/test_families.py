@@ -10,7 +10,7 @@ import torch
 from quickchange_server.engine.base_model import load_base
 from quickchange_server.engine.self_check import check_architecture
 from quickchange_server.engine.settings import EngineSettings
-from quickchange_server.errors import UnsupportedBase
+from quickchange_server.engine.unsupported import UnsupportedBase
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import save_peft_adapter, save_tiny_base

@@ -14,7 +14,7 @@ from quickchange_adapters.native.build import library_path
 from quickchange_server.engine.base_model import load_base
 from quickchange_server.engine.native_step import StepInput, native_refusal
 from quickchange_server.engine.settings import EngineSettings
-from quickchange_server.errors import UnsupportedBase
+from quickchange_server.engine.unsupported import UnsupportedBase
 
 from tests.conftest import save_tiny_base
 from tests.server.engine.conftest import make_engine

@@ -18,7 +18,7 @@ from quickchange_server.engine.client import EngineClient
 from quickchange_server.engine.native_step import NativeStep, StepInput
 from quickchange_server.engine.request import AdapterRef, GenerationRequest, SamplingParams
 from quickchange_server.engine.settings import EngineSettings
-from quickchange_server.errors import UnsupportedBase
+from quickchange_server.engine.unsupported import UnsupportedBase
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import save_peft_adapter, save_tiny_base
@@ -30,7 +30,7 @@ from tests.server.engine.conftest import (
     peft_weights,
     run_all,
 )
-from tests.server.engine.native import needs_native, soft_amx
+from tests.server.engine.native import HAS_AMX, instructions, needs_native
 from tests.server.engine.test_engine_peft import Oracle, prompt_of
 
 VOCAB = 381
@@ -40,6 +40,7 @@ BASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-untied-no-gqa": ("llama", {"tie_word_embeddings": False, "num_key_value_heads": 4}),
     "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama-wide-heads-gelu": ("llama", {"head_dim": 96, "hidden_act": "gelu_pytorch_tanh"}),
+    "llama-one-kv-head": ("llama", {"num_attention_heads": 32, "num_key_value_heads": 1}),
     "qwen2": ("qwen2", {"hidden_size": 128}),
     "qwen2-sliding": ("qwen2", {"hidden_size": 128, "use_sliding_window": True, **SLIDING}),
     "qwen3": ("qwen3", {}),
@@ -56,14 +57,11 @@ DECODED: list[tuple[int | tuple[int, float], ...]] = [(), (0,), (1,), (2,), ((0,
 pytestmark = needs_native
 
 
-@pytest.fixture(autouse=True, params=["vectors", "tiles"])
-def instructions(request: pytest.FixtureRequest) -> Iterator[None]:
-    """By AVX-512 alone, and with products by AMX, whose instructions are plain C++ then."""
-    if request.param == "vectors":
+@pytest.fixture(autouse=True, params=["vectors", "soft tiles", *(["tiles"] if HAS_AMX else [])])
+def set_of_instructions(request: pytest.FixtureRequest) -> Iterator[None]:
+    """By AVX-512 alone, and with products and attention by AMX."""
+    with instructions(request.param):
         yield
-    else:
-        with soft_amx():
-            yield
 
 
 def round_numbers(folder: Path, file: str) -> Path:
@@ -207,10 +205,13 @@ async def test_a_tokens_bits_do_not_depend_on_anything_around_it(
             assert torch.equal(prompt_scores(answer), wanted), asked.request_id
 
 
+@pytest.mark.parametrize(
+    "name", ["llama", "llama-wide-heads-gelu", "llama-one-kv-head", "qwen2-sliding"]
+)
 async def test_decode_has_the_bits_of_prefill_with_prefix_reuse_and_preemption(
-    base_of: Any, folders_of: Any
+    name: str, base_of: Any, folders_of: Any
 ) -> None:
-    base, folders = base_of("llama"), folders_of("llama")
+    base, folders = base_of(name), folders_of(name)
     asks = [
         ask(f"r{i}", prompt_of(20 + i, i), *rows, num=30, is_scored=False)
         for i, rows in enumerate(DECODED)
@@ -307,6 +308,33 @@ async def test_a_neighbours_overflow_stays_alone(base_of: Any, folders_of: Any) 
             assert torch.equal(prompt_scores(answer), wanted)
         later = dataclasses.replace(sound[0], request_id="later", cache_scope="y")
         assert torch.equal(prompt_scores(await collect(engine.generate(later))), alone[0])
+
+
+def test_a_token_that_is_no_number_stays_with_those_that_see_it(base_of: Any) -> None:
+    """What lies before it in the prompt keeps its bits, wherever the prompt is cut."""
+    client = make_engine(base_of("llama"), dtype="bfloat16", kernels="native", num_threads=2)
+    native = client._engine.runner.native
+    assert native is not None
+    embeds = client._base_model.embed(torch.tensor(prompt_of(60, 1)))
+
+    def run(bad: int | None) -> torch.Tensor:
+        rows = []
+        for start, end in ((0, 37), (37, 60)):
+            part = embeds[start:end].clone()
+            if bad is not None and start <= bad < end:
+                part[bad - start] = torch.inf
+            positions = list(range(start, end))
+            tables, wanted = [0] * len(positions), list(range(len(positions)))
+            rows.append(
+                native.run(StepInput(part, positions, tables, [1, 2, 3, 4], (), wanted), None)[0]
+            )
+        return torch.cat(rows)
+
+    wanted = run(None)
+    for bad in (10, 36, 50, 59):
+        actual = run(bad)
+        assert torch.equal(actual[:bad], wanted[:bad])
+        assert not actual[bad:].isfinite().any()
 
 
 async def test_weights_are_packed_once_and_unpack_exactly(base_of: Any) -> None:
