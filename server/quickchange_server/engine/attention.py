@@ -82,24 +82,27 @@ class KvStorage:
         self._touch(place, highest)
         return True
 
-    def touch_in_turn(self, highest: int) -> bool:
-        """Do the same while steps run, each tensor at a distance of its own, one tensor a call.
+    def touch_in_turn(self, highest: int) -> int:
+        """Do the same while steps run, each tensor at a distance of its own; return how many.
 
         Otherwise all tensors would need their next piece at once, and one step would wait for it.
+        One tensor a call, and those that are nearly needed.
         """
-        if highest < self._next_turn:
-            return False
-        place = min(range(len(self._touched)), key=self._turn_of)
-        self._next_turn = self._turn_of(place)
-        if highest < self._next_turn:
-            return False
-        self._touch(place, highest)
-        return True
+        count = 0
+        while highest >= self._next_turn + (TURN_BLOCKS if count else 0):
+            place = min(range(len(self._touched)), key=self._turn_of)
+            if highest >= self._turn_of(place):
+                self._touch(place, highest)
+                count += 1
+            self._next_turn = min(map(self._turn_of, range(len(self._touched))))
+        return count
 
     def _turn_of(self, place: int) -> int:
         """Return at which highest block a tensor gets its next piece; one that never comes."""
         touched = self._touched[place]
-        return touched - self._distances[place] if touched < self.num_blocks else self.num_blocks
+        return (
+            touched - self._distances[place] if touched < self.num_blocks else 2 * self.num_blocks
+        )
 
     def _half_piece(self, place: int) -> int:
         """Return how many blocks of a tensor half a piece of memory has room for."""
