@@ -106,27 +106,29 @@ class Attention {
 
     // Which of sixteen positions are within.
     __mmask16 seen(int position) const {
-      const unsigned before = position < start ? (1u << (start - position)) - 1u : 0u;
-      const unsigned behind = end - position < kKeys ? ~((1u << (end - position)) - 1u) : 0u;
-      return static_cast<__mmask16>(~(before | behind));
+      return static_cast<__mmask16>(below(end - position) & ~below(start - position));
     }
+
+    static unsigned below(int count) { return count >= 16 ? 0xffffu : count > 0 ? (1u << count) - 1u : 0u; }
   };
 
-  // Replaces scores by exp(score - the largest) as bfloat16, and by zero outside the span, packed to the front of
-  // the scores' memory; returns their sum.
-  static float exponentiate(float* scores, const Span& span) {
+  // Replaces `size` scores by exp(scale * score - the largest) as bfloat16, and by zero outside the span, packed to
+  // the front of the scores' memory; returns their sum. `size` is a multiple of sixteen.
+  static float exponentiate(float* scores, const Span& span, float scale, int size) {
+    const __m512 factor = _mm512_set1_ps(scale);
+    const auto scaled = [&](int at) { return _mm512_mul_ps(_mm512_loadu_ps(scores + at), factor); };
     __m512 largest = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
-    for (int position = span.first; position < span.end; position += kKeys) {
-      const __m512 each = _mm512_loadu_ps(scores + (position - span.first));
-      largest = _mm512_mask_max_ps(largest, span.seen(position), largest, each);
+    for (int at = 0; at < size; at += kKeys) {
+      const __mmask16 seen = span.seen(span.first + at);
+      largest = _mm512_mask_max_ps(largest, seen, largest, scaled(at));
     }
     const __m512 shift = _mm512_set1_ps(_mm512_reduce_max_ps(largest));
     __m512 total = _mm512_setzero_ps();
     bf16* weights = reinterpret_cast<bf16*>(scores);  // never ahead of what is read
-    for (int position = span.first; position < span.end; position += kKeys, weights += kKeys) {
-      const __m512 raised = exp_of_negative(_mm512_sub_ps(_mm512_loadu_ps(scores + (position - span.first)), shift));
-      const __m512 each = _mm512_maskz_mov_ps(span.seen(position), raised);
-      store_bf16(weights, each);
+    for (int at = 0; at < size; at += kKeys) {
+      const __m512 raised = exp_of_negative(_mm512_sub_ps(scaled(at), shift));
+      const __m512 each = _mm512_maskz_mov_ps(span.seen(span.first + at), raised);
+      store_bf16(weights + at, each);
       total = _mm512_add_ps(total, each);
     }
     return _mm512_reduce_add_ps(total);
@@ -162,12 +164,13 @@ class Attention {
     for (; position < span.end; position += kKeys) score<kHeads, 1>(span, position, heads);
     float factors[kHeads];
     for (int h = 0; h < kHeads; ++h) {
-      factors[h] = 1.0f / exponentiate(heads.scores + static_cast<std::ptrdiff_t>(h) * heads.stride, span);
+      float* scores = heads.scores + static_cast<std::ptrdiff_t>(h) * heads.stride;
+      factors[h] = 1.0f / exponentiate(scores, span, model_.attention_scale, heads.stride);
     }
     gather<kHeads>(span, heads, factors);
   }
 
-  // Fills the scores of a few groups of sixteen positions. What lies in a block behind the end, or
+  // Fills the scores, not yet scaled, of a few groups of sixteen positions. What lies in a block behind the end, or
   // before the start, is read and not used.
   template <int kHeads, int kGroups>
   void score(const Span& span, int position, const Heads& heads) const {
@@ -190,12 +193,11 @@ class Attention {
         for (int g = 0; g < kGroups; ++g) sums[h][g] = _mm512_dpbf16_ps(sums[h][g], pairs[g], q);
       }
     }
-    const __m512 scale = _mm512_set1_ps(model_.attention_scale);
 #pragma GCC unroll 4
     for (int h = 0; h < kHeads; ++h) {
       float* at = heads.scores + static_cast<std::ptrdiff_t>(h) * heads.stride + (position - span.first);
 #pragma GCC unroll 8
-      for (int g = 0; g < kGroups; ++g) _mm512_storeu_ps(at + g * kKeys, _mm512_mul_ps(sums[h][g], scale));
+      for (int g = 0; g < kGroups; ++g) _mm512_storeu_ps(at + g * kKeys, sums[h][g]);
     }
   }
 

@@ -41,7 +41,10 @@ class BlockAttention {
     int at = 0;
     for (; at + 2 * kKeys <= last; at += 2 * kKeys) score<2>(token, keys, queries, at, stride);
     for (; at < last; at += kKeys) score<1>(token, keys, queries, at, stride);
-    for (Query& each : query) each.factor = 1.0f / Attention::exponentiate(each.weights, {token, 0, 0, each.end});
+    for (Query& each : query) {
+      const Attention::Span span{token, 0, 0, each.end};
+      each.factor = 1.0f / Attention::exponentiate(each.weights, span, model_.attention_scale, stride - kKeys);
+    }
     for (int column = 0; column < width; column += kLanes) {
       gather(token, layer.values + kv_offset + column, query, column);
     }
@@ -82,12 +85,11 @@ class BlockAttention {
         for (int g = 0; g < kGroups; ++g) sums[i][g] = _mm512_dpbf16_ps(sums[i][g], pairs[g], q);
       }
     }
-    const __m512 scale = _mm512_set1_ps(model_.attention_scale);
     float* to = scores_ + position;
 #pragma GCC unroll 12
     for (int i = 0; i < kQueries; ++i, to += stride) {
 #pragma GCC unroll 2
-      for (int g = 0; g < kGroups; ++g) _mm512_storeu_ps(to + g * kKeys, _mm512_mul_ps(sums[i][g], scale));
+      for (int g = 0; g < kGroups; ++g) _mm512_storeu_ps(to + g * kKeys, sums[i][g]);
     }
   }
 

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 SOURCES = (
     *("vector.h", "tables.h", "team.h", "ahead.h", "product.h", "soft_tiles.h", "amx.h"),
     *("panels.h", "deltas.h", "attention.h", "block_attention.h"),
-    *("tile_attention.h", "wanted_step.h", "step.h"),
+    *("tile_attention.h", "attention_units.h", "wanted_step.h", "scratch.h", "step.h"),
 )
 MAIN_SOURCE = "library.cpp"
 CPU_FLAGS = frozenset(

@@ -139,8 +139,7 @@ QC_EXPORT void qc_delete_scratch(void* scratch) { delete static_cast<Scratch*>(s
 QC_EXPORT int qc_run_step(const Model* model, const Step* step, void* scratch) {
   try {
     Scratch& buffers = *static_cast<Scratch*>(scratch);
-    buffers.uses_tiles = uses_tiles;
-    StepRun::prepare(*model, *step, buffers);
+    buffers.prepare(*model, *step, uses_tiles);
     Team team(StepRun::num_stages(*model), omp_get_max_threads());
 #pragma omp parallel
     StepRun(*model, *step, buffers, team, buffers.threads[omp_get_thread_num()]).run();

@@ -16,43 +16,12 @@
 
 #include <omp.h>
 
-#include <array>
 #include <chrono>
-#include <memory>
 
-#include "block_attention.h"
-#include "deltas.h"
-#include "panels.h"
+#include "scratch.h"
 #include "team.h"
-#include "tile_attention.h"
-#include "wanted_step.h"
 
 namespace quickchange {
-
-enum Group { kQkv, kOutput, kGateUp, kDown };
-
-// One thread's own.
-struct ThreadBuffers {
-  std::vector<float> scores;
-  std::vector<bf16> unpacked[2];
-};
-
-// Heads [head, head + num_heads) of tokens [token, token + num_tokens) of one row, and of one KV head.
-struct AttentionUnit {
-  int token, num_tokens, head, num_heads;
-};
-
-// What a step needs beyond what the caller gave; kept between steps, so that nothing is allocated.
-struct Scratch {
-  std::vector<bf16> normed, qkv, attended, active;
-  std::array<GroupDeltas, 4> deltas;
-  std::vector<AttentionUnit> attention_units;
-  LineList kv_lines;  // of the rows' blocks, in a layer's keys and in its values
-  std::vector<ThreadBuffers> threads;
-  bool uses_tiles = false;  // in this step
-  WantedStep wanted;
-  std::unique_ptr<Scratch> of_wanted;  // made when first needed; has no threads of its own
-};
 
 class StepRun {
  public:
@@ -68,36 +37,6 @@ class StepRun {
   }
 
   static int num_stages(const Model& model) { return model.num_layers * kStagesOfLayer + 3; }
-
-  // Makes buffers and tables; called by one thread, before `run`: what is thrown among several threads
-  // ends the process, so none of them allocates.
-  static void prepare(const Model& model, const Step& step, Scratch& scratch) {
-    prepare_tokens(model, step, scratch);
-    list_kv(model, step, scratch.kv_lines);
-    std::size_t num_scores = most_scores(step, scratch);
-    scratch.wanted.prepare(model, step);
-    if (scratch.wanted.is_part() && step.num_wanted) {
-      if (!scratch.of_wanted) scratch.of_wanted = std::make_unique<Scratch>();
-      scratch.of_wanted->uses_tiles = scratch.uses_tiles;
-      prepare_tokens(model, scratch.wanted.step(), *scratch.of_wanted);
-      num_scores = std::max(num_scores, most_scores(scratch.wanted.step(), *scratch.of_wanted));
-    }
-    prepare_threads(scratch, num_scores, unpacked_size(model, step, scratch.uses_tiles));
-  }
-
-  // What a run over these tokens needs; all but what belongs to the threads.
-  static void prepare_tokens(const Model& model, const Step& step, Scratch& scratch) {
-    const std::size_t tokens = static_cast<std::size_t>(step.num_tokens);
-    grow(scratch.normed, tokens * model.width);
-    grow(scratch.qkv, tokens * model.arenas[kQkv].num_outputs);
-    grow(scratch.attended, tokens * model.num_heads * model.head_width);
-    grow(scratch.active, tokens * model.intermediate);
-    for (int group = 0; group < 4; ++group) {
-      const Term* terms = step.terms + static_cast<std::ptrdiff_t>(group) * step.num_terms;
-      scratch.deltas[group].prepare(model.arenas[group], step.blocks, step.num_blocks, terms, step.num_tokens);
-    }
-    list_attention(model, step, scratch);
-  }
 
   // Every thread of the team calls this.
   void run() {
@@ -118,114 +57,8 @@ class StepRun {
   using Clock = std::chrono::steady_clock;
 
   static constexpr int kStagesOfLayer = 12, kStagesOfKv = 4;
-  static constexpr int kFewTokens = 4;
-  static constexpr int kLongestBlock = 8192;  // positions that tokens with common units see
   static constexpr int kRunsOfThread = 4;  // or more, so that threads end together
   static constexpr int kLongestRun = 16;
-  static constexpr std::size_t kMostKvLines = 32768;  // 2 MiB of keys, and as much of values
-
-  static void list_kv(const Model& model, const Step& step, LineList& lines) {
-    lines.start(kPieceShift, kMostKvLines);
-    const std::int64_t row = static_cast<std::int64_t>(model.num_kv_heads) * model.head_width * sizeof(bf16) / kLine;
-    for (int token = 0; token < step.num_tokens; ++token) {
-      const int table = step.tables[token];
-      if (token + 1 < step.num_tokens && step.tables[token + 1] == table) continue;  // of the same row, further on
-      const int num_positions = Attention::scores_size(step.positions[token]);
-      for (int position = 0; position < num_positions; position += model.block_size) {
-        const std::int64_t block = step.kv_blocks[table + position / model.block_size];
-        lines.add(block * model.block_size * row, std::min(model.block_size, num_positions - position) * row);
-      }
-    }
-  }
-
-  // Tokens that follow each other share what is read: by tiles up to sixteen of one head, if they are more than the
-  // heads that would; without, as many with some heads as are computed together. Far from the start of a row they do
-  // not: their scores would take more memory than is near.
-  static void list_attention(const Model& model, const Step& step, Scratch& scratch) {
-    std::vector<AttentionUnit>& units = scratch.attention_units;
-    units.clear();
-    const bool in_tiles = scratch.uses_tiles;
-    const int groups = model.num_heads / model.num_kv_heads, together = heads_together(model, step);
-    const int block = in_tiles ? kTileRows : BlockAttention::num_tokens(together);
-    for (int token = 0, count; token < step.num_tokens; token += count) {
-      for (count = 1; count < block && follows(step, token + count); ++count) {
-      }
-      const bool is_block = in_tiles ? count > groups : count == block;
-      if (is_block && step.positions[token] + count <= kLongestBlock) {
-        list_heads(model, {token, count, 0, in_tiles ? 1 : together}, units);
-      } else {
-        count = 1;
-        list_heads(model, {token, 1, 0, in_tiles ? kTileRows : together}, units);
-      }
-    }
-  }
-
-  // Adds units like the first for all heads.
-  static void list_heads(const Model& model, AttentionUnit unit, std::vector<AttentionUnit>& units) {
-    const int groups = model.num_heads / model.num_kv_heads, most = unit.num_heads;
-    for (int head = 0; head < model.num_heads; head += groups) {
-      for (int within = 0; within < groups; within += most) {
-        unit.head = head + within;
-        unit.num_heads = std::min(most, groups - within);
-        units.push_back(unit);
-      }
-    }
-  }
-
-  // Heads of one KV head that are computed together without tiles: one where tokens are few, so that there is work
-  // for all threads.
-  static int heads_together(const Model& model, const Step& step) {
-    return step.num_tokens < kFewTokens ? 1 : std::min(model.num_heads / model.num_kv_heads, kMaxHeads);
-  }
-
-  // Whether a token is the next one of the same row.
-  static bool follows(const Step& step, int token) {
-    return token < step.num_tokens && step.tables[token] == step.tables[token - 1] &&
-           step.positions[token] == step.positions[token - 1] + 1;
-  }
-
-  static void prepare_threads(Scratch& scratch, std::size_t num_scores, std::size_t num_unpacked) {
-    const std::size_t count = static_cast<std::size_t>(omp_get_max_threads());
-    if (scratch.threads.size() < count) scratch.threads.resize(count);
-    for (ThreadBuffers& own : scratch.threads) {
-      grow(own.scores, num_scores);
-      for (auto& unpacked : own.unpacked) grow(unpacked, num_unpacked);
-    }
-  }
-
-  // How many scores a thread has to hold.
-  static std::size_t most_scores(const Step& step, const Scratch& scratch) {
-    std::size_t most = 0;
-    for (const AttentionUnit& unit : scratch.attention_units) {
-      most = std::max(most, scores_size(step, unit, scratch.uses_tiles));
-    }
-    return most;
-  }
-
-  static std::size_t scores_size(const Step& step, const AttentionUnit& unit, bool in_tiles) {
-    const int last = step.positions[unit.token] + unit.num_tokens - 1;
-    if (in_tiles) return TileAttention::scores_size(last, unit.num_tokens * unit.num_heads);
-    if (unit.num_tokens > 1) return BlockAttention::scores_size(last);
-    return static_cast<std::size_t>(Attention::scores_size(last)) * unit.num_heads;
-  }
-
-  static std::size_t unpacked_size(const Model& model, const Step& step, bool in_tiles) {
-    const int tokens = step.num_tokens;
-    std::size_t most = Panels::unpacked_size(step.head, model.width, tokens, in_tiles);
-    for (int i = 0; i < model.num_layers; ++i) {
-      const Layer& layer = step.layers[i];
-      most = std::max({most, Panels::unpacked_size(layer.qkv, model.width, tokens, in_tiles),
-                       Panels::unpacked_size(layer.output, model.num_heads * model.head_width, tokens, in_tiles),
-                       Panels::unpacked_size(layer.gate_up, model.width, tokens, in_tiles),
-                       Panels::unpacked_size(layer.down, model.intermediate, tokens, in_tiles)});
-    }
-    return most;
-  }
-
-  template <typename Number>
-  static void grow(std::vector<Number>& buffer, std::size_t size) {
-    if (buffer.size() < size) buffer.resize(size);
-  }
 
   // The first stages of a layer: up to where what other tokens need of one is done.
   void store_kv(int index) {
@@ -382,7 +215,7 @@ class StepRun {
     const std::int64_t num_outputs = model_.arenas[kQkv].num_outputs, width = model_.head_width;
     const std::int64_t out_width = model_.num_heads * width;
     const BlockAttention blocks(model_, attention_, own_.scores.data());
-    const std::vector<AttentionUnit>& units = scratch_.attention_units;
+    const std::vector<AttentionUnit>& units = scratch_.attention.units();
     const int num_units = static_cast<int>(units.size());
     const bool has_blocks = num_units < step_.num_tokens * model_.num_kv_heads;
     team_.share(stage, num_units, has_blocks ? 1 : run_of(num_units), [&](int index) {
@@ -407,9 +240,9 @@ class StepRun {
     const std::int64_t num_outputs = model_.arenas[kQkv].num_outputs, width = model_.head_width;
     const std::int64_t out_width = model_.num_heads * width;
     const TileAttention attention(model_, attention_, tile_unit_, own_.scores.data());
-    const int num_units = static_cast<int>(scratch_.attention_units.size());
+    const int num_units = static_cast<int>(scratch_.attention.units().size());
     team_.share(stage, num_units, 1, [&](int index) {
-      const AttentionUnit& unit = scratch_.attention_units[index];
+      const AttentionUnit& unit = scratch_.attention.units()[index];
       const bool is_head = unit.num_heads == 1;
       attention.attend(layer, {unit.token, is_head ? unit.num_tokens : unit.num_heads,
                                scratch_.qkv.data() + unit.token * num_outputs + unit.head * width,

@@ -51,48 +51,38 @@ class TileAttention {
   }
 
  private:
-  // Positions [start, end) that a query sees.
-  struct Span {
-    int start, end;
-
-    // Which of sixteen positions are within.
-    __mmask16 seen(int position) const {
-      return below(end - position) & static_cast<__mmask16>(~below(start - position));
-    }
-
-    static __mmask16 below(int count) {
-      return count >= 16 ? __mmask16{0xffff} : static_cast<__mmask16>(count > 0 ? (1u << count) - 1u : 0u);
-    }
-  };
+  using Span = Attention::Span;
 
   // Returns whether all sums are numbers.
   bool attend_together(const Layer& layer, const Queries& queries) const {
-    const int last = queries.first_position + queries.step * (queries.num_queries - 1);
-    const Span first_span = span_of(layer, queries.first_position), last_span = span_of(layer, last);
-    const Span all{first_span.start, last_span.end};
-    const int first = all.start / kPositions * kPositions;
-    const int stride = row_size(all.end - first);
+    Span all = span_of(layer, queries, 0, 0);
+    all.end = span_of(layer, queries, queries.num_queries - 1, 0).end;
+    all.first = all.start / kPositions * kPositions;
+    const int stride = row_size(all.end - all.first);
     unit_.configure(queries.num_queries, queries.num_queries);
-    score(layer, queries, first, all.end, stride);
+    score(layer, queries, all.first, all.end, stride);
     float factors[kTileRows];
     for (int i = 0; i < queries.num_queries; ++i) {
-      const Span span = span_of(layer, queries.first_position + queries.step * i);
-      factors[i] = 1.0f / exponentiate(scores_ + static_cast<std::ptrdiff_t>(i) * stride, span, first, stride);
+      float* scores = scores_ + static_cast<std::ptrdiff_t>(i) * stride;
+      const Span span = span_of(layer, queries, i, all.first);
+      factors[i] = 1.0f / Attention::exponentiate(scores, span, model_.attention_scale, stride - kKeys);
     }
     __mmask16 has_nan = 0;
     for (int column = 0; column < model_.head_width; column += kSlab) {
       if (column + kSlab <= model_.head_width) {
-        has_nan |= gather<4>(layer, queries, all, first, stride, column, factors);
+        has_nan |= gather<4>(layer, queries, all, stride, column, factors);
       } else {
-        has_nan |= gather<2>(layer, queries, all, first, stride, column, factors);
+        has_nan |= gather<2>(layer, queries, all, stride, column, factors);
       }
     }
     return !has_nan;
   }
 
-  static Span span_of(const Layer& layer, int position) {
-    const int end = position + 1;
-    return {layer.window && end > layer.window ? end - static_cast<int>(layer.window) : 0, end};
+  // What a query sees, with scores that begin at `first`.
+  static Span span_of(const Layer& layer, const Queries& queries, int index, int first) {
+    const int end = queries.first_position + queries.step * index + 1;
+    const int start = layer.window && end > layer.window ? end - static_cast<int>(layer.window) : 0;
+    return {queries.token, first, start, end};
   }
 
   // Whole groups of positions, and not a multiple of a page: rows would lie in the same few places of the cache.
@@ -141,47 +131,20 @@ class TileAttention {
     }
   }
 
-  // Replaces a query's scores by exp(scaled score - the largest) as bfloat16, zero outside the span, packed to the
-  // front of the row's memory, up to the end of its groups; returns their sum.
-  float exponentiate(float* scores, const Span& span, int first, int stride) const {
-    const __m512 scale = _mm512_set1_ps(model_.attention_scale);
-    const int from = span.start / kKeys * kKeys;
-    __m512 largest = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
-    for (int position = from; position < span.end; position += kKeys) {
-      const __m512 each = _mm512_mul_ps(_mm512_loadu_ps(scores + (position - first)), scale);
-      largest = _mm512_mask_max_ps(largest, span.seen(position), largest, each);
-    }
-    const __m512 shift = _mm512_set1_ps(_mm512_reduce_max_ps(largest));
-    __m512 total = _mm512_setzero_ps();
-    bf16* weights = reinterpret_cast<bf16*>(scores);  // never ahead of what is read
-    const int size = stride - kKeys;
-    for (int at = 0; at < size; at += kKeys) {
-      const __mmask16 seen = span.seen(first + at);
-      __m512 each = _mm512_setzero_ps();
-      if (seen) {
-        const __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(scores + at), scale);
-        each = _mm512_maskz_mov_ps(seen, exp_of_negative(_mm512_sub_ps(scaled, shift)));
-        total = _mm512_add_ps(total, each);
-      }
-      store_bf16(weights + at, each);
-    }
-    return _mm512_reduce_add_ps(total);
-  }
-
   // out = factor * Σ weight · V for numbers [column, column + 16 * kTiles) of a head. What lies outside of all spans
   // is not read: it may be anything. Returns whether a sum is not a number, as a mask.
   template <int kTiles>
-  __mmask16 gather(const Layer& layer, const Queries& queries, const Span& all, int first, int stride, int column,
-              const float* factors) const {
+  __mmask16 gather(const Layer& layer, const Queries& queries, const Span& all, int stride, int column,
+                   const float* factors) const {
     const bf16* values = layer.values + queries.kv_offset + column;
     const bf16* weights = reinterpret_cast<const bf16*>(scores_);
     const std::int64_t row_bytes = static_cast<std::int64_t>(stride) * static_cast<std::int64_t>(sizeof(float));
     alignas(64) bf16 pairs[kTiles][kTileRows][2 * 16];
     zero_tile<0>(), zero_tile<1>();
     if constexpr (kTiles == 4) zero_tile<2>(), zero_tile<3>();
-    for (int position = first; position < all.end; position += kPositions) {
+    for (int position = all.first; position < all.end; position += kPositions) {
       pair_up<kTiles>(values, queries.token, all, position, pairs);
-      load_tile<4>(weights + (position - first), row_bytes);
+      load_tile<4>(weights + (position - all.first), row_bytes);
       load_tile<6>(pairs[0], kLine);
       multiply_tiles<0, 4, 6>();
       load_tile<7>(pairs[1], kLine);
