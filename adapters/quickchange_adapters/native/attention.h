@@ -106,6 +106,7 @@ class Attention {
 
     // Which of sixteen positions are within.
     __mmask16 seen(int position) const {
+      if (position >= start && position + kKeys <= end) return 0xffff;
       return static_cast<__mmask16>(below(end - position) & ~below(start - position));
     }
 
