@@ -21,8 +21,6 @@ from torch.nn import functional
 ATTENTION_NAME = "quickchange_blocks"
 PIECE_BYTES = 2 << 20
 """Memory comes in pieces of this size where the system has huge pages."""
-TURN_BLOCKS = 16
-"""How many blocks ahead a tensor's next piece comes at the latest: about what a step takes."""
 _KNOWN_KEYWORDS = frozenset(
     {
         "dropout",
@@ -61,61 +59,27 @@ class KvStorage:
         self.values = [lazy_zeros((*rows, s.num_heads, s.value_dim), *place) for s in shapes]
         self.num_bytes = sum(tensor.nbytes for tensor in (*self.keys, *self.values))
         """Bytes of all layers."""
-        self._tensors = (*self.keys, *self.values)
-        is_lazy = like.device.type == "cpu"
-        self._touched = [0 if is_lazy else num_blocks for _ in self._tensors]
-        self._distances = [
-            TURN_BLOCKS + self._half_piece(place) * place // len(self._tensors)
-            for place in range(len(self._tensors))
-        ]
-        """In blocks, from the highest that was handed out to where a tensor's next piece begins."""
-        self._next_turn = 0
+        self._touched = [0] * (2 * len(shapes))
 
     def touch_ahead(self, highest: int) -> bool:
         """Have the system give memory for blocks behind `highest`, which nobody has had yet.
 
         A piece of one tensor a call; False if there is enough, or nothing of the kind to do.
         """
-        place = min(range(len(self._touched)), key=self._touched.__getitem__)
-        if self._touched[place] > min(highest + self._half_piece(place), self.num_blocks - 1):
+        tensors = (*self.keys, *self.values)
+        if tensors[0].device.type != "cpu":
             return False
-        self._touch(place, highest)
-        return True
-
-    def touch_in_turn(self, highest: int) -> int:
-        """Do the same while steps run, each tensor at a distance of its own; return how many.
-
-        Otherwise all tensors would need their next piece at once, and one step would wait for it.
-        One tensor a call, and those that are nearly needed.
-        """
-        count = 0
-        while highest >= self._next_turn + (TURN_BLOCKS if count else 0):
-            place = min(range(len(self._touched)), key=self._turn_of)
-            if highest >= self._turn_of(place):
-                self._touch(place, highest)
-                count += 1
-            self._next_turn = min(map(self._turn_of, range(len(self._touched))))
-        return count
-
-    def _turn_of(self, place: int) -> int:
-        """Return at which highest block a tensor gets its next piece; one that never comes."""
-        touched = self._touched[place]
-        return (
-            touched - self._distances[place] if touched < self.num_blocks else 2 * self.num_blocks
-        )
-
-    def _half_piece(self, place: int) -> int:
-        """Return how many blocks of a tensor half a piece of memory has room for."""
-        return PIECE_BYTES // self._tensors[place][0].nbytes // 2
-
-    def _touch(self, place: int, highest: int) -> None:
-        tensor, first = self._tensors[place], max(self._touched[place], highest + 1)
+        place = min(range(len(tensors)), key=self._touched.__getitem__)
+        tensor, first = tensors[place], max(self._touched[place], highest + 1)
         num_bytes = tensor[0].nbytes
+        if self._touched[place] > min(highest + PIECE_BYTES // num_bytes // 2, self.num_blocks - 1):
+            return False
         offset = tensor.data_ptr() + first * num_bytes
         left = PIECE_BYTES - offset % PIECE_BYTES  # of the piece of memory that it begins in
         end = min(first + max(1, left // num_bytes), self.num_blocks)
         touch(tensor[first:end])
         self._touched[place] = end
+        return True
 
     def resident_bytes(self) -> int:
         """Return how much of it is in memory now, on a CPU: blocks that were ever written."""

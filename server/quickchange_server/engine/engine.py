@@ -227,7 +227,6 @@ class Engine:
         try:
             while not self._is_stopping:
                 self._handle_inbox()
-                self.runner.storage.touch_in_turn(self.blocks.highest_taken)
                 self.step()
                 self._departures.finish()
         except BaseException:

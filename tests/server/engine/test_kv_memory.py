@@ -48,39 +48,6 @@ def test_it_ends_at_the_last_block() -> None:
     storage = storage_of(3)
     touch_all(storage, highest=0)
     assert touch_all(storage, highest=2) == 0
-    assert storage.touch_in_turn(highest=2) == 0
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="what is resident is known on Linux alone")
-def test_while_steps_run_each_tensor_gets_its_next_piece_in_a_turn_of_its_own() -> None:
-    num_blocks = 8 * PIECE_BYTES // BLOCK_BYTES
-    shapes = [SHAPE] * 8
-    storage = KvStorage(shapes, num_blocks, 16, torch.empty(0, dtype=torch.bfloat16))
-    touch_all(storage, highest=0)
-    counts = [storage.touch_in_turn(highest) for highest in range(num_blocks)]
-    assert max(counts) == 1
-    assert sum(counts) >= 6 * 16
-    assert not storage.touch_in_turn(num_blocks - 1)
-    assert storage.resident_bytes() == storage.num_bytes
-
-
-def test_what_is_needed_soon_does_not_wait_for_its_turn() -> None:
-    num_blocks = 8 * PIECE_BYTES // BLOCK_BYTES
-    storage = KvStorage([SHAPE] * 8, num_blocks, 16, torch.empty(0, dtype=torch.bfloat16))
-    touch_all(storage, highest=0)
-    counts = [storage.touch_in_turn(highest) for highest in range(0, num_blocks, 40)]
-    assert 1 < max(counts) < 16
-
-
-def test_what_comes_in_turn_leaves_blocks_that_were_handed_out_as_they_are() -> None:
-    storage = storage_of(3 * PIECE_BYTES // BLOCK_BYTES)
-    tensors = (*storage.keys, *storage.values)
-    for highest in range(0, storage.num_blocks, 3):
-        for tensor in tensors:
-            tensor[max(highest - 2, 0) : highest + 1] = 1.0
-        storage.touch_in_turn(highest)
-        assert all((tensor[: highest + 1] == 1.0).all() for tensor in tensors)
-        assert not any(tensor[highest + 1 :].any() for tensor in tensors)
 
 
 def test_the_highest_block_that_was_handed_out_is_known() -> None:
