@@ -98,9 +98,10 @@ def draw(results: Path, plots: Path) -> list[Path]:
     drawn = []
     for file in sorted(results.glob("*.json")):
         result = json.loads(file.read_text(encoding="utf-8"))
-        plot = PLOTS.get(result["title"])
+        title = result.get("title") if isinstance(result, dict) else None
+        plot = PLOTS.get(title) if title else None
         if plot is None:
-            print(f"{file.name}: no plot for {result['title']!r}", file=sys.stderr)
+            print(f"{file.name}: no plot for {title!r}", file=sys.stderr)
             continue
         picture = plots / f"{file.stem}.svg"
         plot(result).savefig(picture, metadata={"Date": None})

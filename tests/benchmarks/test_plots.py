@@ -31,7 +31,8 @@ SCALING = {
 def test_known_results_are_drawn_and_others_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name, result in {"peers": PEERS, "scaling": SCALING, "other": {"title": "x"}}.items():
+    others = {"other": {"title": "x"}, "untitled": {"steps": []}, "rows": [1, 2]}
+    for name, result in {"peers": PEERS, "scaling": SCALING, **others}.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(result), encoding="utf-8")
     first, second = draw(tmp_path, tmp_path / "a"), draw(tmp_path, tmp_path / "b")
     assert [file.name for file in first] == ["peers.svg", "scaling.svg"]
@@ -39,7 +40,8 @@ def test_known_results_are_drawn_and_others_named(
     drawn = first[0].read_text(encoding="utf-8")
     assert all(text in drawn for text in ("ours", "theirs", "431", "57", "8:16"))
     assert "base:1" not in drawn
-    assert "other.json" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert all(f"{name}.json" in said for name in others)
 
 
 def test_nothing_to_draw(tmp_path: Path) -> None:
