@@ -196,12 +196,31 @@ def test_an_assembler_that_does_not_know_amx_gives_a_library_without_it(tmp_path
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert "without AMX" in done.stderr
     assert "no such instruction: ldtilecfg" in done.stderr
+    assert str(tmp_path / "native") in done.stderr
     library = load_library.__wrapped__(tmp_path / "native")
     assert library.qc_use_tiles(1) == 1
     x = torch.randn(3, 64).bfloat16()
     matrix = torch.randn(40, 64).bfloat16()
     actual = NativeWeight(matrix, library, PackedMemory()).apply(x, None)
     assert torch.equal(actual, native_weight(matrix).apply(x, None))
+
+
+@needs_native
+def test_a_compiler_that_fails_for_another_reason_leaves_nothing(tmp_path: Path) -> None:
+    killed = tmp_path / "killed-compiler"
+    found = build.find_compiler()
+    killed.write_text(
+        "#!/bin/sh\n"
+        f'[ -e {tmp_path}/once ] && exec {found} "$@"; touch {tmp_path}/once\n'
+        "echo 'fatal error: Killed signal terminated program cc1plus' >&2; exit 1\n"
+    )
+    killed.chmod(0o755)
+    environment = {**os.environ, "QUICKCHANGE_CACHE": str(tmp_path), "CXX": str(killed)}
+    command = [sys.executable, "-m", "quickchange_adapters.native"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "Killed signal" in done.stderr
+    assert not list(tmp_path.rglob("*.so"))
 
 
 @needs_native

@@ -20,7 +20,7 @@ class AttentionUnits {
   // heads that would; without, as many with some heads as are computed together. Far from the start of a row they do
   // not: their scores would take more memory than is near.
   void list(const Model& model, const Step& step, bool in_tiles) {
-    in_tiles_ = in_tiles;
+    in_tiles_ = in_tiles, has_blocks_ = false;
     units_.clear();
     const int groups = model.num_heads / model.num_kv_heads, together = heads_together(model, step);
     const int block = in_tiles ? kTileRows : BlockAttention::num_tokens(together);
@@ -29,6 +29,7 @@ class AttentionUnits {
       }
       const bool is_block = in_tiles ? count > groups : count == block;
       if (is_block && step.positions[token] + count <= kLongestBlock) {
+        has_blocks_ = true;
         list_heads(model, {token, count, 0, in_tiles ? 1 : together});
       } else {
         count = 1;
@@ -38,6 +39,9 @@ class AttentionUnits {
   }
 
   const std::vector<AttentionUnit>& units() const { return units_; }
+
+  // Whether some units have several tokens: they take too long to be taken in runs.
+  bool has_blocks() const { return has_blocks_; }
 
   // How many scores a thread has to hold.
   std::size_t most_scores(const Step& step) const {
@@ -83,7 +87,7 @@ class AttentionUnits {
            step.positions[token] == step.positions[token - 1] + 1;
   }
 
-  bool in_tiles_ = false;
+  bool in_tiles_ = false, has_blocks_ = false;
   std::vector<AttentionUnit> units_;
 };
 

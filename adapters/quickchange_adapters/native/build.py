@@ -36,11 +36,12 @@ COMPILE_FLAGS = (
     *(f"-m{flag.replace('_', '')}" for flag in sorted(CPU_FLAGS)),
 )
 WITHOUT_AMX = "-DQUICKCHANGE_WITHOUT_AMX"
-"""For an assembler that does not know its instructions (GNU's does from 2.35 on)."""
+"""For an assembler that does not know its instructions (GNU's does from 2.36 on)."""
 COMPILERS = ("g++", "c++", "clang++")
 """GCC first: its code calls the OpenMP runtime that PyTorch usually brings."""
 TIMEOUT_S = 300.0
 _WORK_PREFIX = "build-"
+_UNKNOWN_INSTRUCTION = re.compile(r"instruction|mnemonic", re.IGNORECASE)
 _OPENMP = re.compile(r"\s(/.*/lib(?:gomp|iomp5|omp)[^/\s]*\.so[^/\s]*)$")
 
 
@@ -181,8 +182,14 @@ def _compile(compiler: str, folder: Path) -> Path:
     try:
         _run(command)
     except BuildFailed as error:
+        if not _UNKNOWN_INSTRUCTION.search(str(error)):
+            raise
         _run([*command, WITHOUT_AMX])
-        log.warning("the native kernels are without AMX: %s", error)
+        log.warning(
+            "the native kernels are without AMX, which this assembler does not know (%s); on a CPU "
+            "that has it, install binutils 2.36 or later, and remove %s before the next start",
+            *(error, folder.parent),
+        )
     # linked without -fopenmp, so that no second OpenMP runtime is pulled in
     _run([compiler, "-shared", str(built), "-o", str(library)])
     return library

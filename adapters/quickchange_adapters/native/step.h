@@ -5,7 +5,7 @@
 // | norm | token |
 // | shrink, then product and expand, of qkv | unit, panel |
 // | norm and rotate heads, store K and V | token |
-// | attention | token and head |
+// | attention | some heads of a token, or of a few |
 // | shrink, product and expand of the output, added to the hidden state | unit, panel |
 // | norm; shrink, product and expand of gate and up, their activation | token; unit, panel |
 // | shrink, product and expand of down, added to the hidden state | unit, panel |
@@ -217,8 +217,8 @@ class StepRun {
     const BlockAttention blocks(model_, attention_, own_.scores.data());
     const std::vector<AttentionUnit>& units = scratch_.attention.units();
     const int num_units = static_cast<int>(units.size());
-    const bool has_blocks = num_units < step_.num_tokens * model_.num_kv_heads;
-    team_.share(stage, num_units, has_blocks ? 1 : run_of(num_units), [&](int index) {
+    const int run = scratch_.attention.has_blocks() ? 1 : run_of(num_units);
+    team_.share(stage, num_units, run, [&](int index) {
       const AttentionUnit& unit = units[index];
       const int position = step_.positions[unit.token], end = position + unit.num_tokens;
       const bool sees_all = !layer.window || end <= layer.window;

@@ -40,6 +40,14 @@ BASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-untied-no-gqa": ("llama", {"tie_word_embeddings": False, "num_key_value_heads": 4}),
     "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama-wide-heads-gelu": ("llama", {"head_dim": 96, "hidden_act": "gelu_pytorch_tanh"}),
+    "llama-3-heads": (
+        "llama",
+        {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 2},
+    ),
+    "llama-5-heads": (
+        "llama",
+        {"hidden_size": 160, "num_attention_heads": 5, "num_key_value_heads": 1},
+    ),
     "llama-one-kv-head": ("llama", {"num_attention_heads": 32, "num_key_value_heads": 1}),
     "qwen2": ("qwen2", {"hidden_size": 128}),
     "qwen2-sliding": ("qwen2", {"hidden_size": 128, "use_sliding_window": True, **SLIDING}),
@@ -206,7 +214,11 @@ async def test_a_tokens_bits_do_not_depend_on_anything_around_it(
 
 
 @pytest.mark.parametrize(
-    "name", ["llama", "llama-wide-heads-gelu", "llama-one-kv-head", "qwen2-sliding"]
+    "name",
+    [
+        *("llama", "llama-wide-heads-gelu", "llama-3-heads", "llama-5-heads"),
+        *("llama-one-kv-head", "qwen2-sliding"),
+    ],
 )
 async def test_decode_has_the_bits_of_prefill_with_prefix_reuse_and_preemption(
     name: str, base_of: Any, folders_of: Any
