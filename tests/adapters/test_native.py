@@ -20,6 +20,21 @@ from tests.server.engine.native import needs_native
 SHAPES = [(32, 2), (96, 64), (381, 64), (1, 32), (70, 576)]
 
 
+def build_by(compiler: str, cache: Path) -> subprocess.CompletedProcess[str]:
+    """Build the library into a cache folder's `native/`, as an install does."""
+    environment = {**os.environ, "QUICKCHANGE_CACHE": str(cache), "CXX": compiler}
+    command = [sys.executable, "-m", "quickchange_adapters.native"]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def script_in(folder: Path, text: str) -> str:
+    """Write a compiler that is a shell script; return its path."""
+    path = folder / "compiler"
+    path.write_text(f"#!/bin/sh\n{text}")
+    path.chmod(0o755)
+    return str(path)
+
+
 def native_weight(weight: torch.Tensor) -> NativeWeight:
     return NativeWeight(weight, load_library(), PackedMemory())
 
@@ -172,9 +187,7 @@ def test_a_library_that_is_there_needs_no_compiler(
 @needs_native
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
 def test_without_a_working_compiler_the_reason_is_said(tmp_path: Path, compiler: str) -> None:
-    environment = {**os.environ, "QUICKCHANGE_CACHE": str(tmp_path), "CXX": compiler}
-    command = [sys.executable, "-m", "quickchange_adapters.native"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = build_by(compiler, tmp_path)
     assert done.returncode == 1
     assert "no native kernels here" in done.stderr
     assert compiler in done.stderr
@@ -183,17 +196,12 @@ def test_without_a_working_compiler_the_reason_is_said(tmp_path: Path, compiler:
 
 @needs_native
 def test_an_assembler_that_does_not_know_amx_gives_a_library_without_it(tmp_path: Path) -> None:
-    old = tmp_path / "old-compiler"
-    found = build.find_compiler()
-    old.write_text(
-        "#!/bin/sh\n"
-        f'case "$*" in *-c*WITHOUT_AMX*|*-shared*) exec {found} "$@";; esac\n'
-        "echo 'Error: no such instruction: ldtilecfg' >&2; exit 1\n"
-    )
-    old.chmod(0o755)
-    environment = {**os.environ, "QUICKCHANGE_CACHE": str(tmp_path), "CXX": str(old)}
-    command = [sys.executable, "-m", "quickchange_adapters.native"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    script = f"""
+        case "$*" in *-c*WITHOUT_AMX*|*-shared*) exec {build.find_compiler()} "$@";; esac
+        echo 'Error: no such instruction: ldtilecfg' >&2; exit 1
+    """
+    done = build_by(script_in(tmp_path, script), tmp_path)
+    assert done.returncode == 0
     assert "without AMX" in done.stderr
     assert "no such instruction: ldtilecfg" in done.stderr
     assert str(tmp_path / "native") in done.stderr
@@ -207,17 +215,11 @@ def test_an_assembler_that_does_not_know_amx_gives_a_library_without_it(tmp_path
 
 @needs_native
 def test_a_compiler_that_fails_for_another_reason_leaves_nothing(tmp_path: Path) -> None:
-    killed = tmp_path / "killed-compiler"
-    found = build.find_compiler()
-    killed.write_text(
-        "#!/bin/sh\n"
-        f'[ -e {tmp_path}/once ] && exec {found} "$@"; touch {tmp_path}/once\n'
-        "echo 'fatal error: Killed signal terminated program cc1plus' >&2; exit 1\n"
-    )
-    killed.chmod(0o755)
-    environment = {**os.environ, "QUICKCHANGE_CACHE": str(tmp_path), "CXX": str(killed)}
-    command = [sys.executable, "-m", "quickchange_adapters.native"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    script = f"""
+        [ -e {tmp_path}/once ] && exec {build.find_compiler()} "$@"; touch {tmp_path}/once
+        echo 'fatal error: Killed signal terminated program cc1plus' >&2; exit 1
+    """
+    done = build_by(script_in(tmp_path, script), tmp_path)
     assert done.returncode == 1
     assert "Killed signal" in done.stderr
     assert not list(tmp_path.rglob("*.so"))

@@ -41,7 +41,9 @@ COMPILERS = ("g++", "c++", "clang++")
 """GCC first: its code calls the OpenMP runtime that PyTorch usually brings."""
 TIMEOUT_S = 300.0
 _WORK_PREFIX = "build-"
-_UNKNOWN_INSTRUCTION = re.compile(r"instruction|mnemonic", re.IGNORECASE)
+_UNKNOWN_INSTRUCTION = re.compile(
+    r"no such instruction|(unknown|invalid|unrecogni[sz]ed) .*(instruction|mnemonic)", re.IGNORECASE
+)
 _OPENMP = re.compile(r"\s(/.*/lib(?:gomp|iomp5|omp)[^/\s]*\.so[^/\s]*)$")
 
 
